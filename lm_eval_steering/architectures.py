@@ -1,0 +1,139 @@
+"""Where a model family keeps its MLP units: the one table that recording and steering share, and the check of it.
+
+To add a family, add a row. `docs/architectures.md` says what each column means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lm_eval_steering.errors import ArchitectureError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of the modules that matter in one `model_type` of transformers.
+
+    Attributes:
+        layers: path of the list of decoder layers, from the model that holds no language-model head.
+        activation: path of the activation function's module inside a layer.
+        down: path of the last linear layer of the MLP inside a layer.
+        gated: whether the activation is multiplied with an up projection before the last linear layer.
+        width: the number of units a layer, from the model's config.
+    """
+
+    layers: str
+    activation: str
+    down: str
+    gated: bool
+    width: Callable[[Any], int]
+
+
+def _gpt2_width(config: Any) -> int:
+    return int(config.n_inner or 4 * config.n_embd)
+
+
+_LLAMA = Family("layers", "mlp.act_fn", "mlp.down_proj", True, lambda config: int(config.intermediate_size))
+_GPT2 = Family("h", "mlp.act", "mlp.c_proj", False, _gpt2_width)
+
+FAMILIES: dict[str, Family] = {"llama": _LLAMA, "qwen2": _LLAMA, "gpt2": _GPT2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Number of decoder layers, and of MLP units in each."""
+
+    layers: int
+    units: int
+
+
+@dataclass(frozen=True)
+class LayerSites:
+    """The two modules of one layer at which units are observed and edited.
+
+    The output of `activation` is site `activation`; the first input of `down` is site `product`.
+    """
+
+    layer: int
+    activation: nn.Module
+    down: nn.Module
+
+
+@dataclass(frozen=True)
+class ModelSites:
+    """All sites of a loaded model. `decoder` is the model without its head, whose forward pass runs each site once."""
+
+    decoder: nn.Module
+    layers: tuple[LayerSites, ...]
+    shape: Shape
+    gated: bool
+
+
+def family_of(config: Any) -> Family:
+    """The table's row for a transformers config.
+
+    Raises:
+        ArchitectureError: if the family is not in the table.
+    """
+    model_type = str(getattr(config, "model_type", None))
+    if model_type not in FAMILIES:
+        raise ArchitectureError(
+            f"architecture {model_type!r} is not known{did_you_mean(model_type, FAMILIES)} "
+            "A row in lm_eval_steering.architectures.FAMILIES makes it known"
+        )
+    return FAMILIES[model_type]
+
+
+def shape_of(config: Any) -> Shape:
+    """Layers and units a layer, from a transformers config alone: nothing is loaded."""
+    return Shape(int(config.num_hidden_layers), family_of(config).width(config))
+
+
+def sites_of(model: nn.Module) -> ModelSites:
+    """The sites of a loaded model (a PEFT model too).
+
+    Raises:
+        ArchitectureError: if the family is not known, a module is not where the table says, or modules are shared.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family, shape = family_of(base.config), shape_of(base.config)
+    decoder = base.base_model
+    layers = _submodule(decoder, family.layers, "list of layers")
+    if len(layers) != shape.layers:  # type: ignore[arg-type]
+        raise ArchitectureError(f"{family.layers}: {len(layers)} layers, the config says {shape.layers}")  # type: ignore[arg-type]
+    sites = tuple(
+        LayerSites(
+            number,
+            _submodule(layer, family.activation, f"activation of layer {number}"),
+            _submodule(layer, family.down, f"down projection of layer {number}"),
+        )
+        for number, layer in enumerate(layers)  # type: ignore[arg-type]
+    )
+    if len({id(site.activation) for site in sites}) != shape.layers:
+        raise ArchitectureError("the layers share one activation module, so a hook cannot tell them apart")
+    return ModelSites(decoder, sites, shape, family.gated)
+
+
+def _submodule(parent: nn.Module, path: str, what: str) -> nn.Module:
+    try:
+        return parent.get_submodule(path)
+    except AttributeError:
+        raise ArchitectureError(f"{what}: no module {path!r} in {type(parent).__name__}") from None
+
+
+def check_width(units: torch.Tensor, expected: int, layer: int) -> None:
+    """Refuse activations (..., unit) whose last axis is not the number of units, as in a tensor-parallel shard.
+
+    Raises:
+        ArchitectureError: naming the layer and both widths.
+    """
+    if units.shape[-1] != expected:
+        raise ArchitectureError(
+            f"layer {layer}: {units.shape[-1]} units where {expected} were expected; a model whose units are split "
+            "over devices (tensor parallelism) cannot be steered or recorded"
+        )

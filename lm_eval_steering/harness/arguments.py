@@ -1,0 +1,121 @@
+"""The model arguments of `steered-hf`: ours told apart from those of `hf`, and checked before a model is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lm_eval_steering import languages
+from lm_eval_steering.architectures import shape_of
+from lm_eval_steering.errors import InterventionError, did_you_mean
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.resources import find_neuron_set
+from lm_eval_steering.steering.intervention import from_arguments
+from lm_eval_steering.steering.plan import Plan, compile_plan
+
+# What transformers' from_pretrained takes beside attributes of the model's config; `hf` passes these on.
+_FROM_PRETRAINED = {
+    "attn_implementation", "cache_dir", "code_revision", "config", "device_map", "experts_implementation",
+    "force_download", "ignore_mismatched_sizes", "key_mapping", "load_in_4bit", "load_in_8bit", "local_files_only",
+    "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_state_dict", "proxies", "quantization_config",
+    "state_dict", "token", "torch_dtype", "tp_size", "use_kernels", "use_safetensors", "variant", "weights_only",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SteeringArguments:
+    """Arguments of ours, as the user wrote them.
+
+    Attributes:
+        neurons: path of a neuron set, or the name of one that ships.
+        language: whose neurons to steer; several are joined by `+`.
+        op: `scale`, `add` or `set`.
+        value: number or calibrated statistic for `add` and `set`.
+        factor: any finite number.
+        site: `activation` or `product`.
+        deactivate: languages whose neurons are set to 0, or `others`.
+        layers: ranges such as `0-3+28-31`.
+        target_language: what `lfs` counts in a run that steers to no language.
+        allow_empty: accept a language without neurons.
+        force: use a neuron set of another model.
+    """
+
+    neurons: str | None = None
+    language: str | None = None
+    op: str | None = None
+    value: float | str | None = None
+    factor: float | str | None = None
+    site: str | None = None
+    deactivate: str | None = None
+    layers: str | None = None
+    target_language: str | None = None
+    allow_empty: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("allow_empty", "force"):
+            if not isinstance(getattr(self, name), bool):
+                raise InterventionError(f"{name}={getattr(self, name)!r}: expected True or False")
+        wants = [
+            name for name in ("language", "op", "value", "factor", "site", "deactivate", "layers")
+            if getattr(self, name) is not None
+        ]  # fmt: skip
+        if wants and self.neurons is None:
+            raise InterventionError(f"{wants[0]}= without neurons=: say which neuron set, a path or a name such as demo")
+        if self.neurons is not None and not wants:
+            raise InterventionError(
+                "neurons= without language= or deactivate=: nothing to intervene on; leave neurons= out for an "
+                "unsteered run"
+            )
+
+    def targets(self) -> tuple[str, ...]:
+        """Languages whose share of outputs `lfs` counts: the argument, else the steered ones."""
+        if self.target_language is not None:
+            return tuple(languages.normalise(code) for code in str(self.target_language).split("+"))
+        return from_arguments(self.intervention()).steered
+
+    def intervention(self) -> dict[str, Any]:
+        """The arguments that describe the intervention."""
+        names = ("language", "op", "value", "factor", "site", "deactivate", "layers")
+        return {name: getattr(self, name) for name in names}
+
+
+def split(given: Mapping[str, Any], parent: type, config: Any) -> tuple[SteeringArguments, dict[str, Any]]:
+    """Ours, and what belongs to `hf`, to transformers' from_pretrained, or to the model's config.
+
+    Raises:
+        InterventionError: for an argument that none of them knows; the message names the nearest one.
+    """
+    own = {field.name for field in fields(SteeringArguments)}
+    parents = set(inspect.signature(parent).parameters) - {"kwargs"}
+    rest = {key: value for key, value in given.items() if key not in own}
+    known = own | parents | _FROM_PRETRAINED
+    for key in rest:
+        if key not in known and not key.startswith("bnb_4bit_") and not hasattr(config, key):
+            hint = did_you_mean(key, sorted(own | parents))
+            raise InterventionError(f"unknown model argument {key!r}{hint}")
+    return SteeringArguments(**{key: value for key, value in given.items() if key in own}), rest
+
+
+def plan_before_loading(arguments: SteeringArguments, config: Any) -> tuple[NeuronSet | None, Plan | None]:
+    """Read and check the neuron set against the model's config, and compile the intervention: no weights are read.
+
+    Raises:
+        SteeringError: for anything that would make the score wrong.
+    """
+    intervention = from_arguments(arguments.intervention())
+    arguments.targets()
+    if arguments.neurons is None:
+        return None, None
+    neuron_set = NeuronSet.load(find_neuron_set(arguments.neurons))
+    shape = shape_of(config)
+    if not arguments.force:
+        neuron_set.check_model(shape.layers, shape.units, str(config.model_type))
+    elif shape.layers < neuron_set.shape[0] or shape.units < neuron_set.shape[1]:
+        raise InterventionError(
+            f"force=true: the model's {shape.layers} layers of {shape.units} units are fewer than the neuron set's "
+            f"{neuron_set.shape[0]} of {neuron_set.shape[1]}"
+        )
+    return neuron_set, compile_plan(intervention, neuron_set, arguments.allow_empty)

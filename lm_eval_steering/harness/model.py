@@ -1,0 +1,230 @@
+"""`--model steered-hf`: lm-eval's Hugging Face model with language neurons steered, and evidence with every score."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoConfig
+
+from lm_eval_steering.errors import DidNotHappenError, SteeringError
+from lm_eval_steering.harness.arguments import SteeringArguments, plan_before_loading, split
+from lm_eval_steering.harness.cache import DecoratingCacheHook, salt
+from lm_eval_steering.metrics.language_id import LanguageIdentifier
+from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN, Score
+from lm_eval_steering.metrics.output_language import IdentifiedText
+from lm_eval_steering.neurons.find import versions
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.steering.attach import Steering
+from lm_eval_steering.steering.fingerprint import fingerprint, model_digest
+from lm_eval_steering.steering.intervention import Intervention, from_arguments
+from lm_eval_steering.steering.plan import Plan, compile_plan
+
+
+class SteeredHFLM(HFLM):  # type: ignore[misc]
+    """`HFLM` that applies a stored language-neuron intervention.
+
+    Takes every argument that `hf` takes, and those of `SteeringArguments`. Answers are lm-eval's own types with a
+    memory: log-likelihoods are `Score`, generated texts are `IdentifiedText`.
+    """
+
+    def __init__(self, pretrained: Any, **arguments: Any) -> None:
+        """Check every argument, load the model as `hf` does, and attach the intervention.
+
+        Raises:
+            SteeringError: before the model is loaded, for anything that would make the score wrong.
+        """
+        config = _read_config(pretrained, arguments)
+        own, rest = split(arguments, HFLM, config)
+        neuron_set, plan = plan_before_loading(own, config)
+        super().__init__(pretrained, **rest)
+        self.identifier = LanguageIdentifier()
+        self.targets: tuple[str, ...] = own.targets()
+        self.neuron_set: NeuronSet | None = neuron_set
+        self.steering: Steering | None = None
+        self._twice = False  # while rows are scored with and without the intervention, half answers are not cached
+        self._attach(plan)
+
+    # --- changing the intervention on a loaded model ------------------------------------------------------------
+
+    def intervene(self, neuron_set: NeuronSet | None = None, **arguments: Any) -> None:
+        """Replace the intervention; without arguments the model is unsteered.
+
+        Args:
+            neuron_set: of this model.
+            **arguments: `language`, `op`, ... as on the command line, and `target_language`.
+        """
+        targets = SteeringArguments(target_language=arguments.pop("target_language", None)).targets()
+        intervention = from_arguments(arguments)
+        if neuron_set is None and intervention.steps:
+            raise SteeringError("an intervention needs a neuron set")
+        self.neuron_set = neuron_set
+        self.targets = targets or intervention.steered
+        self._attach(compile_plan(intervention, neuron_set) if neuron_set else None)
+
+    def _attach(self, plan: Plan | None) -> None:
+        if self.steering is not None:
+            self.steering.detach()
+        self.steering = Steering(self.model, plan).attach() if plan else None
+
+    # --- answers ------------------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[Score]:
+        answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        return [
+            Score(answer, tokens=len(request[2]), targets=self.targets)
+            for answer, request in zip(answers, requests, strict=True)
+        ]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
+        """Score requests; those whose document asks for it a second time, same rows and batches, without steering."""
+        twins = [number for number, request in enumerate(requests) if _wants_twin(request)]
+        if not twins:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        others = sorted(set(range(len(requests))) - set(twins))
+        scores: dict[int, Score] = {}
+        if others:
+            plain = super().loglikelihood([requests[i] for i in others], disable_tqdm=disable_tqdm)
+            scores |= dict(zip(others, plain, strict=True))
+        scores |= dict(zip(twins, self._score_twice([requests[i] for i in twins], disable_tqdm), strict=True))
+        return [scores[number] for number in range(len(requests))]
+
+    def _score_twice(self, requests: list[Instance], disable_tqdm: bool) -> list[Score]:
+        self._twice = True
+        try:
+            steered = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            with self.steering.suspended() if self.steering else nullcontext():
+                unsteered = super().loglikelihood(requests, disable_tqdm=disable_tqdm) if self.steering else steered
+        finally:
+            self._twice = False
+        return [
+            Score(score, score.tokens, unsteered=float(twin[0]), targets=self.targets)
+            for score, twin in zip(steered, unsteered, strict=True)
+        ]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generate, and identify the language of each output."""
+        texts = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        return [self._identify(text) for text in texts]
+
+    def _identify(self, text: str) -> IdentifiedText:
+        (found,) = self.identifier.identify([text])
+        return IdentifiedText(text, found.language, found.confidence, self.targets)
+
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        """lm-eval's search, whose forward passes on made-up tokens are no part of the evidence."""
+        if self.steering is None:
+            return super()._detect_batch_size(*args, **kwargs)
+        with self.steering.suspended():
+            return super()._detect_batch_size(*args, **kwargs)
+
+    # --- the request cache --------------------------------------------------------------------------------------
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Make `--use_cache` know the intervention; called by lm-eval when a cache is opened."""
+        if cache_hook.dbdict is None:
+            super().set_cache_hook(cache_hook)
+            return
+        salt(cache_hook.dbdict, lambda: self.fingerprint)
+        super().set_cache_hook(DecoratingCacheHook(cache_hook.dbdict, self._decorate))
+
+    def _decorate(self, kind: str, request: Iterable[Any], answer: Any) -> Any:
+        """A partial answer as it would be at the end, or None where it cannot stand alone yet."""
+        if kind == "generate_until":
+            return self._identify(answer)
+        if kind == "loglikelihood":
+            if self._twice:
+                return None
+            continuation = self._encode_pair(*request)[1]
+            return Score(answer, tokens=len(continuation), targets=self.targets)
+        return answer
+
+    # --- evidence -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _weights(self) -> str:
+        return model_digest(self.model)
+
+    @property
+    def intervention(self) -> Intervention:
+        """What is done to the model at the moment; no steps where it is unsteered."""
+        return self.steering.plan.intervention if self.steering else Intervention()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides a score of this model at the moment."""
+        return fingerprint(
+            {
+                "weights": self._weights,
+                "dtype": str(self.model.dtype),
+                "mixed_precision_dtype": str(self.mixed_precision_dtype),
+                "softmax_dtype": str(self.softmax_dtype),
+                "max_length": self.max_length,
+                "add_bos_token": self.add_bos_token,
+                "neurons": self.neuron_set.content_hash() if self.neuron_set else None,
+                "intervention": self.intervention.model_dump(mode="json"),
+                "targets": list(self.targets),
+                "identifier": self.identifier.signature(),
+            }
+        )
+
+    @property
+    def signature(self) -> str:
+        """Readable form of the fingerprint, meant to be pasted in a paper."""
+        parts = [self.intervention.signature(), f"lid:{self.identifier.signature()}"]
+        if self.neuron_set:
+            parts.insert(1, f"neurons:{self.neuron_set.content_hash()[:8]}")
+        return "|".join([*parts, f"fp:{self.fingerprint[:8]}", f"v:{versions()['lm-eval-steering']}"])
+
+    def steering_report(self) -> dict[str, Any]:
+        """What was done, to what, and the proof that it happened, as plain data.
+
+        Raises:
+            DidNotHappenError: if forward passes ran and nothing was edited in them.
+        """
+        report: dict[str, Any] = {
+            "signature": self.signature,
+            "fingerprint": self.fingerprint,
+            "intervention": self.intervention.model_dump(mode="json"),
+            "target_languages": list(self.targets),
+            "language_identifier": self.identifier.signature(),
+            "versions": versions(),
+        }
+        if self.steering is not None and self.neuron_set is not None:
+            evidence = self.steering.evidence()
+            if evidence.forwards and evidence.modules and not evidence.positions:
+                raise DidNotHappenError(f"{evidence.forwards} forward passes ran and no position was edited")
+            report["evidence"] = dataclasses.asdict(evidence) | {"shared_neurons": self.steering.plan.shared}
+            report["neuron_set"] = {
+                "sha256": self.neuron_set.content_hash(),
+                "languages": list(self.neuron_set.languages),
+                **dataclasses.asdict(self.neuron_set.provenance),
+            }
+        return report
+
+    def get_model_info(self) -> dict[str, Any]:
+        """lm-eval's record of the model, with ours under `steering`."""
+        return super().get_model_info() | {"steering": self.steering_report()}
+
+
+def _wants_twin(request: Instance) -> bool:
+    return isinstance(request.doc, dict) and bool(request.doc.get(UNSTEERED_TWIN))
+
+
+def _read_config(pretrained: Any, arguments: dict[str, Any]) -> Any:
+    """The config of a loaded model, or of one still on disk or on the hub: a few kilobytes."""
+    if not isinstance(pretrained, str):
+        return pretrained.config
+    names: tuple[str, ...] = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir")
+    chosen = {name: arguments[name] for name in names if arguments.get(name)}
+    read: Callable[..., Any] = AutoConfig.from_pretrained
+    try:
+        return read(pretrained, **chosen)
+    except (OSError, ValueError) as error:
+        raise SteeringError(f"pretrained={pretrained!r}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,129 @@
+"""From text to a neuron set in one go: record, select, calibrate."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lm_eval_steering.architectures import sites_of
+from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.neurons import calibrate as calibration
+from lm_eval_steering.neurons.corpus import Row, packed_rows, read_corpus, rows_hash, sentence_rows
+from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance, union_of
+from lm_eval_steering.neurons.recording import Recording, record
+from lm_eval_steering.neurons.select import check_rate, lape
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to look for and in what text.
+
+    Attributes:
+        corpus: a folder of LANGUAGE.txt files, or a path with `{lang}` in it.
+        languages: codes of the form fra_Latn.
+        rate: share of all neurons that LAPE selects.
+        tokens: budget for each language; all of the text by default.
+        rows: `packed` windows of the context length, or one row a line (`sentences`).
+        context: tokens a row; the smaller of 2,048 and the model's own length by default.
+        sentences: number of calibration sentences a language.
+        batch_size: rows a forward pass.
+    """
+
+    corpus: str
+    languages: tuple[str, ...]
+    rate: float = 0.01
+    tokens: int | None = None
+    rows: Literal["packed", "sentences"] = "packed"
+    context: int | None = None
+    sentences: int = calibration.SENTENCES
+    batch_size: int = 16
+
+    def check(self) -> dict[str, list[str]]:
+        """Read the text and check the rate, so that a mistake is found before a model is loaded.
+
+        Raises:
+            CorpusError: if the text of a language is missing or empty.
+            SteeringError: if the rate is outside (0, 1].
+        """
+        check_rate("rate", self.rate)
+        return read_corpus(self.corpus, self.languages)
+
+
+def find_neurons(model: Any, tokenizer: Any, search: Search, progress: bool = True) -> tuple[NeuronSet, Recording]:
+    """Record activations over the corpus, select by LAPE, and calibrate the chosen neurons at both sites.
+
+    Raises:
+        CorpusError: if the text of a language is missing or empty.
+        SteeringError: if the rate is outside (0, 1].
+    """
+    documents = search.check()
+    length = search.context or min(2048, int(getattr(model.config, "max_position_embeddings", 2048)) - 1)
+    rows = {language: _rows(text, tokenizer, length, search) for language, text in documents.items()}
+    recording = record(model, tokenizer, rows, search.batch_size, progress)
+    selected = lape(recording.counts, recording.n_tokens, search.rate)
+    calibration_rows = {
+        language: sentence_rows(
+            text, tokenizer, length, at_least=calibration.SHORTEST, at_most=search.sentences
+        )
+        for language, text in documents.items()
+    }
+    statistics = calibration.calibrate(
+        model, tokenizer, calibration_rows, union_of(selected), search.batch_size, progress
+    )
+    shape = sites_of(model).shape
+    provenance = Provenance(
+        model=model_name(model),
+        revision=str(getattr(model.config, "_commit_hash", None) or ""),
+        architecture=str(model.config.model_type),
+        layers=shape.layers,
+        units=shape.units,
+        selection={"method": "lape", "rate": search.rate, "filter_rate": 0.95, "bar_rate": 0.95},
+        corpus={
+            "source": Path(search.corpus).name,
+            "rows": search.rows,
+            "sha256": rows_hash(rows),
+            "calibration_sha256": rows_hash(calibration_rows),
+            "calibration_sentences": {language: len(own) for language, own in calibration_rows.items()},
+            "tokens": dict(zip(recording.languages, recording.n_tokens.tolist(), strict=True)),
+        },
+        versions=versions(),
+    )
+    assignments = dict(zip(search.languages, selected, strict=True))
+    return NeuronSet(search.languages, assignments, provenance, statistics), recording
+
+
+def _rows(text: Sequence[str], tokenizer: Any, length: int, search: Search) -> list[Row]:
+    if search.rows == "packed":
+        return packed_rows(text, tokenizer, length, search.tokens)
+    return sentence_rows(text, tokenizer, length, budget=search.tokens)
+
+
+def model_name(model: Any) -> str:
+    """Hub id of a model, or the name of the folder that it came from: never a path of this machine."""
+    name = str(getattr(model.config, "_name_or_path", "") or "unnamed")
+    return Path(name).name if Path(name).exists() else name
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a number."""
+    return {name: importlib.metadata.version(name) for name in ("lm-eval-steering", "torch", "transformers", "numpy")}
+
+
+def load_model(name: str, revision: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer from the hub or a folder, ready for inference.
+
+    Raises:
+        SteeringError: if there is no such model; the message is transformers' first line.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise SteeringError(f"model {name!r}: {str(error).splitlines()[0]}") from error
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer

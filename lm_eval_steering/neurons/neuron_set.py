@@ -1,0 +1,279 @@
+"""The neuron set: for each language its neurons, with the statistics and the provenance that belong to them.
+
+On disk it is one safetensors file. Its header holds one key, `lm_eval_steering`, with the metadata as canonical JSON
+(sorted keys, no dates), so that the same work gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from lm_eval_steering import languages
+from lm_eval_steering.errors import NeuronSetError, did_you_mean
+
+FORMAT_VERSION = 1
+SITES = ("activation", "product")
+_HEADER_KEY = "lm_eval_steering"
+
+Neurons = NDArray[np.int64]  # (neuron, 2): sorted rows of (layer, unit)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which model the neurons belong to, and how they were found.
+
+    Attributes:
+        model: hub id, or the name of the folder that it was loaded from.
+        revision: commit of the hub, empty for a folder.
+        architecture: `model_type` of transformers.
+        layers: number of decoder layers.
+        units: MLP units a layer.
+        selection: the method's name and its numbers.
+        corpus: what was read: source, hash of the text, tokens for each language.
+        versions: of the libraries that were used.
+    """
+
+    model: str
+    revision: str
+    architecture: str
+    layers: int
+    units: int
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    corpus: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Calibrated activations of some neurons, for every language, at both sites.
+
+    Attributes:
+        neurons: (neuron, 2) sorted rows of (layer, unit): the union over languages.
+        languages: order of the last axis of `values`.
+        values: site -> statistic -> (neuron, language) float32, in units of the activation.
+    """
+
+    neurons: Neurons
+    languages: tuple[str, ...]
+    values: Mapping[str, Mapping[str, NDArray[np.float32]]]
+
+    def lookup(self, neurons: Neurons, language: str, site: str, name: str) -> NDArray[np.float32]:
+        """One statistic of one language for the given neurons, (neuron,).
+
+        `diffmean` is the language's mean minus the average of the other languages' means (Gurgurov et al. 2025).
+
+        Raises:
+            NeuronSetError: if the statistic or a neuron is absent.
+        """
+        table = self.values.get(site, {})
+        source = "mean" if name == "diffmean" else name
+        if source not in table:
+            hint = did_you_mean(name, [*table, *(["diffmean"] if "mean" in table else [])])
+            raise NeuronSetError(f"statistic {name!r} at site {site!r} is not in the neuron set{hint}")
+        values = table[source][self._rows(neurons)].astype(np.float64)
+        column = self.languages.index(language)
+        if name != "diffmean":
+            return values[:, column].astype(np.float32)
+        others = np.delete(values, column, axis=1).mean(axis=1)
+        return (values[:, column] - others).astype(np.float32)
+
+    def restrict(self, neurons: Neurons) -> Statistics:
+        """The same statistics for a subset of the neurons."""
+        rows = self._rows(neurons)
+        values = {site: {name: table[rows] for name, table in tables.items()} for site, tables in self.values.items()}
+        return replace(self, neurons=neurons, values=values)
+
+    def _rows(self, neurons: Neurons) -> NDArray[np.intp]:
+        width = 1 + max(_largest_unit(self.neurons), _largest_unit(neurons))
+        known, wanted = _keys(self.neurons, width), _keys(neurons, width)
+        if not len(wanted):
+            return np.zeros(0, dtype=np.intp)
+        rows = np.searchsorted(known, wanted)
+        if not len(known) or (known[np.minimum(rows, len(known) - 1)] != wanted).any():
+            raise NeuronSetError("a neuron has no calibrated statistics in this set")
+        return rows
+
+
+@dataclass(frozen=True)
+class NeuronSet:
+    """Neurons of each language in one model.
+
+    Attributes:
+        languages: codes in the order of selection; a language without neurons is listed too.
+        assignments: language -> (neuron, 2) sorted rows of (layer, unit).
+        provenance: model, selection, corpus.
+        statistics: calibrated activations, or None where none were measured.
+    """
+
+    languages: tuple[str, ...]
+    assignments: Mapping[str, Neurons]
+    provenance: Provenance
+    statistics: Statistics | None = None
+
+    def __post_init__(self) -> None:
+        if set(self.languages) != set(self.assignments) or len(set(self.languages)) != len(self.languages):
+            raise NeuronSetError("the languages and the lists of neurons do not match one to one")
+        for language in self.languages:
+            if languages.normalise(language) != language:
+                raise NeuronSetError(f"language {language!r} is not a code of the form fra_Latn")
+            self._check(language, self.assignments[language])
+
+    def _check(self, language: str, neurons: Neurons) -> None:
+        if neurons.ndim != 2 or neurons.shape[1] != 2:
+            raise NeuronSetError(f"{language}: neurons of shape {neurons.shape}, expected (neuron, 2)")
+        limits = np.array([self.provenance.layers, self.provenance.units])
+        outside = (neurons < 0) | (neurons >= limits)
+        if outside.any():
+            layer, unit = neurons[outside.any(axis=1)][0]
+            raise NeuronSetError(
+                f"{language}: neuron (layer {layer}, unit {unit}) is out of range for "
+                f"{limits[0]} layers of {limits[1]} units"
+            )
+        keys = _keys(neurons, int(limits[1]))
+        if (np.diff(keys) <= 0).any():
+            raise NeuronSetError(f"{language}: neurons must be sorted by (layer, unit) and distinct")
+
+    def neurons(self, language: str) -> Neurons:
+        """Sorted rows (layer, unit) of one language; any code that names it will do."""
+        return self.assignments[languages.choose(language, self.languages, "the neuron set")]
+
+    def union(self, chosen: Sequence[str] | None = None) -> Neurons:
+        """Distinct neurons of the given languages, all by default."""
+        return union_of([self.neurons(language) for language in (self.languages if chosen is None else chosen)])
+
+    def overlap(self) -> NDArray[np.int64]:
+        """Number of neurons that two languages share, (language, language); the diagonal holds the sizes."""
+        keys = [_keys(self.assignments[language], self.provenance.units) for language in self.languages]
+        return np.array([[np.intersect1d(a, b).size for b in keys] for a in keys], dtype=np.int64)
+
+    def content_hash(self) -> str:
+        """SHA-256 over the languages, neurons and statistics: what decides a score, and nothing else."""
+        digest = hashlib.sha256(json.dumps([self.languages, list(self.shape)]).encode())
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            digest.update(np.ascontiguousarray(tensor).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, units a layer) of the model."""
+        return self.provenance.layers, self.provenance.units
+
+    # --- the file ---------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, NDArray[Any]]:
+        tensors: dict[str, NDArray[Any]] = {f"neurons/{k}": self.assignments[k] for k in self.languages}
+        if self.statistics is not None:
+            tensors["statistics/neurons"] = self.statistics.neurons
+            for site, tables in self.statistics.values.items():
+                tensors |= {f"statistics/{site}/{name}": table for name, table in tables.items()}
+        return tensors
+
+    def save(self, path: str | Path) -> None:
+        """Write the file in one step: a file of that name is whole or is the one that was there before."""
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            "languages": list(self.languages),
+            "provenance": {key: getattr(self.provenance, key) for key in Provenance.__dataclass_fields__},
+            "statistics_languages": list(self.statistics.languages) if self.statistics else None,
+            "content_sha256": self.content_hash(),
+        }
+        header = json.dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self._tensors().items()}
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_bytes(save(tensors, metadata={_HEADER_KEY: header}))
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | Path) -> NeuronSet:
+        """Read and check a file.
+
+        Raises:
+            NeuronSetError: if it is missing, cut short, not a neuron set, or its content is not what it says.
+        """
+        metadata, tensors = _read(Path(path))
+        try:
+            provenance = Provenance(**metadata["provenance"])
+            codes = tuple(metadata["languages"])
+            found = cls(
+                codes,
+                {code: tensors[f"neurons/{code}"] for code in codes},
+                provenance,
+                _statistics(metadata["statistics_languages"], tensors),
+            )
+        except (KeyError, TypeError) as error:
+            raise NeuronSetError(f"{path}: not a complete neuron set ({error})") from None
+        if found.content_hash() != metadata["content_sha256"]:
+            raise NeuronSetError(f"{path}: the content does not match its own checksum; the file was damaged or edited")
+        return found
+
+    def check_model(self, layers: int, units: int, architecture: str) -> None:
+        """Refuse to be used with a model of another architecture or shape.
+
+        Raises:
+            NeuronSetError: naming both.
+        """
+        own = (self.provenance.architecture, *self.shape)
+        other = (architecture, layers, units)
+        if own != other:
+            raise NeuronSetError(
+                f"the neuron set is for {self.provenance.model} ({own[0]}, {own[1]} layers of {own[2]} units), "
+                f"the model is {other[0]} with {other[1]} layers of {other[2]} units; "
+                "find the neurons of this model with `lm-eval-steering find`"
+            )
+
+
+def union_of(lists: Sequence[Neurons]) -> Neurons:
+    """Distinct rows of several lists of neurons, sorted by (layer, unit)."""
+    rows = np.concatenate([np.zeros((0, 2), dtype=np.int64), *lists])
+    return np.unique(rows, axis=0)
+
+
+def _keys(neurons: Neurons, units: int) -> NDArray[np.int64]:
+    return neurons[:, 0] * units + neurons[:, 1]
+
+
+def _largest_unit(neurons: Neurons) -> int:
+    return int(neurons[:, 1].max()) if len(neurons) else 0
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    if not path.is_file():
+        raise NeuronSetError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = (file.metadata() or {}).get(_HEADER_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise NeuronSetError(f"{path}: not a whole safetensors file ({error})") from None
+    if header is None:
+        raise NeuronSetError(f"{path}: a safetensors file, but not a neuron set (no {_HEADER_KEY!r} in its header)")
+    metadata = json.loads(header)
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise NeuronSetError(
+            f"{path}: format version {metadata.get('format_version')}, this release reads {FORMAT_VERSION}"
+        )
+    return metadata, tensors
+
+
+def _statistics(codes: list[str] | None, tensors: Mapping[str, NDArray[Any]]) -> Statistics | None:
+    if codes is None:
+        return None
+    values: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for key in sorted(tensors):
+        parts = key.split("/")
+        if parts[0] == "statistics" and len(parts) == 3:
+            values.setdefault(parts[1], {})[parts[2]] = tensors[key]
+    return Statistics(tensors["statistics/neurons"], tuple(codes), values)
