@@ -86,11 +86,13 @@ def find(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, table and picture.")] = Path("demo-results"),
+    languages: Annotated[str | None, typer.Option(help="Codes joined by commas, or all; four by default.")] = None,
+    controls: Annotated[int, typer.Option(min=1, help="Number of matched random sets.")] = 3,
 ) -> None:
     """Find, steer and compare on the small model that ships: offline, on a CPU, in under three minutes."""
-    from lm_eval_steering.demo.run import run_demo
+    from lm_eval_steering.demo.run import run_demo, steered_languages
 
-    run_demo(out)
+    run_demo(out, steered_languages(languages), controls)
 
 
 @app.command()

@@ -23,7 +23,7 @@ _FLORES_OF_MACRO = {
 # Labels of lid.176 that are not the ISO codes they look like, or that ISO has withdrawn.
 _FASTTEXT = {
     "als": "gsw_Latn",  # Alemannic; in ISO 639-3 `als` is Tosk Albanian
-    "bh": "bho_Deva", "eml": "egl_Latn", "nah": "nhn_Latn", "sh": "hbs_Latn",
+    "bh": "bho_Deva", "eml": "egl_Latn", "nah": "nhn_Latn",
 }  # fmt: skip
 
 # langcodes keeps Bokmaal apart from the macrolanguage that fastText's label `no` stands for.

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
@@ -43,6 +44,8 @@ class SteeredHFLM(HFLM):  # type: ignore[misc]
         config = _read_config(pretrained, arguments)
         own, rest = split(arguments, HFLM, config)
         neuron_set, plan = plan_before_loading(own, config)
+        # `hf` asks for CUDA by default and fails where there is none.
+        rest.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, **rest)
         self.identifier = LanguageIdentifier()
         self.targets: tuple[str, ...] = own.targets()

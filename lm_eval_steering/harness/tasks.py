@@ -116,7 +116,7 @@ def perplexity_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> d
 # --- Language Steering Shift ----------------------------------------------------------------------------------------
 
 
-def lss_documents(base: str, items: str = "all", **settings: Any) -> dict[str, Any]:
+def lss_documents(base: str, items: str = "report", **settings: Any) -> dict[str, Any]:
     """First clause in the base language; its second clause in the base language and in the steered one."""
     target = steered_language(settings, f"LSS from {base}")
     if target == base:
@@ -163,7 +163,7 @@ def lss_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str
 # --- output language ------------------------------------------------------------------------------------------------
 
 
-def forcing_documents(items: str = "all", **settings: Any) -> dict[str, Any]:
+def forcing_documents(items: str = "report", **settings: Any) -> dict[str, Any]:
     """Whole sentences as prompts, in turn in each of the languages that are not steered."""
     named = settings.get("target_language") or settings.get("language")
     targets = {languages.normalise(code) for code in str(named).split("+")} if named else set()

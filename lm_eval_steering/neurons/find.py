@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from lm_eval_steering.neurons import calibrate as calibration
 from lm_eval_steering.neurons.corpus import Row, packed_rows, read_corpus, rows_hash, sentence_rows
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance, union_of
 from lm_eval_steering.neurons.recording import Recording, record
-from lm_eval_steering.neurons.select import check_rate, lape
+from lm_eval_steering.neurons.select import check_rate, lape, random_control
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,11 @@ def find_neurons(model: Any, tokenizer: Any, search: Search, progress: bool = Tr
         SteeringError: if the rate is outside (0, 1].
     """
     documents = search.check()
-    length = search.context or min(2048, int(getattr(model.config, "max_position_embeddings", 2048)) - 1)
+    length = _context(model, search)
     rows = {language: _rows(text, tokenizer, length, search) for language, text in documents.items()}
     recording = record(model, tokenizer, rows, search.batch_size, progress)
     selected = lape(recording.counts, recording.n_tokens, search.rate)
-    calibration_rows = {
-        language: sentence_rows(
-            text, tokenizer, length, at_least=calibration.SHORTEST, at_most=search.sentences
-        )
-        for language, text in documents.items()
-    }
+    calibration_rows = _calibration_rows(documents, tokenizer, length, search)
     statistics = calibration.calibrate(
         model, tokenizer, calibration_rows, union_of(selected), search.batch_size, progress
     )
@@ -93,6 +88,53 @@ def find_neurons(model: Any, tokenizer: Any, search: Search, progress: bool = Tr
     )
     assignments = dict(zip(search.languages, selected, strict=True))
     return NeuronSet(search.languages, assignments, provenance, statistics), recording
+
+
+def control_sets(
+    model: Any, tokenizer: Any, search: Search, neuron_set: NeuronSet, seeds: Sequence[int], progress: bool = True
+) -> list[NeuronSet]:
+    """Matched random sets: as many neurons in each layer for each language, calibrated on the same sentences.
+
+    Args:
+        model: the neuron set's model.
+        tokenizer: its tokenizer.
+        search: what the set was found with.
+        neuron_set: the set to match.
+        seeds: one a control.
+        progress: whether to show a bar.
+    """
+    draws = [
+        random_control(neuron_set.assignments, neuron_set.languages, neuron_set.provenance.units, seed)
+        for seed in seeds
+    ]
+    rows = _calibration_rows(search.check(), tokenizer, _context(model, search), search)
+    union = union_of([neurons for draw in draws for neurons in draw.values()])
+    statistics = calibration.calibrate(model, tokenizer, rows, union, search.batch_size, progress)
+    return [
+        replace(
+            neuron_set,
+            assignments=draw,
+            statistics=statistics.restrict(union_of(list(draw.values()))),
+            provenance=replace(
+                neuron_set.provenance,
+                selection={"method": "random", "seed": seed, "matched_to": neuron_set.content_hash()},
+            ),
+        )
+        for seed, draw in zip(seeds, draws, strict=True)
+    ]
+
+
+def _context(model: Any, search: Search) -> int:
+    return search.context or min(2048, int(getattr(model.config, "max_position_embeddings", 2048)) - 1)
+
+
+def _calibration_rows(
+    documents: Mapping[str, Sequence[str]], tokenizer: Any, length: int, search: Search
+) -> dict[str, list[Row]]:
+    return {
+        language: sentence_rows(text, tokenizer, length, at_least=calibration.SHORTEST, at_most=search.sentences)
+        for language, text in documents.items()
+    }
 
 
 def _rows(text: Sequence[str], tokenizer: Any, length: int, search: Search) -> list[Row]:

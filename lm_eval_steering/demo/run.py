@@ -1,0 +1,251 @@
+"""The demo: find the neurons of the small model that ships, steer it, and compare, through lm-eval's own evaluator."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lm_eval_steering import resources
+from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.harness.registration import register_all
+from lm_eval_steering.harness.tasks import demo_languages
+from lm_eval_steering.languages import choose
+from lm_eval_steering.neurons.find import Search, control_sets, find_neurons
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+
+FACTORS = (1.0, 2.0, 4.0, 6.0, 8.0)
+LANGUAGES = ("deu_Latn", "spa_Latn", "tur_Latn", "jpn_Jpan")
+STEERING = {"op": "add", "value": "mean", "site": "product"}  # what steers the demo model best
+RATE = 0.05
+DEACTIVATION_CONTROLS = 3  # matched random sets that are deactivated too
+
+
+@dataclass
+class Figures:
+    """Everything that the demo measures. Languages are codes, shares are 0 to 1, perplexity is nats a token.
+
+    Attributes:
+        languages: steered ones, which are the evaluated ones too.
+        neurons: neurons of each language.
+        baseline_nats: evaluated language -> nats of the unsteered model.
+        deactivated_nats: deactivated -> evaluated -> nats.
+        deactivated_control_nats: deactivated -> one mapping (evaluated -> nats) a matched random set.
+        amplified_nats: steered -> factor -> evaluated -> nats.
+        lfs_choose: steered -> factor -> share of outputs, on the prompts that the factor is chosen on.
+        chosen: steered -> chosen factor.
+        lfs: steered -> {"baseline", "steered"} -> share of outputs, on other prompts.
+        lfs_control: steered -> share for each matched random set.
+        lfs_open: steered -> the same from an open start.
+        lfs_open_control: steered -> share from an open start for each matched random set.
+        lss: steered -> base -> LSS at the chosen factor.
+        lss_control: steered -> base -> LSS of each matched random set.
+        outputs: steered -> (prompt, output before, output after).
+    """
+
+    languages: tuple[str, ...]
+    factors: tuple[float, ...] = FACTORS
+    neurons: dict[str, int] = field(default_factory=dict)
+    baseline_nats: dict[str, float] = field(default_factory=dict)
+    deactivated_nats: dict[str, dict[str, float]] = field(default_factory=dict)
+    deactivated_control_nats: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    amplified_nats: dict[str, dict[float, dict[str, float]]] = field(default_factory=dict)
+    lfs_choose: dict[str, dict[float, float]] = field(default_factory=dict)
+    chosen: dict[str, float] = field(default_factory=dict)
+    lfs: dict[str, dict[str, float]] = field(default_factory=dict)
+    lfs_control: dict[str, list[float]] = field(default_factory=dict)
+    lfs_open: dict[str, dict[str, float]] = field(default_factory=dict)
+    lfs_open_control: dict[str, list[float]] = field(default_factory=dict)
+    lss: dict[str, dict[str, float]] = field(default_factory=dict)
+    lss_control: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    outputs: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+
+
+class Evaluator:
+    """lm-eval's `simple_evaluate` on one loaded model, whose result files are kept."""
+
+    def __init__(self, lm: Any, out: Path, progress: Progress, total: int) -> None:
+        self.lm, self.out, self.progress = lm, out, progress
+        self.task = progress.add_task("evaluating", total=total)
+
+    def __call__(
+        self, name: str, target: str, tasks: Sequence[str], neuron_set: NeuronSet | None = None, **intervention: Any
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, list[Any]]]:
+        """(task -> metric -> value, task -> samples) of one intervention; nothing given is the unsteered model."""
+        from lm_eval import simple_evaluate
+        from lm_eval.loggers import EvaluationTracker
+        from lm_eval.tasks import TaskManager
+
+        self.progress.update(self.task, description=name)
+        self.lm.intervene(neuron_set, target_language=target, **intervention)
+        manager = TaskManager(
+            include_defaults=False, include_path=str(resources.tasks_folder()), metadata={"target_language": target}
+        )
+        results = simple_evaluate(
+            model=self.lm, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, log_samples=True
+        )
+        samples = results.pop("samples")
+        tracker = EvaluationTracker(output_path=str(self.out / name))
+        tracker.general_config_tracker.model_name_sanitized = "demo"
+        tracker.save_results_aggregated(results, samples)
+        for task in tasks:
+            tracker.save_results_samples(task, samples[task])
+        self.progress.advance(self.task)
+        cleaned = {
+            task: {key.removesuffix(",none"): value for key, value in metrics.items()}
+            for task, metrics in results["results"].items()
+        }
+        return cleaned, samples
+
+
+def steered_languages(text: str | None) -> tuple[str, ...]:
+    """Codes from `all`, a list joined by commas, or the default four.
+
+    Raises:
+        SteeringError: for an unknown code, or fewer than two.
+    """
+    available = demo_languages()
+    if text in (None, "all"):
+        return LANGUAGES if text is None else available
+    chosen = tuple(dict.fromkeys(choose(code, available, "the demo") for code in str(text).split(",")))
+    if len(chosen) < 2:
+        raise SteeringError("the demo compares languages: name at least two")
+    return chosen
+
+
+def run_demo(out: Path, languages: Sequence[str] = LANGUAGES, controls: int = 3) -> Figures:
+    """Find, steer, compare, print, draw; everything lands in `out`.
+
+    Args:
+        out: folder for the neuron set, lm-eval's result files, `figures.json` and `demo.png`.
+        languages: the demo's languages to steer and to evaluate, at least two.
+        controls: number of matched random sets.
+    """
+    from lm_eval_steering.demo import picture, tables
+
+    console = Console()
+    _be_quiet()
+    register_all()
+    out.mkdir(parents=True, exist_ok=True)
+    lm, neuron_set, randoms = _prepare(console, out, controls)
+    figures = Figures(tuple(languages))
+    figures.neurons = {code: len(neuron_set.neurons(code)) for code in languages}
+    total = 1 + len(languages) * (4 + len(FACTORS) + controls + min(controls, DEACTIVATION_CONTROLS) - 1)
+    with _progress(console) as progress:
+        measure(Evaluator(lm, out / "lm_eval", progress, total), figures, neuron_set, randoms)
+    (out / "figures.json").write_text(json.dumps(asdict(figures), indent=1, ensure_ascii=False) + "\n")
+    picture.draw(figures, out / "demo.png")
+    tables.show(figures, console)
+    console.print(f"\nresults, samples and the picture are in {out}/ (demo.png, figures.json, lm_eval/)")
+    return figures
+
+
+def _prepare(console: Console, out: Path, controls: int) -> tuple[Any, NeuronSet, list[NeuronSet]]:
+    from lm_eval_steering.harness.model import SteeredHFLM
+    lm = SteeredHFLM(str(resources.demo_model()), batch_size=32)
+    search = Search(str(resources.demo_calibration()), demo_languages(), RATE, rows="sentences", batch_size=32)
+    console.print("finding the language neurons of the demo model (record, select, calibrate) ...")
+    neuron_set, _ = find_neurons(lm.model, lm.tokenizer, search, progress=False)
+    neuron_set.save(out / "neurons.safetensors")
+    randoms = control_sets(lm.model, lm.tokenizer, search, neuron_set, range(controls), progress=False)
+    sizes = " ".join(f"{code}:{len(neuron_set.neurons(code))}" for code in neuron_set.languages)
+    console.print(f"{len(neuron_set.union())} neurons  {sizes}", soft_wrap=True)
+    return lm, neuron_set, randoms
+
+
+def measure(evaluate: Evaluator, figures: Figures, neuron_set: NeuronSet, randoms: Sequence[NeuronSet]) -> None:
+    """Fill in all figures: baseline, deactivation, five factors, and the chosen one against matched random sets."""
+    nats_tasks = [f"steering_demo_perplexity_{code}" for code in figures.languages]
+    results, _ = evaluate("baseline", figures.languages[0], nats_tasks)
+    figures.baseline_nats = _nats(results)
+    for code in figures.languages:
+        results, _ = evaluate(f"{code}-deactivated", code, nats_tasks, neuron_set, deactivate=code)
+        figures.deactivated_nats[code] = _nats(results)
+        figures.deactivated_control_nats[code] = [
+            _nats(evaluate(f"{code}-deactivated-random{i}", code, nats_tasks, randoms[i], deactivate=code)[0])
+            for i in range(min(len(randoms), DEACTIVATION_CONTROLS))
+        ]
+        _choose(evaluate, figures, code, neuron_set, nats_tasks)
+        _report(evaluate, figures, code, neuron_set, randoms)
+
+
+def _choose(evaluate: Evaluator, figures: Figures, code: str, neuron_set: NeuronSet, nats_tasks: list[str]) -> None:
+    """Every factor, and the one with the largest share of outputs in the language (the smallest of equals)."""
+    figures.lfs_choose[code], figures.amplified_nats[code] = {}, {}
+    for factor in figures.factors:
+        tasks = ["steering_demo_forcing_choose", *nats_tasks]
+        results, _ = evaluate(f"{code}-x{factor:g}", code, tasks, neuron_set, language=code, factor=factor, **STEERING)
+        figures.lfs_choose[code][factor] = results["steering_demo_forcing_choose"]["lfs"]
+        figures.amplified_nats[code][factor] = _nats(results)
+    figures.chosen[code] = max(figures.factors, key=lambda factor: (figures.lfs_choose[code][factor], -factor))
+
+
+def _report(
+    evaluate: Evaluator, figures: Figures, code: str, neuron_set: NeuronSet, randoms: Sequence[NeuronSet]
+) -> None:
+    """The chosen factor on other prompts, beside the unsteered model and matched random sets."""
+    generation = ["steering_demo_forcing", "steering_demo_open"]
+    bases = [base for base in figures.languages if base != code]
+    tasks = [*generation, *(f"steering_demo_lss_{base}" for base in bases)]
+    arguments = {"language": code, "factor": figures.chosen[code], **STEERING}
+    before, samples_before = evaluate(f"{code}-baseline", code, generation)
+    after, samples_after = evaluate(f"{code}-chosen", code, tasks, neuron_set, **arguments)
+    figures.lfs[code] = _both(before, after, "steering_demo_forcing")
+    figures.lfs_open[code] = _both(before, after, "steering_demo_open")
+    figures.lss[code] = {base: after[f"steering_demo_lss_{base}"]["lss"] for base in bases}
+    figures.outputs[code] = _example(samples_before, samples_after)
+    controls = [
+        evaluate(f"{code}-chosen-random{i}", code, tasks, control, **arguments)[0] for i, control in enumerate(randoms)
+    ]
+    figures.lfs_control[code] = [result["steering_demo_forcing"]["lfs"] for result in controls]
+    figures.lfs_open_control[code] = [result["steering_demo_open"]["lfs"] for result in controls]
+    figures.lss_control[code] = {
+        base: [result[f"steering_demo_lss_{base}"]["lss"] for result in controls] for base in bases
+    }
+
+
+def _both(before: Mapping[str, Any], after: Mapping[str, Any], task: str) -> dict[str, float]:
+    return {"baseline": before[task]["lfs"], "steered": after[task]["lfs"]}
+
+
+def _nats(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    prefix = "steering_demo_perplexity_"
+    return {
+        task.removeprefix(prefix): metrics["nats_per_token"]
+        for task, metrics in results.items()
+        if task.startswith(prefix)
+    }
+
+
+def _example(before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> tuple[str, str, str]:
+    """The first prompt in a spaced Latin language, what the model said to it, and what it says steered."""
+    task = "steering_demo_forcing"
+    place = next((i for i, s in enumerate(before[task]) if s["doc"]["language"].endswith("_Latn")), 0)
+    answers = [str(samples[task][place]["filtered_resps"][0]).strip() for samples in (before, after)]
+    return str(before[task][place]["doc"]["prompt"]), answers[0], answers[1]
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _be_quiet() -> None:
+    """One bar of our own instead of dozens of lm-eval's."""
+    os.environ["TQDM_DISABLE"] = "1"
+    for name in ("lm_eval", "transformers", "datasets", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,103 @@
+"""Tiny models of every family, built here, and the shared data folder where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports them: no network, no threads that fight over two cores.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics, union_of
+
+LAYERS, UNITS, VOCABULARY = 3, 24, 60
+SHARED = Path(os.environ.get("LM_EVAL_STEERING_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def tiny_model(family: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if family == "gpt2":
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=LAYERS, n_head=2, n_inner=UNITS,
+            bos_token_id=0, eos_token_id=0, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config).eval()
+    kind, config_kind = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}[family]
+    config = config_kind(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=UNITS, num_hidden_layers=LAYERS,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+        pad_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level: `<s>`, `<pad>`, `<unk>`, then w0, w1, ...; adds BOS."""
+    vocabulary = {"<s>": 0, "<pad>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(VOCABULARY - 3)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<pad>")
+
+
+def make_set(
+    assignments: dict[str, list[tuple[int, int]]], architecture: str = "llama", seed: int = 0, calibrated: bool = True
+) -> NeuronSet:
+    """A neuron set of the tiny models, with made-up statistics."""
+    rows = {code: np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2) for code, pairs in assignments.items()}
+    union = union_of(list(rows.values()))
+    generator = np.random.default_rng(seed)
+    values = {
+        site: {
+            name: generator.normal(size=(len(union), len(rows))).astype(np.float32)
+            for name in ("mean", "sentence_mean", "median", "max", "p10")
+        }
+        for site in SITES
+    }
+    return NeuronSet(
+        tuple(rows),
+        rows,
+        Provenance("tiny", "", architecture, LAYERS, UNITS),
+        Statistics(union, tuple(rows), values) if calibrated else None,
+    )
+
+
+@pytest.fixture(params=["llama", "qwen2", "gpt2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(family: str) -> torch.nn.Module:
+    return tiny_model(family)
+
+
+@pytest.fixture
+def neuron_set(family: str) -> NeuronSet:
+    return make_set(
+        {"fra_Latn": [(0, 1), (0, 5), (2, 3)], "deu_Latn": [(0, 5), (1, 7)], "eng_Latn": [(2, 20)], "tur_Latn": []},
+        family,
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"no shared data at {SHARED} (set LM_EVAL_STEERING_SHARED): its licences keep it out of here")
+    return SHARED / "data"

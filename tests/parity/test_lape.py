@@ -1,0 +1,74 @@
+"""LAPE against the published code's own outputs (Tang et al. 2024), and right where the published code is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lm_eval_steering.neurons.select import activation_probability, entropy, kth_smallest, lape
+
+CASES: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "lape_cases.json").read_text())
+
+
+def case(letter: str) -> dict[str, Any]:
+    return next(value for name, value in CASES.items() if name.startswith(f"{letter}_"))
+
+
+def select(letter: str) -> list[list[list[int]]]:
+    """[language][layer] lists of units, the published layout."""
+    data = case(letter)
+    counts = np.array(data["over_zero"])
+    found = lape(counts, data["n"])
+    return [[rows[rows[:, 0] == layer, 1].tolist() for layer in range(counts.shape[0])] for rows in found]
+
+
+@pytest.mark.parametrize("letter", ["A", "B", "C", "F"])
+def test_selection_is_the_published_one(letter: str) -> None:
+    assert select(letter) == case(letter)["selected"]
+
+
+@pytest.mark.parametrize("letter", ["A", "B", "C", "D", "F", "G", "I"])
+def test_threshold_and_entropy_are_the_published_ones(letter: str) -> None:
+    data = case(letter)
+    probability = activation_probability(np.array(data["over_zero"]), data["n"])
+    assert kth_smallest(probability, 0.95) == np.float32(data["threshold"])
+    assert int((probability > kth_smallest(probability, 0.95)).any(-1).sum()) == data["eligible"]
+    found = entropy(probability)
+    for layer, unit, expected in data["entropy_sample"]:
+        assert found[layer, unit] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_language_without_neurons_at_the_end_keeps_its_place() -> None:
+    """Published: three lists for four languages (case D), so that every later index names another language."""
+    found = select("D")
+    assert len(found) == 4
+    assert found[:3] == case("D")["selected"]
+    assert found[3] == [[], [], [], []]
+
+
+def test_nothing_to_select_gives_empty_lists() -> None:
+    """Published: a crash or an empty list (case E)."""
+    assert select("E") == [[[], []]] * 3
+
+
+def test_of_equal_entropies_the_first_are_taken() -> None:
+    """Published: unspecified (case G); ours: by (entropy, layer, unit)."""
+    chosen = {tuple(row) for rows in lape(np.array(case("G")["over_zero"]), case("G")["n"]) for row in rows.tolist()}
+    assert chosen == {(0, unit) for unit in range(10)}
+
+
+def test_the_number_of_neurons_rounds_half_to_even() -> None:
+    sizes = case("H")
+    for total, expected in zip(sizes["num_neurons"], sizes["top_n_at_0.01"], strict=True):
+        counts = np.zeros((1, total, 2), dtype=np.int64)
+        counts[0, :, 0] = np.arange(total) + 1  # all of entropy 0
+        found = lape(counts, [total, total], filter_rate=0.01, bar_rate=0.01)
+        assert len(found[0]) == expected
+
+
+def test_a_rate_that_rounds_to_no_neuron_gives_empty_lists() -> None:
+    assert select("I") == [[[]]] * 3

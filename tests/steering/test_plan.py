@@ -1,0 +1,127 @@
+"""The algebra: composed maps against the definitions, applied one after another."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm_eval_steering.errors import InterventionError, NeuronSetError
+from lm_eval_steering.steering.intervention import Intervention, Step, build, from_arguments
+from lm_eval_steering.steering.plan import Plan, compile_plan
+from tests.conftest import make_set
+
+SET = make_set(
+    {"fra_Latn": [(0, 1), (0, 5), (2, 3)], "deu_Latn": [(0, 5), (1, 7)], "eng_Latn": [(2, 20)], "tur_Latn": []}
+)
+numbers = st.floats(-4, 4, allow_nan=False).map(lambda x: round(x, 3))
+steps = st.builds(
+    lambda op, languages, value, factor: Step(
+        op=op, languages=tuple(languages), value=None if op == "scale" else value, factor=factor
+    ),
+    st.sampled_from(["scale", "add", "set"]),
+    st.lists(st.sampled_from(["fra_Latn", "deu_Latn", "eng_Latn"]), min_size=1, max_size=3, unique=True),
+    st.one_of(numbers, st.sampled_from(["mean", "median", "max", "diffmean"])),
+    numbers,
+)
+
+
+def apply(plan: Plan, activations: np.ndarray, site: str = "activation") -> np.ndarray:
+    """The plan on (layer, unit) activations."""
+    result = activations.copy()
+    for edit in plan.edits:
+        if edit.site == site:
+            before = result[edit.layer, edit.units]
+            result[edit.layer, edit.units] = np.where(edit.written, edit.shift, before * edit.scale + edit.shift)
+    return result
+
+
+def one_step(step: Step, activations: np.ndarray) -> np.ndarray:
+    """One step by its definition, a neuron at a time; a shared neuron uses the mean of its languages' values."""
+    result = activations.copy()
+    owners: dict[tuple[int, int], list[float]] = {}
+    for code in step.languages:
+        rows = SET.neurons(code)
+        values = (
+            SET.statistics.lookup(rows, code, step.site, step.amount)
+            if isinstance(step.amount, str)
+            else np.full(len(rows), step.amount)
+        )
+        for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+            owners.setdefault(tuple(row), []).append(value)
+    for (layer, unit), values in owners.items():
+        a, v = activations[layer, unit], sum(values) / len(values)
+        result[layer, unit] = {"scale": step.factor * a, "add": a + step.factor * v, "set": step.factor * v}[step.op]
+    return result
+
+
+@given(st.lists(steps, max_size=4), st.integers(0, 1000))
+def test_composition_equals_one_step_after_another(chosen: list[Step], seed: int) -> None:
+    activations = np.random.default_rng(seed).normal(size=(3, 24))
+    expected = activations
+    for step in chosen:
+        expected = one_step(step, expected)
+    found = apply(compile_plan(Intervention(steps=tuple(chosen)), SET), activations)
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@given(steps)
+def test_the_order_of_languages_in_a_step_does_not_matter(step: Step) -> None:
+    turned = step.model_copy(update={"languages": step.languages[::-1]})
+    first, second = (compile_plan(Intervention(steps=(s,)), SET) for s in (step, turned))
+    for one, other in zip(first.edits, second.edits, strict=True):
+        assert np.array_equal(one.scale, other.scale) and np.allclose(one.shift, other.shift, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"op": "scale", "factor": 1}, {"op": "add", "value": "mean", "factor": 0}, {"op": "add", "value": 0}],
+)
+def test_identity_interventions_are_exact_identities(arguments: dict) -> None:
+    plan = compile_plan(from_arguments({"language": "fra_Latn", **arguments}), SET)
+    for edit in plan.edits:
+        assert (edit.scale == 1).all() and (edit.shift == 0).all() and not edit.written.any()
+
+
+@given(st.floats(0.01, 100))
+def test_scaling_and_scaling_back_restores(factor: float) -> None:
+    both = [{"op": "scale", "languages": ["fra_Latn"], "factor": f} for f in (factor, 1 / factor)]
+    for edit in compile_plan(build({"steps": both}), SET).edits:
+        assert np.allclose(edit.scale, 1, rtol=1e-6)
+
+
+def test_a_shared_neuron_is_scaled_once() -> None:
+    plan = compile_plan(from_arguments({"language": "fra_Latn+deu_Latn", "op": "scale", "factor": 3}), SET)
+    assert all((edit.scale == 3).all() for edit in plan.edits)
+    assert (plan.neurons, plan.shared) == (4, 1)
+
+
+def test_deactivation_leaves_out_what_is_steered_unless_told_otherwise() -> None:
+    arguments = {"language": "fra_Latn", "op": "scale", "factor": 3, "deactivate": "deu_Latn"}
+    kept = from_arguments(arguments)
+    literal = Intervention(steps=(kept.steps[0].model_copy(update={"keep_shared": False}), kept.steps[1]))
+    activations = np.ones((3, 24))
+    assert apply(compile_plan(kept, SET), activations)[0, 5] == 3
+    assert apply(compile_plan(literal, SET), activations)[0, 5] == 0
+    assert apply(compile_plan(kept, SET), activations)[1, 7] == 0
+
+
+def test_layers_and_sites_are_kept_apart() -> None:
+    plan = compile_plan(from_arguments({"language": "fra", "op": "add", "site": "product", "layers": "2"}), SET)
+    assert [(edit.layer, edit.site, edit.units.tolist()) for edit in plan.edits] == [(2, "product", [3])]
+
+
+def test_what_cannot_be_meant_is_refused() -> None:
+    with pytest.raises(InterventionError, match="tur_Latn has no neurons in the neuron set; allow_empty=true"):
+        compile_plan(from_arguments({"language": "tur", "op": "scale"}), SET)
+    assert compile_plan(from_arguments({"language": "tur", "op": "scale"}), SET, allow_empty=True).neurons == 0
+    with pytest.raises(InterventionError, match="fra_Latn has no neurons in layers 1"):
+        compile_plan(from_arguments({"language": "fra", "op": "scale", "layers": "1"}), SET)
+    with pytest.raises(InterventionError, match="overflow float32"):
+        compile_plan(from_arguments({"language": "fra", "op": "add", "value": 1e30, "factor": 1e30}), SET)
+    bare = make_set({"fra_Latn": [(0, 1)]}, calibrated=False)
+    with pytest.raises(InterventionError, match="value=mean: the neuron set holds no calibrated statistics"):
+        compile_plan(from_arguments({"language": "fra", "op": "add", "value": "mean"}), bare)
+    with pytest.raises(NeuronSetError, match="statistic 'p75' at site 'activation' is not in the neuron set"):
+        compile_plan(from_arguments({"language": "fra", "op": "add", "value": "p75"}), SET)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+
+from lm_eval_steering import languages
+from lm_eval_steering.errors import UnknownLanguageError
+from lm_eval_steering.metrics.language_id import LanguageIdentifier
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("fra_Latn", "fra_Latn"), ("fra-Latn", "fra_Latn"), ("fr", "fra_Latn"), ("fra", "fra_Latn"),
+        ("fre", "fra_Latn"), ("zh", "zho_Hans"), ("zho_Hant", "zho_Hant"), ("ar", "arb_Arab"), ("no", "nob_Latn"),
+        ("nb", "nob_Latn"), ("nn", "nno_Latn"), ("ms", "zsm_Latn"), ("id", "ind_Latn"), ("sw", "swh_Latn"),
+        ("fa", "pes_Arab"), ("als_Latn", "als_Latn"), ("__label__als", "gsw_Latn"), ("__label__fr", "fra_Latn"),
+        ("he", "heb_Hebr"), ("__label__sh", "srp_Latn"),
+    ],
+)  # fmt: skip
+def test_codes_are_normalised(given: str, expected: str) -> None:
+    assert languages.normalise(given) == expected
+
+
+@pytest.mark.parametrize("code", ["xx", "french", "fra_Latm", "", "zzz_Latn", "fra Latn", "12"])
+def test_unknown_codes_are_refused_by_name(code: str) -> None:
+    with pytest.raises(UnknownLanguageError, match="expected a code such as fra_Latn") as error:
+        languages.normalise(code)
+    assert repr(code.strip()) in str(error.value)
+
+
+def test_a_name_gets_its_code_proposed() -> None:
+    with pytest.raises(UnknownLanguageError, match="did you mean 'fra_Latn'"):
+        languages.normalise("french")
+
+
+def test_the_nearest_available_language_is_proposed() -> None:
+    with pytest.raises(UnknownLanguageError, match=r"fra_Arab.*did you mean 'fra_Latn'"):
+        languages.choose("fra_Arab", ("fra_Latn", "deu_Latn"), "the neuron set")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("zho_Hans", "zho_Hant", True), ("arb_Arab", "arz_Arab", False), ("nob_Latn", "nob_Latn", True),
+        ("zsm_Latn", "ind_Latn", False), ("fra_Latn", "deu_Latn", False), ("swh_Latn", "swa_Latn", True),
+    ],
+)  # fmt: skip
+def test_languages_are_compared_at_the_identifiers_grain(first: str, second: str, same: bool) -> None:
+    assert languages.same_language(first, second) is same
+
+
+def test_every_label_of_lid176_has_a_code_of_its_own() -> None:
+    labels, _ = LanguageIdentifier()._model.predict("a", k=-1, threshold=-1)
+    assert len(labels) == 176
+    codes = {label: languages.from_fasttext(label) for label in labels}
+    assert len(set(codes.values())) == 176, "two labels share a code"
+    for code in codes.values():
+        assert languages.normalise(code) == code
