@@ -52,6 +52,7 @@ class SteeredHFLM(HFLM):  # type: ignore[misc]
         self.neuron_set: NeuronSet | None = neuron_set
         self.steering: Steering | None = None
         self._twice = False  # while rows are scored with and without the intervention, half answers are not cached
+        self._tokens: dict[tuple[str, ...], int] = {}  # (context, continuation) in hand -> tokens of the latter
         self._attach(plan)
 
     # --- changing the intervention on a loaded model ------------------------------------------------------------
@@ -79,6 +80,7 @@ class SteeredHFLM(HFLM):  # type: ignore[misc]
     # --- answers ------------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[Score]:
+        self._tokens = {request[0]: len(request[2]) for request in requests if request[0]}
         answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
         return [
             Score(answer, tokens=len(request[2]), targets=self.targets)
@@ -144,8 +146,7 @@ class SteeredHFLM(HFLM):  # type: ignore[misc]
         if kind == "loglikelihood":
             if self._twice:
                 return None
-            continuation = self._encode_pair(*request)[1]
-            return Score(answer, tokens=len(continuation), targets=self.targets)
+            return Score(answer, tokens=self._tokens[tuple(request)], targets=self.targets)
         return answer
 
     # --- evidence -----------------------------------------------------------------------------------------------

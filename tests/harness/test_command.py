@@ -1,0 +1,227 @@
+"""The real commands, each in a process of its own, on the demo model: what a user types and what a user sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm_eval_steering.resources import demo_model, find_neuron_set
+
+BIN = Path(sys.executable).parent
+MODEL = f"pretrained={demo_model()}"
+TASK = "steering_demo_continuation_fra_Latn"
+STEERED = f"{MODEL},neurons=demo,language=fra_Latn,op=add,value=mean,site=product,factor=4"
+
+# In the fields of cambridgeltl/xcopa and with the prompt of lm-eval's own xcopa_it; the items are ours.
+XCOPA = [
+    {"premise": "Il bicchiere è caduto dal tavolo.", "choice1": "Si è rotto.", "choice2": "Si è riempito.",
+     "question": "effect", "label": 0},
+    {"premise": "La ragazza ha aperto l'ombrello.", "choice1": "Faceva caldo.", "choice2": "Pioveva forte.",
+     "question": "cause", "label": 1},
+    {"premise": "Ho dimenticato di mettere la sveglia.", "choice1": "Sono arrivato in ritardo.",
+     "choice2": "Ho fatto colazione con calma.", "question": "effect", "label": 0},
+    {"premise": "Il cane ha abbaiato tutta la notte.", "choice1": "I vicini hanno dormito bene.",
+     "choice2": "Qualcuno era alla porta.", "question": "cause", "label": 1},
+]  # fmt: skip
+XCOPA_YAML = """
+task: xcopa_it_local
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {file}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{premise[:-1]}}}} {{{{'perché' if question == 'cause' else 'quindi'}}}}"
+doc_to_choice: "{{{{[choice1[0]|lower + choice1[1:], choice2[0]|lower + choice2[1:]]}}}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+metadata:
+  version: 1.0
+"""
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def local_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, XCOPA)))
+    (folder / "xcopa_it_local.yaml").write_text(XCOPA_YAML.format(file=folder / "items.jsonl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    work = tmp_path_factory.mktemp("work")
+
+    def command(*arguments: str | Path, fails: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [BIN / str(arguments[0]), *map(str, arguments[1:])],
+            capture_output=True, text=True, cwd=work, env={**os.environ, **environment}, check=False,
+        )  # fmt: skip
+        assert (done.returncode != 0) == fails, done.stderr[-3000:]
+        return done
+
+    return command
+
+
+def results_of(out: Path) -> dict[str, Any]:
+    (found,) = [path for path in out.rglob("*") if path.name.startswith("results_")]
+    return json.loads(found.read_text())
+
+
+def numbers(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {task: {k: v for k, v in row.items() if k != "name"} for task, row in results["results"].items()}
+
+
+def evaluate(run: Run, out: Path, local_task: Path, model: str, model_args: str, *tasks: str, **options: str) -> Any:
+    extra = [part for key, value in options.items() for part in (f"--{key}", value)]
+    run(
+        "lm_eval", "--model", model, "--model_args", model_args, "--tasks", ",".join(tasks), "--device", "cpu",
+        "--batch_size", "16", "--include_path", local_task, "--output_path", out, "--log_samples", *extra,
+    )  # fmt: skip
+    return results_of(out)
+
+
+def test_bare_lm_eval_steers_and_proves_it_and_a_second_run_comes_from_the_cache(
+    run: Run, local_task: Path, tmp_path: Path
+) -> None:
+    tasks = (TASK, "xcopa_it_local", "steering_demo_lss_eng_Latn", "steering_demo_perplexity_fra_Latn",
+             "steering_demo_forcing")  # fmt: skip
+    cache = {"use_cache": str(tmp_path / "cache")}
+    first = evaluate(run, tmp_path / "one", local_task, "steered-hf", STEERED, *tasks, **cache)
+    again = evaluate(run, tmp_path / "two", local_task, "steered-hf", STEERED, *tasks, **cache)
+    report = first["config"]["steering"]
+    assert report["signature"].startswith("op:add|value:mean|factor:4|lang:fra_Latn|site:product|layers:all|neurons:")
+    assert report["neuron_set"]["model"] == "demo-model"
+    assert all(report["evidence"][name] > 0 for name in ("forwards", "fired", "positions", "neurons", "largest_change"))
+    assert report["evidence"]["fired"] == report["evidence"]["forwards"] * report["evidence"]["modules"]
+    assert again["config"]["steering"]["evidence"]["forwards"] == 0
+    assert again["config"]["steering"]["fingerprint"] == report["fingerprint"]
+    assert numbers(again) == numbers(first)
+    scores = first["results"]
+    assert scores["steering_demo_lss_eng_Latn"]["lss,none"] > 0.7
+    assert scores["steering_demo_perplexity_fra_Latn"]["token_perplexity,none"] > 1
+    samples = next(p for p in (tmp_path / "one").rglob("*") if p.name.startswith("samples_steering_demo_forcing"))
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(rows) == 40
+    assert {"lfs", "output_language", "language_confidence"} <= set(rows[0])
+    assert scores["steering_demo_forcing"]["lfs,none"] == sum(row["lfs"] for row in rows) / 40
+
+
+def test_factor_one_gives_the_numbers_of_hf_to_the_last_digit(run: Run, local_task: Path, tmp_path: Path) -> None:
+    one = f"{MODEL},neurons=demo,language=fra_Latn,op=scale,factor=1"
+    plain = evaluate(run, tmp_path / "hf", local_task, "hf", MODEL, TASK, "xcopa_it_local")
+    ours = evaluate(run, tmp_path / "ours", local_task, "steered-hf", one, TASK, "xcopa_it_local")
+    assert numbers(ours) == numbers(plain)
+
+    def log_likelihoods(folder: str) -> list[Any]:
+        files = sorted(p for p in (tmp_path / folder).rglob("*") if p.name.startswith("samples_"))
+        return [json.loads(line)["resps"] for file in files for line in file.read_text().splitlines()]
+
+    assert len(log_likelihoods("hf")) == 64
+    assert log_likelihoods("ours") == log_likelihoods("hf")
+
+
+def test_our_tasks_are_listed_and_other_models_still_work(run: Run, local_task: Path) -> None:
+    listed = run("lm_eval", "ls", "tasks").stdout
+    assert TASK in listed and "steering_demo_lss_jpn_Jpan" in listed and "xcopa_it" in listed
+    run("lm_eval", "--model", "dummy", "--tasks", f"xcopa_it_local,{TASK}", "--include_path", local_task)
+
+
+def test_the_start_up_file_can_be_switched_off_and_our_own_command_does_without(
+    run: Run, local_task: Path, tmp_path: Path
+) -> None:
+    arguments = ("--model", "steered-hf", "--model_args", STEERED, "--tasks", "xcopa_it_local", "--device", "cpu",
+                 "--include_path", local_task)  # fmt: skip
+    off = {"LM_EVAL_STEERING_NO_STARTUP": "1"}
+    assert "steered-hf" in run("lm_eval", *arguments, fails=True, **off).stderr
+    run("lm-eval-steering", "run", *arguments, "--output_path", tmp_path, **off)
+    assert results_of(tmp_path)["config"]["steering"]["evidence"]["forwards"] > 0
+
+
+def test_accelerate_launch_works(run: Run, local_task: Path, tmp_path: Path) -> None:
+    run(
+        "accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "lm_eval", "--model", "steered-hf",
+        "--model_args", STEERED, "--tasks", "xcopa_it_local", "--device", "cpu", "--include_path", local_task,
+        "--output_path", tmp_path,
+    )  # fmt: skip
+    assert results_of(tmp_path)["config"]["steering"]["evidence"]["fired"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (STEERED.replace("fra_Latn", "french"), "unknown language 'french': expected a code such as fra_Latn"),
+        (STEERED.replace("=demo", "=dmo"), "neuron set 'dmo': no such file; did you mean 'demo'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_traceback_only_at_debug(
+    run: Run, local_task: Path, arguments: str, message: str
+) -> None:
+    command = ("lm_eval", "--model", "steered-hf", "--model_args", arguments, "--tasks", "xcopa_it_local",
+               "--include_path", local_task)  # fmt: skip
+    error = run(*command, fails=True).stderr
+    assert f"lm-eval-steering: error: {message}" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    if "dmo" in message:
+        assert "Traceback" in run(*command, "--verbosity", "DEBUG", fails=True).stderr
+
+
+def test_a_broken_plugin_does_not_break_lm_eval(run: Run, local_task: Path, tmp_path: Path) -> None:
+    package = tmp_path / "lm_eval_steering" / "harness"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    (package / "registration.py").write_text("raise RuntimeError('broken on purpose')")
+    done = run(
+        "lm_eval", "--model", "dummy", "--tasks", "xcopa_it_local", "--include_path", local_task,
+        PYTHONPATH=str(tmp_path),
+    )  # fmt: skip
+    assert "could not register with lm_eval.models: RuntimeError('broken on purpose')" in done.stderr
+
+
+def test_where_answers_people_and_scripts(run: Run) -> None:
+    def where(name: str) -> str:
+        return run("lm-eval-steering", "where", name).stdout.strip()
+
+    assert (Path(where("demo-model")) / "model.safetensors").is_file()
+    assert Path(where("demo-neurons")) == find_neuron_set("demo")
+    assert where("demo-languages").splitlines()[0] == "eng_Latn" and len(where("demo-languages").splitlines()) == 12
+    assert where("demo-task") == TASK
+    assert (Path(where("tasks")) / "demo").is_dir()
+    assert (Path(where("neuron-sets")) / "README.md").is_file()
+    assert run("lm-eval-steering", "where", "nothing", fails=True).returncode == 2
+
+
+def test_find_writes_a_set_that_lm_eval_takes(run: Run, local_task: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for code, line in (("fra_Latn", "Je ne sais pas où il est."), ("deu_Latn", "Ich weiß nicht, wo er ist.")):
+        (tmp_path / "text" / f"{code}.txt").write_text(f"{line}\n" * 3)
+    out = tmp_path / "found.safetensors"
+    base = ("lm-eval-steering", "find", "--model", demo_model(), "--corpus", tmp_path / "text", "--rows", "sentences")
+    run(*base, "--languages", "fr,de", "--out", out)
+    assert out.is_file()
+    for wrong, message in (
+        (("--languages", "fr,frensh", "--out", out), "unknown language 'frensh'"),
+        (("--languages", "fr,es", "--out", out), "corpus for spa_Latn: no file"),
+        (("--languages", "fr,de", "--out", out, "--rate", "0"), "rate=0.0: expected a number in (0, 1]"),
+        (("--languages", "fr,de", "--out", out, "--tokens", "0"), "--tokens 0: expected a budget above 0"),
+    ):
+        done = run(*base, *wrong, fails=True)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_light(run: Run) -> None:
+    probe = (
+        "import sys, lm_eval_steering, lm_eval_steering.cli;"
+        "print([m for m in ('torch', 'transformers', 'lm_eval', 'datasets') if m in sys.modules])"
+    )
+    assert run("python", "-c", probe).stdout.strip() == "[]"

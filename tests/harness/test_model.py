@@ -1,0 +1,228 @@
+"""`steered-hf` in this process: answers with a memory, two models at once, safe caching."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+from lm_eval.models.huggingface import HFLM
+
+from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.harness.arguments import split
+from lm_eval_steering.harness.model import SteeredHFLM
+from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN, Score
+from lm_eval_steering.metrics.output_language import IdentifiedText, lfs
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from tests.conftest import make_set, tiny_model, tiny_tokenizer
+
+PAIRS = [("w1 w2 w3", " w4 w5"), ("w1 w2", " w7"), ("", "w9 w8 w7"), ("w5 w5 w5 w5", " w1")]
+STRONG = {"language": "fra_Latn", "op": "add", "value": 2.0, "factor": 2.0}
+
+
+@pytest.fixture
+def neurons() -> NeuronSet:
+    return make_set({"fra_Latn": [(0, 1), (0, 5), (2, 3)], "deu_Latn": [(0, 5), (1, 7)], "tur_Latn": []})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, neurons: NeuronSet) -> Path:
+    """A model on disk, with its neuron set beside it."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    neurons.save(tmp_path / "neurons.safetensors")
+    return tmp_path
+
+
+def loaded(batch_size: int = 2) -> SteeredHFLM:
+    return SteeredHFLM(tiny_model("llama"), tokenizer=tiny_tokenizer(), batch_size=batch_size)
+
+
+def scoring(twin: bool = False) -> list[Instance]:
+    doc = {UNSTEERED_TWIN: True} if twin else {}
+    return [Instance("loglikelihood", doc, pair, i) for i, pair in enumerate(PAIRS)]
+
+
+def generating() -> list[Instance]:
+    settings = {"max_gen_toks": 4, "do_sample": False, "until": []}
+    return [Instance("generate_until", {}, (text, settings), i) for i, text in enumerate(["w1 w2", "w3"])]
+
+
+def test_factor_one_is_bit_equal_to_hf(folder: Path) -> None:
+    plain = HFLM(str(folder / "model"), device="cpu", batch_size=2)
+    for batch_size in (1, 2):
+        ours = SteeredHFLM(
+            str(folder / "model"), device="cpu", batch_size=batch_size,
+            neurons=str(folder / "neurons.safetensors"), language="fra_Latn", op="scale", factor=1,
+        )  # fmt: skip
+        plain.batch_size_per_gpu = batch_size
+        assert [tuple(score) for score in ours.loglikelihood(scoring())] == plain.loglikelihood(scoring())
+        assert list(ours.generate_until(generating())) == plain.generate_until(generating())
+
+
+def test_scores_know_tokens_twin_and_target(neurons: NeuronSet) -> None:
+    lm = loaded()
+    unsteered = lm.loglikelihood(scoring())
+    lm.intervene(neurons, **STRONG)
+    steered = lm.loglikelihood(scoring())
+    both = lm.loglikelihood(scoring()[:1] + scoring(twin=True)[1:])
+    assert [score.tokens for score in steered] == [2, 1, 3, 1]
+    assert [score[0] for score in both] == pytest.approx([score[0] for score in steered], rel=1e-5)
+    assert both[0].unsteered is None
+    assert [score.unsteered for score in both[1:]] == pytest.approx([score[0] for score in unsteered[1:]], rel=1e-5)
+    assert all(score.targets == ("fra_Latn",) for score in both)
+    assert [score[0] for score in steered] != [score[0] for score in unsteered]
+
+
+def test_an_identity_has_a_twin_that_is_exactly_equal(neurons: NeuronSet) -> None:
+    lm = loaded()
+    lm.intervene(neurons, language="fra_Latn", op="scale", factor=1)
+    assert all(score[0] == score.unsteered for score in lm.loglikelihood(scoring(twin=True)))
+
+
+def test_two_models_in_one_process_keep_their_own_targets(neurons: NeuronSet) -> None:
+    one, other = loaded(), loaded()
+    one.intervene(neurons, **STRONG)
+    other.intervene(neurons, **(STRONG | {"language": "deu_Latn"}))
+    texts = one.generate_until(generating()), other.generate_until(generating())
+    assert {text.targets for text in texts[0]} == {("fra_Latn",)}
+    assert {text.targets for text in texts[1]} == {("deu_Latn",)}
+    one.intervene()
+    assert {text.targets for text in one.generate_until(generating())} == {()}
+    assert {text.targets for text in texts[0]} == {("fra_Latn",)}, "an answer given keeps its target"
+
+
+def test_answers_survive_pickling() -> None:
+    text = IdentifiedText("hallo", "deu_Latn", 0.75, ("deu_Latn",))
+    again = pickle.loads(pickle.dumps(text))
+    assert (again, again.language, again.confidence, again.targets) == ("hallo", "deu_Latn", 0.75, ("deu_Latn",))
+    score = pickle.loads(pickle.dumps(Score((-1.5, True), 3, -2.0, ("deu_Latn",))))
+    assert (tuple(score), score.tokens, score.unsteered, score.targets) == ((-1.5, True), 3, -2.0, ("deu_Latn",))
+
+
+def test_one_cache_file_serves_a_whole_sweep(neurons: NeuronSet, tmp_path: Path) -> None:
+    """Factors 1, 0, 1: the model runs for the first and the second, and not for the third; all scores are right."""
+    lm = loaded()
+    cached = CachingLM(lm, str(tmp_path / "cache.db"))
+    found = []
+    for factor in (1, 0, 1):
+        lm.intervene(neurons, language="fra_Latn", op="scale", factor=factor)
+        answers = cached.loglikelihood(scoring())
+        assert lm.steering is not None
+        found.append((lm.steering.evidence().forwards > 0, answers))
+    assert [ran for ran, _ in found] == [True, True, False]
+    assert found[2][1] == found[0][1] != found[1][1]
+    assert [score.tokens for score in found[2][1]] == [2, 1, 3, 1]
+    fresh = loaded()
+    fresh.intervene(neurons, language="fra_Latn", op="scale", factor=0)
+    assert fresh.loglikelihood(scoring()) == found[1][1]
+
+
+def test_the_cache_keeps_plain_hf_apart(neurons: NeuronSet, tmp_path: Path) -> None:
+    path = str(tmp_path / "cache.db")
+    plain = CachingLM(HFLM(tiny_model("llama"), tokenizer=tiny_tokenizer(), batch_size=2), path)
+    expected = plain.loglikelihood(scoring())
+    plain.dbdict.close()
+    lm = loaded()
+    lm.intervene(neurons, **STRONG)
+    assert CachingLM(lm, path).loglikelihood(scoring()) != expected
+
+
+def test_an_interrupted_run_leaves_whole_answers_in_the_cache(neurons: NeuronSet, tmp_path: Path) -> None:
+    lm = loaded(batch_size=1)
+    lm.intervene(neurons, **STRONG)
+    cached = CachingLM(lm, str(tmp_path / "cache.db"))
+    real, calls = lm._model_call, []
+
+    def stop_at_the_third(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    lm._model_call = stop_at_the_third  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cached.loglikelihood(scoring())
+    lm._model_call = real  # type: ignore[method-assign]
+    answers = cached.loglikelihood(scoring())
+    assert [score.tokens for score in answers] == [2, 1, 3, 1]
+    assert lm.steering is not None and lm.steering.evidence().forwards == 4, "finished rows were scored again"
+
+
+def test_the_report_names_everything_that_decides_a_score(neurons: NeuronSet) -> None:
+    lm = loaded()
+    lm.intervene(neurons, **STRONG)
+    lm.loglikelihood(scoring())
+    report = lm.steering_report()
+    assert report["evidence"]["forwards"] > 0 and report["evidence"]["neurons"] == 3
+    assert report["neuron_set"]["sha256"] == neurons.content_hash()
+    assert report["signature"].startswith("op:add|value:2|factor:2|lang:fra_Latn|site:activation|layers:all|neurons:")
+    assert f"fp:{report['fingerprint'][:8]}" in report["signature"]
+    assert "lid:lid.176.ftz@8f3472cf>0.5" in report["signature"]
+    assert lm.get_model_info()["steering"] == report
+
+
+def test_the_fingerprint_follows_what_decides_a_score(neurons: NeuronSet) -> None:
+    lm = loaded()
+    found = set()
+    settings: list[dict[str, Any]] = [{}, STRONG, STRONG | {"factor": 3}, STRONG | {"site": "product"}]
+    for arguments in settings:
+        lm.intervene(neurons if arguments else None, **arguments)
+        found.add(lm.fingerprint)
+    assert len(found) == len(settings)
+    lm.intervene(neurons, **STRONG)
+    assert lm.fingerprint in found
+
+
+def test_bad_arguments_fail_before_the_model_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(HFLM, "_create_model", never)
+    neurons = str(folder / "neurons.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "neurons.safetensors").read_bytes()[:200])
+    other = make_set({"fra_Latn": [(0, 0)]}, "gpt2")
+    other.save(folder / "other.safetensors")
+    good = {"neurons": neurons, "language": "fra_Latn", "op": "scale", "factor": 2}
+    for change, message in (
+        ({"language": "fra_Arab"}, "not in the neuron set; did you mean 'fra_Latn'"),
+        ({"language": "tur"}, "tur_Latn has no neurons"),
+        ({"factor": "nan"}, "expected a finite number"),
+        ({"op": "scael"}, "did you mean 'scale'"),
+        ({"op": "add", "value": "p75"}, "statistic 'p75' at site 'activation' is not in the neuron set"),
+        ({"facter": 3}, "unknown model argument 'facter'; did you mean 'factor'"),
+        ({"neurons": "nowhere.safetensors"}, "no such file"),
+        ({"neurons": str(folder / "cut.safetensors")}, "not a whole safetensors file"),
+        ({"neurons": str(folder / "other.safetensors")}, "the neuron set is for tiny"),
+        ({"neurons": None}, "language= without neurons="),
+        ({"language": None, "op": None, "factor": None}, "neurons= without language="),
+        ({"target_language": "klingonisch"}, "unknown language"),
+        ({"allow_empty": "perhaps"}, "expected True or False"),
+    ):
+        with pytest.raises(SteeringError, match=message) as error:
+            SteeredHFLM(str(folder / "model"), **(good | change))
+        assert "\n" not in str(error.value)
+    with pytest.raises(SteeringError, match="pretrained='nowhere'"):
+        SteeredHFLM("nowhere", **good)
+
+
+def test_arguments_of_hf_and_of_transformers_pass_through() -> None:
+    config = tiny_model("llama").config
+    given = {"dtype": "float32", "attn_implementation": "eager", "rope_theta": 1.0, "factor": 2, "language": "fra_Latn",
+             "op": "scale", "neurons": "x", "bnb_4bit_use_double_quant": True}  # fmt: skip
+    config.rope_theta = 1.0
+    own, rest = split(given, HFLM, config)
+    assert set(rest) == {"dtype", "attn_implementation", "rope_theta", "bnb_4bit_use_double_quant"}
+    assert (own.factor, own.language) == (2, "fra_Latn")
+
+
+def test_lfs_is_absent_without_a_target_and_never_zero() -> None:
+    french = "Je ne sais pas ce que tu veux dire par là."
+    assert lfs(["x"], [french]) == {}
+    assert lfs(["x"], [IdentifiedText(french, "fra_Latn", 0.9)]) == {}
+    assert lfs(["x"], [IdentifiedText(french, "fra_Latn", 0.9, ("fra_Latn",))]) == {"lfs": 1.0}
+    assert lfs(["x"], [IdentifiedText(french, "fra_Latn", 0.9, ("deu_Latn",))]) == {"lfs": 0.0}
+    assert lfs(["x"], [IdentifiedText("", "unknown", 0.1, ("eng_Latn",))]) == {"lfs": 0.0}
