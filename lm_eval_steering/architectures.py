@@ -100,19 +100,19 @@ def sites_of(model: nn.Module) -> ModelSites:
     Raises:
         ArchitectureError: if the family is not known, a module is not where the table says, or modules are shared.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     family, shape = family_of(base.config), shape_of(base.config)
-    decoder = base.base_model
-    layers = _submodule(decoder, family.layers, "list of layers")
-    if len(layers) != shape.layers:  # type: ignore[arg-type]
-        raise ArchitectureError(f"{family.layers}: {len(layers)} layers, the config says {shape.layers}")  # type: ignore[arg-type]
+    decoder: nn.Module = base.base_model
+    layers: Any = _submodule(decoder, family.layers, "list of layers")
+    if len(layers) != shape.layers:
+        raise ArchitectureError(f"{family.layers}: {len(layers)} layers, the config says {shape.layers}")
     sites = tuple(
         LayerSites(
             number,
             _submodule(layer, family.activation, f"activation of layer {number}"),
             _submodule(layer, family.down, f"down projection of layer {number}"),
         )
-        for number, layer in enumerate(layers)  # type: ignore[arg-type]
+        for number, layer in enumerate(layers)
     )
     if len({id(site.activation) for site in sites}) != shape.layers:
         raise ArchitectureError("the layers share one activation module, so a hook cannot tell them apart")

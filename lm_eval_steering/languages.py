@@ -82,14 +82,14 @@ def same_language(first: str, second: str) -> bool:
 
 
 def _macrolanguage(code: str) -> str:
-    language = Language.get(code.split("_")[0]).prefer_macrolanguage().language
+    language = Language.get(code.split("_", maxsplit=1)[0]).prefer_macrolanguage().language
     return str(_MACRO_OF.get(language, language))
 
 
 @cache
 def english_name(code: str) -> str:
     """English name of a language, without its script: `English`, `Chinese`."""
-    return str(Language.get(code.split("_")[0]).prefer_macrolanguage().language_name())
+    return str(Language.get(code.split("_", maxsplit=1)[0]).prefer_macrolanguage().language_name())
 
 
 def choose(code: str, available: tuple[str, ...], where: str) -> str:

@@ -49,7 +49,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, required=True, help="folder with one LLL.txt a language")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, tokenizer, log and state")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="data-parallel processes, one thread each if more than one")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="data-parallel processes, one thread each if more than one"
+    )
     parser.add_argument("--tokens-per-language", type=int, default=850_000)
     parser.add_argument("--batch", type=int, default=32, help="windows a step, over all processes")
     parser.add_argument("--penalty", type=float, default=4e-4, help="weight of the activation penalty after its ramp")
@@ -293,7 +295,10 @@ def report(
     speed = (step - start + 1) * args.batch * WINDOW / seconds
     left = (steps - step - 1) * args.batch * WINDOW / speed
     line = {"step": step, "loss": round(loss, 4), "active": round(active, 5), "tokens_per_second": round(speed)}
-    print(f"step {step}/{steps} loss {loss:.3f} active {active:.2%} {speed:.0f} tok/s {left / 60:.0f} min left", flush=True)
+    print(
+        f"step {step}/{steps} loss {loss:.3f} active {active:.2%} {speed:.0f} tok/s {left / 60:.0f} min left",
+        flush=True,
+    )
     with (args.out / "log.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
 

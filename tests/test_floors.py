@@ -50,7 +50,7 @@ def violations(path: Path, own: str) -> list[str]:
     for name in imports(path):
         if name.startswith("lm_eval_steering"):
             other = room(name)
-            if other != own and other != "__version__" and floor(other) >= floor(own):
+            if other not in {own, "__version__"} and floor(other) >= floor(own):
                 wrong.append(name)
         elif own in WITHOUT_LM_EVAL and name.split(".")[0] == "lm_eval":
             wrong.append(name)

@@ -36,7 +36,9 @@ def draw(figures: Figures, path: Path) -> None:
     figure.savefig(path, dpi=_DPI, metadata={"Software": None})
 
 
-def _matrix(axes: mpl.axes.Axes, values: np.ndarray, names: list[str], colours: str, low: float, high: float, form: str) -> None:
+def _matrix(
+    axes: mpl.axes.Axes, values: np.ndarray, names: list[str], colours: str, low: float, high: float, form: str
+) -> None:
     image = axes.imshow(values, cmap=colours, vmin=low, vmax=high)
     axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0)
     axes.set_yticks(range(len(names)), names)

@@ -149,6 +149,7 @@ def run_demo(out: Path, languages: Sequence[str] = LANGUAGES, controls: int = 3)
 
 def _prepare(console: Console, out: Path, controls: int) -> tuple[Any, NeuronSet, list[NeuronSet]]:
     from lm_eval_steering.harness.model import SteeredHFLM
+
     lm = SteeredHFLM(str(resources.demo_model()), batch_size=32)
     search = Search(str(resources.demo_calibration()), demo_languages(), RATE, rows="sentences", batch_size=32)
     console.print("finding the language neurons of the demo model (record, select, calibrate) ...")

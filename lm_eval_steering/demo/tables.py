@@ -24,7 +24,7 @@ def show(figures: Figures, console: Console) -> None:
 
 
 def _short(code: str) -> str:
-    return code.split("_")[0]
+    return code.split("_", maxsplit=1)[0]
 
 
 def _deactivation(figures: Figures) -> Table:
@@ -86,15 +86,14 @@ def _self_cross(figures: Figures) -> Table:
         table.add_column(name, justify="right")
     for factor in figures.factors:
         own, cross = changes(figures, factor)
-        table.add_row(
-            f"x{factor:g}", f"{fmean(own):+.3f}", f"{fmean(cross):+.3f}", _improved(own), _improved(cross)
-        )
+        table.add_row(f"x{factor:g}", f"{fmean(own):+.3f}", f"{fmean(cross):+.3f}", _improved(own), _improved(cross))
     return table
 
 
 def changes(figures: Figures, factor: float) -> tuple[list[float], list[float]]:
     """(self, cross) changes of nats a token at one factor, over all steered languages."""
-    own, cross = [], []
+    own: list[float] = []
+    cross: list[float] = []
     for steered in figures.languages:
         for evaluated, nats in figures.amplified_nats[steered][factor].items():
             (own if steered == evaluated else cross).append(nats - figures.baseline_nats[evaluated])

@@ -63,7 +63,9 @@ class SteeringArguments:
             if getattr(self, name) is not None
         ]  # fmt: skip
         if wants and self.neurons is None:
-            raise InterventionError(f"{wants[0]}= without neurons=: say which neuron set, a path or a name such as demo")
+            raise InterventionError(
+                f"{wants[0]}= without neurons=: say which neuron set, a path or a name such as demo"
+            )
         if self.neurons is not None and not wants:
             raise InterventionError(
                 "neurons= without language= or deactivate=: nothing to intervene on; leave neurons= out for an "

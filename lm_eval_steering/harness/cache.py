@@ -35,7 +35,7 @@ def salt(database: Any, fingerprint: Callable[[], str]) -> None:
     database.__class__ = Salted
 
 
-class DecoratingCacheHook(CacheHook):  # type: ignore[misc]
+class DecoratingCacheHook(CacheHook):
     """Stores partial results as the model would return them at the end, so that a resumed run misses nothing."""
 
     def __init__(self, database: Any, decorate: Decorate) -> None:

@@ -28,7 +28,7 @@ from lm_eval_steering.steering.intervention import Intervention, from_arguments
 from lm_eval_steering.steering.plan import Plan, compile_plan
 
 
-class SteeredHFLM(HFLM):  # type: ignore[misc]
+class SteeredHFLM(HFLM):
     """`HFLM` that applies a stored language-neuron intervention.
 
     Takes every argument that `hf` takes, and those of `SteeringArguments`. Answers are lm-eval's own types with a

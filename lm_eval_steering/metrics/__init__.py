@@ -1,0 +1,1 @@
+"""Language identification, language forcing, likelihoods and LSS."""

@@ -33,6 +33,7 @@ class Score(tuple[float, bool]):
         unsteered: float | None = None,
         targets: Sequence[str] = (),
     ) -> Self:
+        """lm-eval's answer, with what is known about it."""
         made = super().__new__(cls, answer)
         made.tokens, made.unsteered, made.targets = tokens, unsteered, tuple(targets)
         return made

@@ -35,6 +35,7 @@ class IdentifiedText(str):
     def __new__(
         cls, text: str = "", language: str = "unknown", confidence: float = 0.0, targets: Sequence[str] = ()
     ) -> Self:
+        """A text with what is known about it; one argument alone makes a text of unknown language."""
         made = super().__new__(cls, text)
         made.language, made.confidence, made.targets = language, confidence, tuple(targets)
         return made

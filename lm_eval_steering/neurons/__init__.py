@@ -1,0 +1,1 @@
+"""Which neurons: the set and its file, recording, selection, calibration."""

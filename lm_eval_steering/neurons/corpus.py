@@ -23,7 +23,9 @@ def read_corpus(pattern: str | Path, languages: Sequence[str]) -> dict[str, list
     text = str(pattern)
     if "{lang}" not in text:
         if not Path(text).is_dir():
-            raise CorpusError(f"corpus {text!r}: expected a folder of LANGUAGE.txt files, or a path with {{lang}} in it")
+            raise CorpusError(
+                f"corpus {text!r}: expected a folder of LANGUAGE.txt files, or a path with {{lang}} in it"
+            )
         text = str(Path(text) / "{lang}.txt")
     return {language: _read_lines(Path(text.replace("{lang}", language)), language) for language in languages}
 

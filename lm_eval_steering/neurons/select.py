@@ -28,7 +28,7 @@ def activation_probability(counts: NDArray[np.int64], n_tokens: ArrayLike) -> ND
         raise SteeringError(f"language number {int(np.argmin(tokens))} has no tokens")
     if (counts > tokens).any() or (counts < 0).any():
         raise SteeringError("a neuron is active on more tokens than were counted")
-    return counts.astype(np.float32) / tokens.astype(np.float32)
+    return np.divide(counts.astype(np.float32), tokens.astype(np.float32), dtype=np.float32)
 
 
 def entropy(probability: NDArray[np.float32]) -> NDArray[np.float64]:

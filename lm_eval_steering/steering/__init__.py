@@ -1,0 +1,1 @@
+"""What is done to them: intervention, plan, attaching to a model."""

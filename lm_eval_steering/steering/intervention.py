@@ -175,7 +175,7 @@ def from_arguments(arguments: Mapping[str, Any]) -> Intervention:
     """
     given = {key: value for key, value in arguments.items() if value is not None}
     common = {key: given[key] for key in ("site", "layers") if key in given}
-    steps = []
+    steps: list[dict[str, Any]] = []
     if "deactivate" in given:
         codes = _list(given.pop("deactivate"))
         steps.append({"op": "set", "value": 0, "languages": codes, "deactivation": True, **common})

@@ -84,7 +84,7 @@ def test_neurons_out_of_range_unsorted_or_double_are_refused() -> None:
 
 
 def test_a_set_of_another_model_is_refused() -> None:
-    with pytest.raises(NeuronSetError, match="3 layers of 24 units.*the model is qwen2 with 3 layers of 32 units"):
+    with pytest.raises(NeuronSetError, match=r"3 layers of 24 units.*the model is qwen2 with 3 layers of 32 units"):
         make_set(PAIRS).check_model(3, 32, "qwen2")
 
 

@@ -28,10 +28,14 @@ def captured(model: torch.nn.Module, row: list[int]) -> dict[str, torch.Tensor]:
     handles = []
     for site in sites_of(model).layers:
         handles.append(
-            site.activation.register_forward_hook(lambda _m, _i, out: found["activation"].append(out.reshape(-1, UNITS)))
+            site.activation.register_forward_hook(
+                lambda _m, _i, out: found["activation"].append(out.reshape(-1, UNITS))
+            )
         )
         handles.append(
-            site.down.register_forward_pre_hook(lambda _m, inputs: found["product"].append(inputs[0].reshape(-1, UNITS)))
+            site.down.register_forward_pre_hook(
+                lambda _m, inputs: found["product"].append(inputs[0].reshape(-1, UNITS))
+            )
         )
     with torch.no_grad():
         model(torch.tensor([[0, *row]]))

@@ -203,8 +203,8 @@ def test_two_steered_models_do_not_disturb_each_other(family: str, neuron_set: N
 
 def test_no_activation_is_kept_alive_and_no_gradient_needed(model: torch.nn.Module, neuron_set: NeuronSet) -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
-    hook = sites_of(model).layers[0].down.register_forward_pre_hook(
-        lambda _m, inputs: seen.append(weakref.ref(inputs[0]))
+    hook = (
+        sites_of(model).layers[0].down.register_forward_pre_hook(lambda _m, inputs: seen.append(weakref.ref(inputs[0])))
     )
     with steer(model, neuron_set, "fra_Latn", **STRONG):
         assert not logits(model).requires_grad
@@ -214,9 +214,11 @@ def test_no_activation_is_kept_alive_and_no_gradient_needed(model: torch.nn.Modu
 
 
 def test_attaching_twice_and_other_models_are_refused(model: torch.nn.Module, neuron_set: NeuronSet) -> None:
-    with steer(model, neuron_set, "fra_Latn", **STRONG) as steering:
-        with pytest.raises(InterventionError, match="attached already"):
-            steering.attach()
+    with (
+        steer(model, neuron_set, "fra_Latn", **STRONG) as steering,
+        pytest.raises(InterventionError, match="attached already"),
+    ):
+        steering.attach()
     with pytest.raises(NeuronSetError, match="the neuron set is for tiny"):
         steer(model, make_set({"fra_Latn": [(0, 0)]}, "mistral"), "fra_Latn", **STRONG)
 

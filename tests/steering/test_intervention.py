@@ -10,7 +10,14 @@ AVAILABLE = ("fra_Latn", "deu_Latn", "eng_Latn")
 
 def test_flat_arguments_become_steps() -> None:
     found = from_arguments(
-        {"language": "fr+de", "op": "add", "value": "mean", "factor": "2.5", "site": "product", "deactivate": "eng_Latn"}
+        {
+            "language": "fr+de",
+            "op": "add",
+            "value": "mean",
+            "factor": "2.5",
+            "site": "product",
+            "deactivate": "eng_Latn",
+        }
     ).resolve(AVAILABLE)
     first, second = found.steps
     assert (first.op, first.amount, first.languages, first.deactivation) == ("set", 0.0, ("eng_Latn",), True)
