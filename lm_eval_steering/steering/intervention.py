@@ -173,8 +173,8 @@ def from_arguments(arguments: Mapping[str, Any]) -> Intervention:
     Raises:
         InterventionError: one line that names the argument, what was found and what was expected.
     """
-    given = {key: value for key, value in arguments.items() if value is not None}
-    common = {key: given[key] for key in ("site", "layers") if key in given}
+    given: dict[str, Any] = {key: value for key, value in arguments.items() if value is not None}
+    common: dict[str, Any] = {key: given[key] for key in ("site", "layers") if key in given}
     steps: list[dict[str, Any]] = []
     if "deactivate" in given:
         codes = _list(given.pop("deactivate"))
@@ -182,7 +182,7 @@ def from_arguments(arguments: Mapping[str, Any]) -> Intervention:
     if "language" in given:
         if "op" not in given:
             raise InterventionError("language= without op=: expected op=scale, op=add or op=set")
-        own = {key: given[key] for key in ("op", "value", "factor") if key in given}
+        own: dict[str, Any] = {key: given[key] for key in ("op", "value", "factor") if key in given}
         steps.append({"languages": _list(given["language"]), **own, **common})
     elif wrong := [key for key in ("op", "value", "factor") if key in given]:
         raise InterventionError(f"{wrong[0]}= without language=: say whose neurons, such as language=fra_Latn")
