@@ -21,7 +21,7 @@ from lm_eval_steering.languages import choose
 from lm_eval_steering.neurons.find import Search, control_sets, find_neurons
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 
-FACTORS = (1.0, 2.0, 4.0, 6.0, 8.0)
+FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0)
 LANGUAGES = ("deu_Latn", "spa_Latn", "tur_Latn", "jpn_Jpan")
 STEERING = {"op": "add", "value": "mean", "site": "product"}  # what steers the demo model best
 RATE = 0.05
