@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -59,14 +60,14 @@ def find(
     rate: Annotated[float, typer.Option(help="Share of all neurons that LAPE selects.")] = 0.01,
     tokens: Annotated[int | None, typer.Option(help="Budget for each language; all of the text by default.")] = None,
     rows: Annotated[Rows, typer.Option(help="Packed windows of the context length, or one row a line.")] = Rows.PACKED,
-    context: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows a forward pass.")] = 16,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens a row.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 16,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
     device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; a GPU by default where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights; auto takes the checkpoint's.")] = "auto",
 ) -> None:
     """Find the language neurons of a model: record activations, select by LAPE, calibrate."""
-    from lm_eval_steering.errors import CorpusError
+    from lm_eval_steering.errors import CorpusError, NeuronSetError
     from lm_eval_steering.languages import normalise
     from lm_eval_steering.neurons.find import Search, find_neurons, load_model
 
@@ -75,6 +76,8 @@ def find(
     if tokens is not None and tokens <= 0:
         raise CorpusError(f"--tokens {tokens}: expected a budget above 0")
     search.check()
+    if out.is_dir() or not os.access(out.parent if out.parent.is_dir() else Path(), os.W_OK):
+        raise NeuronSetError(f"--out {out}: expected a file in a folder that can be written")
     loaded, tokenizer = load_model(model, revision, dtype, device)
     neuron_set, _ = find_neurons(loaded, tokenizer, search)
     neuron_set.save(out)
@@ -90,6 +93,7 @@ def demo(
     controls: Annotated[int, typer.Option(min=1, help="Number of matched random sets.")] = 3,
 ) -> None:
     """Find, steer and compare on the small model that ships: offline, on a CPU, in under three minutes."""
+    os.environ["TQDM_DISABLE"] = "1"  # one bar of our own instead of dozens of lm-eval's; tqdm reads it once, on import
     from lm_eval_steering.demo.run import run_demo, steered_languages
 
     run_demo(out, steered_languages(languages), controls)

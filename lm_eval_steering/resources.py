@@ -27,7 +27,7 @@ def neuron_sets_folder() -> Path:
 
 def demo_model() -> Path:
     """Folder of the demo model's checkpoint."""
-    return _PACKAGE / "demo" / "model"
+    return _PACKAGE / "demo" / "demo-model"
 
 
 def demo_sentences() -> Path:

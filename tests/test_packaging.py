@@ -29,7 +29,7 @@ def test_tasks_neuron_sets_demo_and_start_up_files_travel(wheel: zipfile.ZipFile
         }
         assert own and own <= names
     assert {"_lm_eval_steering_startup.py", "lm_eval_steering_startup.pth", "lm_eval_steering_startup.start"} <= names
-    assert "lm_eval_steering/demo/model/model.safetensors" in names
+    assert "lm_eval_steering/demo/demo-model/model.safetensors" in names
     assert not [name for name in names if "harness/startup" in name or name.startswith("tests/")]
 
 
@@ -54,5 +54,5 @@ def test_entry_points_are_what_the_start_up_file_registers(wheel: zipfile.ZipFil
 
 
 def test_the_shipped_model_is_small(wheel: zipfile.ZipFile) -> None:
-    size = sum(info.file_size for info in wheel.infolist() if "/demo/model/" in info.filename)
+    size = sum(info.file_size for info in wheel.infolist() if "/demo/demo-model/" in info.filename)
     assert 1_000_000 < size <= 16 * 2**20

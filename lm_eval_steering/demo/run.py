@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -246,7 +245,6 @@ def _progress(console: Console) -> Progress:
 
 
 def _be_quiet() -> None:
-    """One bar of our own instead of dozens of lm-eval's."""
-    os.environ["TQDM_DISABLE"] = "1"
+    """Errors alone: what lm-eval says at every evaluation would bury the demo's own lines."""
     for name in ("lm_eval", "transformers", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

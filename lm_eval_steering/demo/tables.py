@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import fmean
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +15,7 @@ from lm_eval_steering.languages import english_name
 
 def show(figures: Figures, console: Console) -> None:
     """Print all tables."""
-    for table in (_deactivation(figures), _lss(figures), _forcing(figures), _self_cross(figures)):
+    for table in (_deactivation(figures), _lss(figures), _factors(figures), _forcing(figures), _self_cross(figures)):
         console.print()
         console.print(table)
     _generations(figures, console)
@@ -23,13 +24,19 @@ def show(figures: Figures, console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+
+
 def _short(code: str) -> str:
     return code.split("_", maxsplit=1)[0]
 
 
 def _deactivation(figures: Figures) -> Table:
-    table = Table(title="rise of perplexity in nats a token: row deactivated, column evaluated", title_justify="left")
-    for name in ("", *map(_short, figures.languages), "random |change|"):
+    table = _table(
+        "rise of perplexity in nats a token: row deactivated, column evaluated; |change| of its own by random"
+    )
+    for name in ("", *map(_short, figures.languages), "random"):
         table.add_column(name, justify="right")
     for row in figures.languages:
         rises = [figures.deactivated_nats[row][col] - figures.baseline_nats[col] for col in figures.languages]
@@ -45,9 +52,7 @@ def control_change(figures: Figures, code: str) -> float:
 
 
 def _lss(figures: Figures) -> Table:
-    table = Table(
-        title="LSS at the chosen factor (highest matched random set): row steered, column base", title_justify="left"
-    )
+    table = _table("LSS at the chosen factor (highest matched random set): row steered, column base")
     for name in ("", *map(_short, figures.languages), "mean"):
         table.add_column(name, justify="right")
     for row in figures.languages:
@@ -59,29 +64,34 @@ def _lss(figures: Figures) -> Table:
     return table
 
 
-def _forcing(figures: Figures) -> Table:
-    table = Table(
-        title="share of outputs in the steered language, prompts in other languages, by factor", title_justify="left"
-    )
-    columns = ("", *(f"x{factor:g}" for factor in figures.factors), "chosen", "unsteered", "steered", "random")
-    for name in (*columns, "open start", "random"):
+def _factors(figures: Figures) -> Table:
+    table = _table("share of outputs in the steered language by factor, on the prompts that choose it")
+    for name in ("", *(f"x{factor:g}" for factor in figures.factors), "chosen"):
         table.add_column(name, justify="right")
     for code in figures.languages:
-        table.add_row(
-            _short(code),
-            *(f"{figures.lfs_choose[code][factor]:.2f}" for factor in figures.factors),
-            f"x{figures.chosen[code]:g}",
-            f"{figures.lfs[code]['baseline']:.2f}",
-            f"[bold]{figures.lfs[code]['steered']:.2f}[/bold]",
-            f"{fmean(figures.lfs_control[code]):.2f}",
-            f"[bold]{figures.lfs_open[code]['steered']:.2f}[/bold]",
-            f"{fmean(figures.lfs_open_control[code]):.2f}",
-        )
+        shares = (f"{figures.lfs_choose[code][factor]:.2f}" for factor in figures.factors)
+        table.add_row(_short(code), *shares, f"x{figures.chosen[code]:g}")
+    return table
+
+
+def _forcing(figures: Figures) -> Table:
+    table = _table("the same at the chosen factor, on other prompts and from an open start")
+    for name in ("", "prompts", "unsteered", "random", "open start", "unsteered", "random"):
+        table.add_column(name, justify="right")
+    for code in figures.languages:
+        cells = [_short(code)]
+        for shares, controls in ((figures.lfs, figures.lfs_control), (figures.lfs_open, figures.lfs_open_control)):
+            cells += [
+                f"[bold]{shares[code]['steered']:.2f}[/bold]",
+                f"{shares[code]['baseline']:.2f}",
+                f"{fmean(controls[code]):.2f}",
+            ]
+        table.add_row(*cells)
     return table
 
 
 def _self_cross(figures: Figures) -> Table:
-    table = Table(title="self against cross: change of nats a token under amplification", title_justify="left")
+    table = _table("self against cross: change of nats a token under amplification")
     for name in ("factor", "self mean", "cross mean", "self improved", "cross improved"):
         table.add_column(name, justify="right")
     for factor in figures.factors:

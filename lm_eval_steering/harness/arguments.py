@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.architectures import shape_of
-from lm_eval_steering.errors import InterventionError, did_you_mean
+from lm_eval_steering.errors import InterventionError, NeuronSetError, did_you_mean
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.resources import find_neuron_set
 from lm_eval_steering.steering.intervention import from_arguments
@@ -99,6 +100,19 @@ def split(given: Mapping[str, Any], parent: type, config: Any) -> tuple[Steering
             hint = did_you_mean(key, sorted(own | parents))
             raise InterventionError(f"unknown model argument {key!r}{hint}")
     return SteeringArguments(**{key: value for key, value in given.items() if key in own}), rest
+
+
+def refuse_other_name(neuron_set: NeuronSet, pretrained: str) -> None:
+    """Refuse a neuron set whose hub id is not the one asked for; folders are compared by weights after loading.
+
+    Raises:
+        NeuronSetError: naming both.
+    """
+    own = neuron_set.provenance.model
+    if "/" in own and own != pretrained and not Path(pretrained).exists():
+        raise NeuronSetError(
+            f"the neuron set is for {own}, the model is {pretrained}; force=true to use it all the same"
+        )
 
 
 def plan_before_loading(arguments: SteeringArguments, config: Any) -> tuple[NeuronSet | None, Plan | None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -14,16 +15,17 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig
 
-from lm_eval_steering.errors import DidNotHappenError, SteeringError
-from lm_eval_steering.harness.arguments import SteeringArguments, plan_before_loading, split
+from lm_eval_steering.architectures import shape_of
+from lm_eval_steering.errors import DidNotHappenError, InterventionError, NeuronSetError, SteeringError
+from lm_eval_steering.fingerprint import fingerprint, same_weights, weights_digest, weights_sketch
+from lm_eval_steering.harness.arguments import SteeringArguments, plan_before_loading, refuse_other_name, split
 from lm_eval_steering.harness.cache import DecoratingCacheHook, salt
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN, Score
+from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
 from lm_eval_steering.neurons.find import versions
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.attach import Steering
-from lm_eval_steering.steering.fingerprint import fingerprint, model_digest
 from lm_eval_steering.steering.intervention import Intervention, from_arguments
 from lm_eval_steering.steering.plan import Plan, compile_plan
 
@@ -44,16 +46,20 @@ class SteeredHFLM(HFLM):
         config = _read_config(pretrained, arguments)
         own, rest = split(arguments, HFLM, config)
         neuron_set, plan = plan_before_loading(own, config)
+        if neuron_set is not None and isinstance(pretrained, str) and not own.force:
+            refuse_other_name(neuron_set, pretrained)
         # `hf` asks for CUDA by default and fails where there is none.
         rest.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, **rest)
         self.identifier = LanguageIdentifier()
-        self.targets: tuple[str, ...] = own.targets()
-        self.neuron_set: NeuronSet | None = neuron_set
         self.steering: Steering | None = None
         self._twice = False  # while rows are scored with and without the intervention, half answers are not cached
+        self._detected: list[int] = []  # batch sizes that lm-eval's search found in the steered pass
+        self._replayed: Iterator[int] | None = None  # the same, in the unsteered pass
         self._tokens: dict[tuple[str, ...], int] = {}  # (context, continuation) in hand -> tokens of the latter
-        self._attach(plan)
+        if neuron_set is not None and not own.force:
+            self._refuse_other_weights(neuron_set)
+        self._attach(neuron_set, plan, own.targets())
 
     # --- changing the intervention on a loaded model ------------------------------------------------------------
 
@@ -63,19 +69,37 @@ class SteeredHFLM(HFLM):
         Args:
             neuron_set: of this model.
             **arguments: `language`, `op`, ... as on the command line, and `target_language`.
-        """
-        targets = SteeringArguments(target_language=arguments.pop("target_language", None)).targets()
-        intervention = from_arguments(arguments)
-        if neuron_set is None and intervention.steps:
-            raise SteeringError("an intervention needs a neuron set")
-        self.neuron_set = neuron_set
-        self.targets = targets or intervention.steered
-        self._attach(compile_plan(intervention, neuron_set) if neuron_set else None)
 
-    def _attach(self, plan: Plan | None) -> None:
+        Raises:
+            SteeringError: as on the command line; the intervention that was on stays on.
+        """
+        named = SteeringArguments(target_language=arguments.pop("target_language", None)).targets()
+        intervention = from_arguments(arguments)
+        plan = None
+        if neuron_set is not None:
+            shape = shape_of(self.config)
+            neuron_set.check_model(shape.layers, shape.units, str(self.config.model_type))
+            self._refuse_other_weights(neuron_set)
+            plan = compile_plan(intervention, neuron_set)
+        elif intervention.steps:
+            raise SteeringError("an intervention needs a neuron set")
+        self._attach(neuron_set, plan, named or (plan.intervention.steered if plan else ()))
+
+    def _refuse_other_weights(self, neuron_set: NeuronSet) -> None:
+        expected = neuron_set.provenance.weights
+        if expected and not same_weights(expected, self._sketch):
+            raise NeuronSetError(
+                f"the neuron set was found in {neuron_set.provenance.model}, whose weights are not those of "
+                f"{self.pretrained if isinstance(self.pretrained, str) else 'this model'} (an adapter, a fine-tuned or "
+                "a quantised model counts as another one); force=true to use it all the same"
+            )
+
+    def _attach(self, neuron_set: NeuronSet | None, plan: Plan | None, targets: tuple[str, ...]) -> None:
         if self.steering is not None:
             self.steering.detach()
         self.steering = Steering(self.model, plan).attach() if plan else None
+        self.neuron_set, self.targets = neuron_set, targets
+        self.fingerprint = self._fingerprint()
 
     # --- answers ------------------------------------------------------------------------------------------------
 
@@ -89,25 +113,31 @@ class SteeredHFLM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
         """Score requests; those whose document asks for it a second time, same rows and batches, without steering."""
+        self._refuse_stale(requests)
         twins = [number for number, request in enumerate(requests) if _wants_twin(request)]
         if not twins:
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            return self._finite(super().loglikelihood(requests, disable_tqdm=disable_tqdm))
         others = sorted(set(range(len(requests))) - set(twins))
         scores: dict[int, Score] = {}
         if others:
             plain = super().loglikelihood([requests[i] for i in others], disable_tqdm=disable_tqdm)
             scores |= dict(zip(others, plain, strict=True))
         scores |= dict(zip(twins, self._score_twice([requests[i] for i in twins], disable_tqdm), strict=True))
-        return [scores[number] for number in range(len(requests))]
+        return self._finite([scores[number] for number in range(len(requests))])
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts; every token is prompt."""
+        return self._finite(super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm))
 
     def _score_twice(self, requests: list[Instance], disable_tqdm: bool) -> list[Score]:
-        self._twice = True
+        self._twice, self._detected = True, []
         try:
             steered = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            self._replayed = iter(self._detected)
             with self.steering.suspended() if self.steering else nullcontext():
                 unsteered = super().loglikelihood(requests, disable_tqdm=disable_tqdm) if self.steering else steered
         finally:
-            self._twice = False
+            self._twice, self._replayed = False, None
         return [
             Score(score, score.tokens, unsteered=float(twin[0]), targets=self.targets)
             for score, twin in zip(steered, unsteered, strict=True)
@@ -115,7 +145,11 @@ class SteeredHFLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate, and identify the language of each output."""
-        texts = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        self._refuse_stale(requests)
+        if self.world_size > 1:
+            # lm-eval seeds every rank alike; sampled answers to equal prompts would be the same on each.
+            torch.manual_seed(torch.initial_seed() + self.rank)
+        texts = self._finite(super().generate_until(requests, disable_tqdm=disable_tqdm))
         return [self._identify(text) for text in texts]
 
     def _identify(self, text: str) -> IdentifiedText:
@@ -123,11 +157,34 @@ class SteeredHFLM(HFLM):
         return IdentifiedText(text, found.language, found.confidence, self.targets)
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
-        """lm-eval's search, whose forward passes on made-up tokens are no part of the evidence."""
-        if self.steering is None:
-            return super()._detect_batch_size(*args, **kwargs)
-        with self.steering.suspended():
-            return super()._detect_batch_size(*args, **kwargs)
+        """lm-eval's search, whose forward passes on made-up tokens are no part of the evidence.
+
+        The unsteered pass of rows that are scored twice repeats the batches of the steered one.
+        """
+        if self._replayed is not None:
+            return next(self._replayed)
+        with self.steering.suspended() if self.steering else nullcontext():
+            self._detected.append(super()._detect_batch_size(*args, **kwargs))
+        return self._detected[-1]
+
+    def _refuse_stale(self, requests: list[Instance]) -> None:
+        """Documents that were made for another target language: lm-eval's `--cache_requests` does not know it."""
+        for request in requests:
+            made_for = request.doc.get(MADE_FOR) if isinstance(request.doc, dict) else None
+            if made_for is not None and set(made_for) != set(self.targets):
+                raise SteeringError(
+                    f"{request.task_name}: its requests were made for {'+'.join(made_for) or 'no language'}, the model "
+                    f"is steered to {'+'.join(self.targets) or 'none'}; run without --cache_requests"
+                )
+
+    def _finite(self, answers: list[Any]) -> list[Any]:
+        """The answers, unless an edited activation overflowed while they were made."""
+        if self.steering is not None and not math.isfinite(self.steering.evidence().largest_change):
+            raise InterventionError(
+                f"activations overflowed {self.model.dtype} under {self.intervention.signature()}; use a smaller "
+                "factor or a wider dtype"
+            )
+        return answers
 
     # --- the request cache --------------------------------------------------------------------------------------
 
@@ -152,29 +209,44 @@ class SteeredHFLM(HFLM):
     # --- evidence -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def _weights(self) -> str:
-        return model_digest(self.model)
+    def _sketch(self) -> tuple[float, ...]:
+        return weights_sketch(self.model)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What decides a score beside the intervention, read once after loading."""
+        adapters = getattr(self.model, "peft_config", None) or {}
+        generation = getattr(self.model, "generation_config", None)
+        return {
+            "weights": weights_digest(self.model),
+            "config": _without_names(self.model.config.to_dict()),
+            "generation_config": _without_names(generation.to_dict()) if generation else None,
+            "adapters": {name: _without_names(adapter.to_dict()) for name, adapter in adapters.items()},
+            "tokenizer": _tokenizer_digest(self.tokenizer),
+            "dtype": str(self.model.dtype),
+            "mixed_precision_dtype": str(self.mixed_precision_dtype),
+            "softmax_dtype": str(self.softmax_dtype),
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+            "prefix_token_id": self.prefix_token_id,
+            "truncation": self.truncation,
+            "think_end_token": self.think_end_token,
+            "identifier": self.identifier.signature(),
+        }
 
     @property
     def intervention(self) -> Intervention:
         """What is done to the model at the moment; no steps where it is unsteered."""
         return self.steering.plan.intervention if self.steering else Intervention()
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over everything that decides a score of this model at the moment."""
+    def _fingerprint(self) -> str:
+        """SHA-256 over everything that decides a score of this model under the intervention in force."""
         return fingerprint(
             {
-                "weights": self._weights,
-                "dtype": str(self.model.dtype),
-                "mixed_precision_dtype": str(self.mixed_precision_dtype),
-                "softmax_dtype": str(self.softmax_dtype),
-                "max_length": self.max_length,
-                "add_bos_token": self.add_bos_token,
+                **self._identity,
                 "neurons": self.neuron_set.content_hash() if self.neuron_set else None,
                 "intervention": self.intervention.model_dump(mode="json"),
                 "targets": list(self.targets),
-                "identifier": self.identifier.signature(),
             }
         )
 
@@ -204,7 +276,10 @@ class SteeredHFLM(HFLM):
             evidence = self.steering.evidence()
             if evidence.forwards and evidence.modules and not evidence.positions:
                 raise DidNotHappenError(f"{evidence.forwards} forward passes ran and no position was edited")
-            report["evidence"] = dataclasses.asdict(evidence) | {"shared_neurons": self.steering.plan.shared}
+            report["evidence"] = dataclasses.asdict(evidence) | {
+                "shared_neurons": self.steering.plan.shared,
+                "rank": f"{self.rank} of {self.world_size}",
+            }
             report["neuron_set"] = {
                 "sha256": self.neuron_set.content_hash(),
                 "languages": list(self.neuron_set.languages),
@@ -217,6 +292,18 @@ class SteeredHFLM(HFLM):
         return super().get_model_info() | {"steering": self.steering_report()}
 
 
+def _without_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what differs between two places of one model."""
+    names = {"_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version", "peft_version"}
+    return {key: value for key, value in config.items() if key not in names}
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Hash of a tokenizer's whole definition, or of its vocabulary where it has no fast one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return fingerprint({"tokenizer": backend.to_str() if backend else tokenizer.get_vocab()})
+
+
 def _wants_twin(request: Instance) -> bool:
     return isinstance(request.doc, dict) and bool(request.doc.get(UNSTEERED_TWIN))
 
@@ -225,7 +312,7 @@ def _read_config(pretrained: Any, arguments: dict[str, Any]) -> Any:
     """The config of a loaded model, or of one still on disk or on the hub: a few kilobytes."""
     if not isinstance(pretrained, str):
         return pretrained.config
-    names: tuple[str, ...] = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir")
+    names = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "gguf_file")
     chosen = {name: arguments[name] for name in names if arguments.get(name)}
     read: Callable[..., Any] = AutoConfig.from_pretrained
     try:

@@ -11,10 +11,12 @@ import logging
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from inspect import BoundArguments, signature
 from types import ModuleType, TracebackType
 from typing import Any
 
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
+from lm_eval_steering.resources import tasks_folder
 
 MODELS = {"steered-hf": "lm_eval_steering.harness.model:SteeredHFLM"}
 METRICS = {"lfs": ("lm_eval_steering.metrics.output_language:lfs", True, "mean")}
@@ -66,21 +68,29 @@ def _register_tasks(module: Any) -> None:
         return
     original = manager.__init__
 
-    def init(
-        self: Any, verbosity: Any = None, include_path: Any = None, include_defaults: bool = True, metadata: Any = None
-    ) -> None:
-        paths = include_path
-        if include_defaults:
-            from lm_eval_steering.resources import tasks_folder
-
-            users = [include_path] if isinstance(include_path, str) or hasattr(include_path, "__fspath__") else None
-            # The user's own folders come last, so that their tasks win over ours of the same name.
-            paths = [tasks_folder(), *(users if users is not None else include_path or [])]
-        original(self, verbosity, paths, include_defaults, metadata)
-        self.include_path = include_path
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            arguments = _with_our_tasks(signature(original).bind(self, *args, **kwargs))
+        except Exception as error:  # whatever lm-eval has become, it works on without our tasks
+            print(f"lm-eval-steering could not add its tasks: {error!r}", file=sys.stderr)
+            arguments = None
+        if arguments is None:
+            original(self, *args, **kwargs)
+        else:
+            original(*arguments.args, **arguments.kwargs)
 
     init._lm_eval_steering = True  # type: ignore[attr-defined]
     manager.__init__ = init
+
+
+def _with_our_tasks(arguments: BoundArguments) -> BoundArguments | None:
+    """The manager's arguments with our folder before the user's, whose tasks win over ours of the same name."""
+    if not arguments.arguments.get("include_defaults", True):
+        return None
+    users = arguments.arguments.get("include_path") or []
+    users = list(users) if isinstance(users, list | tuple) else [users]
+    arguments.arguments["include_path"] = [tasks_folder(), *users]
+    return arguments
 
 
 _REGISTRARS: dict[str, Callable[[Any], None]] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN, Score, preference_shift
+from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score, preference_shift
 from lm_eval_steering.metrics.output_language import IdentifiedText, forced
 from lm_eval_steering.resources import demo_sentences
 
@@ -132,7 +132,7 @@ def lss_documents(base: str, items: str = "report", **settings: Any) -> dict[str
                 "prompt": own[0],
                 "choices": [glue(base, base) + own[1], glue(base, target) + other[1]],
                 "base": base,
-                "target": target,
+                MADE_FOR: [target],
                 UNSTEERED_TWIN: True,
             }
         )
@@ -148,8 +148,8 @@ def lss_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str
     base, target = results
     if not isinstance(base, Score) or not isinstance(target, Score):
         raise SteeringError("LSS needs steered and unsteered scores of the same rows, which --model steered-hf gives")
-    if document["target"] not in target.targets:
-        raise SteeringError(f"the documents are for {document['target']}, the model is steered to {target.targets}")
+    if document[MADE_FOR] != list(target.targets):
+        raise SteeringError(f"the documents are for {document[MADE_FOR]}, the model is steered to {target.targets}")
     shift = preference_shift(base, target)
     same = document["choices"][0] == document["choices"][1]
     return {
@@ -172,6 +172,7 @@ def forcing_documents(items: str = "report", **settings: Any) -> dict[str, Any]:
         {
             "id": number,
             "language": others[number % len(others)],
+            MADE_FOR: sorted(targets),
             "prompt": sentence(number, others[number % len(others)]),
         }
         for number in _ids(items)

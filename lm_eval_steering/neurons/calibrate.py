@@ -74,9 +74,10 @@ def _sentence_sums(sites: ModelSites, batches: Batches, neurons: Neurons) -> dic
     def keep(site: str) -> Any:
         def observer(layer: int, units: torch.Tensor) -> None:
             if layer in wanted:
-                chosen = units.index_select(-1, wanted[layer].to(units.device)).double()
+                # float64 on the CPU: not every accelerator has it.
+                chosen = units.index_select(-1, wanted[layer].to(units.device)).cpu().double()
                 chosen = chosen.reshape(*batches.counted.shape, -1)
-                pieces[site][layer] = (chosen * batches.counted.unsqueeze(-1).to(units.device)).sum(1)
+                pieces[site][layer] = (chosen * batches.counted.unsqueeze(-1).cpu()).sum(1)
 
         return observer
 
@@ -85,7 +86,7 @@ def _sentence_sums(sites: ModelSites, batches: Batches, neurons: Neurons) -> dic
         for inputs in batches:
             sites.decoder(**inputs, use_cache=False)
             for site in SITES:
-                parts = [pieces[site][layer].cpu().numpy() for layer in wanted]
+                parts = [pieces[site][layer].numpy() for layer in wanted]
                 empty = np.zeros((len(inputs["input_ids"]), 0))
                 done[site].append(np.concatenate([empty, *parts], axis=1))
     return {site: np.concatenate(parts) for site, parts in done.items()}

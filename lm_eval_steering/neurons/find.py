@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.fingerprint import weights_sketch
 from lm_eval_steering.neurons import calibrate as calibration
 from lm_eval_steering.neurons.corpus import Row, packed_rows, read_corpus, rows_hash, sentence_rows
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance, union_of
@@ -46,9 +47,11 @@ class Search:
 
         Raises:
             CorpusError: if the text of a language is missing or empty.
-            SteeringError: if the rate is outside (0, 1].
+            SteeringError: if the rate is outside (0, 1], or there is one language alone.
         """
         check_rate("rate", self.rate)
+        if len(self.languages) < 2:
+            raise SteeringError("language neurons are told apart between languages: name at least two")
         return read_corpus(self.corpus, self.languages)
 
 
@@ -75,6 +78,7 @@ def find_neurons(model: Any, tokenizer: Any, search: Search, progress: bool = Tr
         architecture=str(model.config.model_type),
         layers=shape.layers,
         units=shape.units,
+        weights=weights_sketch(model),
         selection={"method": "lape", "rate": search.rate, "filter_rate": 0.95, "bar_rate": 0.95},
         corpus={
             "source": Path(search.corpus).name,
@@ -125,7 +129,11 @@ def control_sets(
 
 
 def _context(model: Any, search: Search) -> int:
-    return search.context or min(2048, int(getattr(model.config, "max_position_embeddings", 2048)) - 1)
+    """Tokens a row beside BOS."""
+    longest = int(getattr(model.config, "max_position_embeddings", 2049)) - 1
+    if search.context is not None and search.context > longest:
+        raise SteeringError(f"context={search.context}: the model reads at most {longest} tokens and BOS")
+    return search.context or min(2048, longest)
 
 
 def _calibration_rows(

@@ -38,6 +38,7 @@ class Provenance:
         architecture: `model_type` of transformers.
         layers: number of decoder layers.
         units: MLP units a layer.
+        weights: a sketch of the weights (`fingerprint.weights_sketch`); empty where it is not known.
         selection: the method's name and its numbers.
         corpus: what was read: source, hash of the text, tokens for each language.
         versions: of the libraries that were used.
@@ -48,6 +49,7 @@ class Provenance:
     architecture: str
     layers: int
     units: int
+    weights: Sequence[float] = ()
     selection: Mapping[str, Any] = field(default_factory=dict)
     corpus: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -84,6 +86,8 @@ class Statistics:
         column = self.languages.index(language)
         if name != "diffmean":
             return values[:, column].astype(np.float32)
+        if len(self.languages) < 2:
+            raise NeuronSetError("diffmean needs at least two languages in the neuron set")
         others = np.delete(values, column, axis=1).mean(axis=1)
         return (values[:, column] - others).astype(np.float32)
 
@@ -205,7 +209,7 @@ class NeuronSet:
         """
         metadata, tensors = _read(Path(path))
         try:
-            provenance = Provenance(**metadata["provenance"])
+            provenance = Provenance(**metadata["provenance"] | {"weights": tuple(metadata["provenance"]["weights"])})
             codes = tuple(metadata["languages"])
             found = cls(
                 codes,
@@ -260,7 +264,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         raise NeuronSetError(f"{path}: not a whole safetensors file ({error})") from None
     if header is None:
         raise NeuronSetError(f"{path}: a safetensors file, but not a neuron set (no {_HEADER_KEY!r} in its header)")
-    metadata = json.loads(header)
+    try:
+        metadata = json.loads(header)
+    except ValueError as error:
+        raise NeuronSetError(f"{path}: the metadata are not JSON ({error})") from None
     if metadata.get("format_version") != FORMAT_VERSION:
         raise NeuronSetError(
             f"{path}: format version {metadata.get('format_version')}, this release reads {FORMAT_VERSION}"

@@ -17,7 +17,7 @@ Observer = Callable[[int, torch.Tensor], None]
 
 
 class Batches:
-    """Rows as right-padded batches that begin with BOS where the tokenizer has one.
+    """Rows as right-padded batches that begin with BOS where the tokenizer adds one.
 
     Attributes:
         counted: (row, position) bool of the batch in hand: real tokens, neither padding nor BOS.
@@ -25,7 +25,7 @@ class Batches:
 
     def __init__(self, rows: Sequence[Row], tokenizer: Any, batch_size: int, device: torch.device) -> None:
         self.rows = rows
-        self.prefix = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        self.prefix = added_bos(tokenizer)
         self.batch_size = batch_size
         self.device = device
         self.counted = torch.zeros(0, 0, dtype=torch.bool)
@@ -44,6 +44,12 @@ class Batches:
             counted[:, : len(self.prefix)] = False
             self.counted = counted.to(self.device)
             yield {"input_ids": ids.to(self.device), "attention_mask": real.to(self.device)}
+
+
+def added_bos(tokenizer: Any) -> list[int]:
+    """The BOS that the tokenizer puts before a text, as evaluation sees it; empty where it puts none."""
+    begins = tokenizer("a")["input_ids"][:1]
+    return begins if tokenizer.bos_token_id is not None and begins == [tokenizer.bos_token_id] else []
 
 
 @contextmanager

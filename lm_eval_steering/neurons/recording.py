@@ -39,7 +39,7 @@ def record(
     """Count, for each language, the tokens on which each unit's activation is above 0.
 
     The model runs without its language-model head and without a KV cache. Rows begin with BOS where the tokenizer
-    has one; the model sees it and it is not counted.
+    adds one; the model sees it and it is not counted.
 
     Args:
         model: a causal language model of transformers.

@@ -91,6 +91,8 @@ class Step(BaseModel):
     def _consistent(self) -> Step:
         if not self.languages:
             raise ValueError("a step needs at least one language")
+        if OTHERS in self.languages and (not self.deactivation or len(self.languages) > 1):
+            raise ValueError("others: stands alone, in deactivate= only; name the languages to steer")
         if self.op == "scale" and self.value is not None:
             raise ValueError(f"value={self.value!r}: op=scale takes none; use factor=")
         return self
@@ -213,7 +215,7 @@ def _one_line(failure: ValidationError) -> str:
 
 
 def _list(found: Any) -> tuple[str, ...]:
-    parts = found.split("+") if isinstance(found, str) else [str(part) for part in found]
+    parts = [str(part) for part in found] if isinstance(found, list | tuple) else str(found).split("+")
     if any(not part.strip() for part in parts):
         raise InterventionError(f"{found!r}: expected languages joined by +, such as fra_Latn+ind_Latn")
     return tuple(part if part == OTHERS else _checked(part) for part in parts)

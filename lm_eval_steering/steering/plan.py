@@ -100,6 +100,11 @@ def _part(number: int, intervention: Intervention, neuron_set: NeuronSet, allow_
         kept = union_of([n for s in later for n in _own(s, neuron_set, allow_empty).values()])
         stays = np.ones(len(chosen), dtype=bool)
         stays[_positions(chosen, kept)] = False
+        if not stays.any() and not allow_empty:
+            raise InterventionError(
+                f"deactivating {'+'.join(step.languages)} would do nothing: the steering step uses all its neurons; "
+                "allow_empty=true to go on"
+            )
         return chosen[stays], values[stays], owners[stays]
     return chosen, values, owners
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.harness.arguments import split
+from lm_eval_steering.harness.arguments import refuse_other_name, split
 from lm_eval_steering.harness.model import SteeredHFLM
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN, Score
+from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score
 from lm_eval_steering.metrics.output_language import IdentifiedText, lfs
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import make_set, tiny_model, tiny_tokenizer
@@ -226,3 +228,88 @@ def test_lfs_is_absent_without_a_target_and_never_zero() -> None:
     assert lfs(["x"], [IdentifiedText(french, "fra_Latn", 0.9, ("fra_Latn",))]) == {"lfs": 1.0}
     assert lfs(["x"], [IdentifiedText(french, "fra_Latn", 0.9, ("deu_Latn",))]) == {"lfs": 0.0}
     assert lfs(["x"], [IdentifiedText("", "unknown", 0.1, ("eng_Latn",))]) == {"lfs": 0.0}
+
+
+def test_the_fingerprint_knows_tokens_tokenizer_config_and_adapters(neurons: NeuronSet) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(alpha: int) -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(
+            tiny_model("llama"), LoraConfig(target_modules=["down_proj"], r=2, lora_alpha=alpha)
+        ).eval()
+
+    other_words = tiny_tokenizer()
+    other_words.add_tokens(["w1 w2"])
+    stretched = tiny_model("llama")
+    stretched.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
+    made = [
+        loaded(),
+        SteeredHFLM(tiny_model("llama"), tokenizer=tiny_tokenizer(), prefix_token_id=5),
+        SteeredHFLM(tiny_model("llama"), tokenizer=other_words),
+        SteeredHFLM(stretched, tokenizer=tiny_tokenizer()),
+        SteeredHFLM(adapted(8), tokenizer=tiny_tokenizer()),
+        SteeredHFLM(adapted(64), tokenizer=tiny_tokenizer()),
+    ]
+    assert len({lm.fingerprint for lm in made}) == len(made)
+    assert loaded().fingerprint == made[0].fingerprint
+
+
+def test_requests_made_for_another_language_are_refused(neurons: NeuronSet) -> None:
+    lm = loaded()
+    lm.intervene(neurons, **STRONG)
+    for kind, arguments in (("loglikelihood", PAIRS[0]), ("generate_until", generating()[0].args)):
+        stale = [Instance(kind, {MADE_FOR: ["deu_Latn"]}, arguments, 0)]
+        with pytest.raises(
+            SteeringError, match=r"made for deu_Latn, the model is steered to fra_Latn.*--cache_requests"
+        ):
+            getattr(lm, kind)(stale)
+
+
+def test_a_failed_change_leaves_the_intervention_as_it_was(neurons: NeuronSet) -> None:
+    lm = loaded()
+    lm.intervene(neurons, **STRONG)
+    before = lm.fingerprint
+    foreign = make_set({"fra_Latn": [(0, 1)]}, "gpt2")
+    tuned = make_set({"fra_Latn": [(0, 1)]})
+    tuned = replace(tuned, provenance=replace(tuned.provenance, weights=(0.5,) * 256))
+    for bad_set, change in ((neurons, {"language": "tur_Latn"}), (foreign, {}), (tuned, {}), (None, {})):
+        with pytest.raises(SteeringError):
+            lm.intervene(bad_set, **(STRONG | change))
+        assert lm.fingerprint == before and lm.targets == ("fra_Latn",) and lm.neuron_set is neurons
+
+
+def test_a_set_found_in_other_weights_of_the_same_shape_needs_force(folder: Path, neurons: NeuronSet) -> None:
+    other = replace(neurons, provenance=replace(neurons.provenance, model="tuned", weights=(0.5,) * 256))
+    other.save(folder / "tuned.safetensors")
+    arguments = {"device": "cpu", "neurons": str(folder / "tuned.safetensors"), "language": "fr", "op": "scale"}
+    with pytest.raises(SteeringError, match=r"found in tuned, whose weights are not those of.*force=true"):
+        SteeredHFLM(str(folder / "model"), **arguments)
+    assert SteeredHFLM(str(folder / "model"), force=True, **arguments).targets == ("fra_Latn",)
+    hub = replace(neurons, provenance=replace(neurons.provenance, model="maker/tuned"))
+    with pytest.raises(SteeringError, match="for maker/tuned, the model is maker/base"):
+        refuse_other_name(hub, "maker/base")
+    refuse_other_name(hub, "maker/tuned")
+    refuse_other_name(hub, str(folder / "model"))
+
+
+def test_overflowing_activations_are_an_error_not_a_score(neurons: NeuronSet) -> None:
+    lm = SteeredHFLM(tiny_model("llama").half(), tokenizer=tiny_tokenizer())
+    lm.intervene(neurons, language="fra_Latn", op="add", value=1, factor=1e6)
+    with pytest.raises(SteeringError, match=r"activations overflowed torch\.float16"):
+        lm.loglikelihood(scoring())
+
+
+def test_both_passes_of_a_twin_use_the_batches_that_were_detected_once(
+    neurons: NeuronSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = iter([3, 1, 2, 2])
+    monkeypatch.setattr(HFLM, "_detect_batch_size", lambda *_args, **_kwargs: next(sizes))
+    lm = SteeredHFLM(tiny_model("llama"), tokenizer=tiny_tokenizer(), batch_size="auto")
+    lm.intervene(neurons, language="fra_Latn", op="scale", factor=1)
+    seen: list[int] = []
+    real = lm._model_call
+    monkeypatch.setattr(lm, "_model_call", lambda inps, **kwargs: (seen.append(len(inps)), real(inps, **kwargs))[1])
+    assert all(score[0] == score.unsteered for score in lm.loglikelihood(scoring(twin=True)))
+    half = len(seen) // 2
+    assert seen[:half] == seen[half:]

@@ -33,7 +33,7 @@ def test_lss_documents_pair_the_base_with_the_steered_language() -> None:
     assert len(docs) == 40 and docs[0]["id"] == 20
     doc = docs[0]
     assert doc["prompt"] + doc["choices"][0] == tasks.sentence(20, "eng_Latn")
-    assert doc["target"] == "jpn_Jpan" and doc["choices"][1].startswith(" ")
+    assert doc["made_for"] == ["jpn_Jpan"] and doc["choices"][1].startswith(" ")
     assert tasks.lss_documents("zho_Hans", language="jpn")["test"][0]["choices"][1][0] != " "
 
 
@@ -53,7 +53,7 @@ def test_lss_without_one_other_language_is_refused(settings: dict, message: str)
 
 
 def test_lss_counts_strict_shifts_and_reports_ties_and_identical_objects() -> None:
-    doc = {"target": "fra_Latn", "choices": ["a", "b"]}
+    doc = {"made_for": ["fra_Latn"], "choices": ["a", "b"]}
 
     def scores(base: float, target: float) -> list[Score]:
         return [Score((x, False), 1, unsteered=-3.0, targets=("fra_Latn",)) for x in (base, target)]
@@ -65,11 +65,11 @@ def test_lss_counts_strict_shifts_and_reports_ties_and_identical_objects() -> No
 
 
 def test_lss_refuses_scores_of_another_model_or_target() -> None:
-    doc = {"target": "fra_Latn", "choices": ["a", "b"]}
+    doc = {"made_for": ["fra_Latn"], "choices": ["a", "b"]}
     with pytest.raises(SteeringError, match="--model steered-hf"):
         tasks.lss_metrics(doc, [(-1.0, False), (-2.0, False)])
     german = [Score((-1.0, False), 1, unsteered=-1.0, targets=("deu_Latn",))] * 2
-    with pytest.raises(SteeringError, match="the documents are for fra_Latn"):
+    with pytest.raises(SteeringError, match=r"the documents are for \['fra_Latn'\]"):
         tasks.lss_metrics(doc, german)
     bare = [Score((-1.0, False), 1, targets=("fra_Latn",))] * 2
     with pytest.raises(SteeringError, match="--use_cache"):

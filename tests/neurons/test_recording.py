@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
 from lm_eval_steering.architectures import sites_of
-from lm_eval_steering.errors import CorpusError, DidNotHappenError
+from lm_eval_steering.errors import CorpusError, DidNotHappenError, SteeringError
 from lm_eval_steering.neurons.calibrate import calibrate
 from lm_eval_steering.neurons.corpus import packed_rows, read_corpus, rows_hash, sentence_rows
 from lm_eval_steering.neurons.find import Search, control_sets, find_neurons
+from lm_eval_steering.neurons.observe import added_bos
 from lm_eval_steering.neurons.recording import record
 from tests.conftest import LAYERS, UNITS, tiny_tokenizer
 
@@ -137,3 +139,19 @@ def test_find_gives_a_complete_set_with_matched_controls(model: torch.nn.Module,
     assert np.array_equal(control.statistics.neurons, control.union())
     for code in found.languages:
         assert len(control.neurons(code)) == len(found.neurons(code))
+
+
+def test_bos_is_shown_where_the_tokenizer_adds_it_and_nowhere_else() -> None:
+    tokenizer = tiny_tokenizer()
+    assert added_bos(tokenizer) == [0]
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    assert tokenizer.bos_token_id == 0 and added_bos(tokenizer) == []
+
+
+def test_a_search_that_cannot_be_meant_is_refused(model: torch.nn.Module, tmp_path: Path) -> None:
+    for code in ("fra_Latn", "deu_Latn"):
+        (tmp_path / f"{code}.txt").write_text("w1 w2 w3 w4 w5 w6\n")
+    with pytest.raises(SteeringError, match="name at least two"):
+        Search(str(tmp_path), ("fra_Latn",)).check()
+    with pytest.raises(SteeringError, match="context=100: the model reads at most 63"):
+        find_neurons(model, tiny_tokenizer(), Search(str(tmp_path), ("fra_Latn", "deu_Latn"), context=100))

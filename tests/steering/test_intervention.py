@@ -61,6 +61,7 @@ def test_layers_are_ranges() -> None:
         ({"language": "fr"}, "language= without op="),
         ({"factor": 2}, "factor= without language="),
         ({"site": "product"}, "site= without language="),
+        ({"language": "others", "op": "scale"}, "others: stands alone, in deactivate= only"),
         ({"language": "fr+", "op": "scale"}, "expected languages joined by"),
     ],
 )

@@ -120,6 +120,12 @@ def test_what_cannot_be_meant_is_refused() -> None:
         compile_plan(from_arguments({"language": "fra", "op": "scale", "layers": "1"}), SET)
     with pytest.raises(InterventionError, match="overflow float32"):
         compile_plan(from_arguments({"language": "fra", "op": "add", "value": 1e30, "factor": 1e30}), SET)
+    nothing = {"language": "fra+deu", "op": "scale", "deactivate": "deu"}
+    with pytest.raises(InterventionError, match="deactivating deu_Latn would do nothing"):
+        compile_plan(from_arguments(nothing), SET)
+    alone = make_set({"fra_Latn": [(0, 1)]})
+    with pytest.raises(NeuronSetError, match="diffmean needs at least two languages"):
+        compile_plan(from_arguments({"language": "fra", "op": "add", "value": "diffmean"}), alone)
     bare = make_set({"fra_Latn": [(0, 1)]}, calibrated=False)
     with pytest.raises(InterventionError, match="value=mean: the neuron set holds no calibrated statistics"):
         compile_plan(from_arguments({"language": "fra", "op": "add", "value": "mean"}), bare)

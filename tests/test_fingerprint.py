@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import torch
+
+from lm_eval_steering.fingerprint import fingerprint, same_weights, weights_digest, weights_sketch
+from tests.conftest import tiny_model
+
+
+def test_the_digest_knows_the_weights_and_nothing_else(family: str) -> None:
+    assert weights_digest(tiny_model(family)) == weights_digest(tiny_model(family))
+    changed = tiny_model(family)
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1
+    assert weights_digest(changed) != weights_digest(tiny_model(family))
+
+
+def test_a_sketch_knows_a_checkpoint_in_every_dtype_and_no_other(family: str) -> None:
+    plain = weights_sketch(tiny_model(family))
+    assert len(plain) >= 200
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert same_weights(plain, weights_sketch(tiny_model(family).to(dtype)))
+    tuned = tiny_model(family)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.03 * parameter.std() * torch.randn_like(parameter))
+    assert not same_weights(plain, weights_sketch(tuned))
+    assert not same_weights(plain, plain[:-1])
+
+
+def test_fingerprints_do_not_depend_on_the_order_of_parts() -> None:
+    assert (
+        fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1}) != fingerprint({"a": 1, "b": [2, 1]})
+    )
