@@ -124,9 +124,9 @@ def main() -> None:
     try:
         app()
     except (SteeringError, DidNotHappenError) as error:
-        from lm_eval_steering.harness.registration import one_line
+        from lm_eval_steering.harness.registration import debugging, one_line
 
-        if "DEBUG" in sys.argv:
+        if debugging():
             raise
         typer.echo(one_line(error), err=True)
         sys.exit(2)

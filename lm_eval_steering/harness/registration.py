@@ -111,6 +111,12 @@ def one_line(error: BaseException) -> str:
     return f"lm-eval-steering: {kind}: {error}"
 
 
+def debugging() -> bool:
+    """Whether the user wants tracebacks: LMEVAL_LOG_LEVEL=DEBUG or --verbosity DEBUG, which lm-eval applies late."""
+    asked = "--verbosity=DEBUG" in sys.argv or ("--verbosity", "DEBUG") in zip(sys.argv, sys.argv[1:], strict=False)
+    return asked or logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG)
+
+
 def _install_excepthook() -> None:
     """Print our own errors as one line instead of a traceback, unless lm_eval logs at DEBUG."""
     previous = sys.excepthook
@@ -118,8 +124,7 @@ def _install_excepthook() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        ours = isinstance(error, SteeringError | DidNotHappenError)
-        if ours and not logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
+        if isinstance(error, SteeringError | DidNotHappenError) and not debugging():
             print(one_line(error), file=sys.stderr)
         else:
             previous(kind, error, trace)
