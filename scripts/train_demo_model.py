@@ -52,9 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=1, help="data-parallel processes, one thread each if more than one"
     )
-    parser.add_argument("--tokens-per-language", type=int, default=850_000)
+    parser.add_argument("--tokens-per-language", type=int, default=550_000)
     parser.add_argument("--batch", type=int, default=32, help="windows a step, over all processes")
-    parser.add_argument("--penalty", type=float, default=4e-4, help="weight of the activation penalty after its ramp")
+    parser.add_argument("--penalty", type=float, default=3e-4, help="weight of the activation penalty after its ramp")
     parser.add_argument("--bfloat16", action="store_true", help="autocast; faster only where the processor has it")
     parser.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
     return parser.parse_args()

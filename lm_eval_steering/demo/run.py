@@ -123,13 +123,13 @@ def run_demo(out: Path, languages: Sequence[str] = LANGUAGES, controls: int = 3)
     """Find, steer, compare, print, draw; everything lands in `out`.
 
     Args:
-        out: folder for the neuron set, lm-eval's result files, `figures.json` and `demo.png`.
+        out: folder for the neuron set, lm-eval's result files, `figures.json`, `tables.txt` and `demo.png`.
         languages: the demo's languages to steer and to evaluate, at least two.
         controls: number of matched random sets.
     """
     from lm_eval_steering.demo import picture, tables
 
-    console = Console()
+    console = Console(record=True)
     _be_quiet()
     register_all()
     out.mkdir(parents=True, exist_ok=True)
@@ -141,8 +141,10 @@ def run_demo(out: Path, languages: Sequence[str] = LANGUAGES, controls: int = 3)
         measure(Evaluator(lm, out / "lm_eval", progress, total), figures, neuron_set, randoms)
     (out / "figures.json").write_text(json.dumps(asdict(figures), indent=1, ensure_ascii=False) + "\n")
     picture.draw(figures, out / "demo.png")
+    console.export_text()  # what was printed so far is not part of the tables
     tables.show(figures, console)
-    console.print(f"\nresults, samples and the picture are in {out}/ (demo.png, figures.json, lm_eval/)")
+    (out / "tables.txt").write_text(console.export_text(), encoding="utf-8")
+    console.print(f"\nresults, samples and the picture are in {out}/ (demo.png, tables.txt, figures.json, lm_eval/)")
     return figures
 
 
