@@ -31,8 +31,13 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def weights_sketch(model: nn.Module) -> tuple[float, ...]:
-    """256 values from evenly spaced floating-point tensors, to tell models of one shape apart in any dtype."""
-    tensors = [tensor for _, tensor in _tensors(model) if tensor.is_floating_point() and tensor.device.type != "meta"]
+    """256 values from evenly spaced floating-point tensors, to tell models of one shape apart in any dtype.
+
+    Empty where some weights are on the meta device (offloaded), because then the values cannot be compared.
+    """
+    tensors = [tensor for _, tensor in _tensors(model) if tensor.is_floating_point()]
+    if any(tensor.device.type == "meta" for tensor in tensors):
+        return ()
     places = np.linspace(0, len(tensors) - 1, SKETCH).round().astype(int)
     # A tensor that is drawn several times gives as many of its values.
     drawn = [_sample(tensors[i], int(count)) for i, count in zip(*np.unique(places, return_counts=True), strict=True)]

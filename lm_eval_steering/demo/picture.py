@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from lm_eval_steering.demo.run import Figures
+from lm_eval_steering.demo.figures import Figures
 
 _DPI = 160
 

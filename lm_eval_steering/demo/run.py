@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lm_eval_steering import resources
+from lm_eval_steering.demo import picture, tables
+from lm_eval_steering.demo.figures import FACTORS, Figures
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.harness.registration import register_all
 from lm_eval_steering.harness.tasks import demo_languages
@@ -20,51 +22,10 @@ from lm_eval_steering.languages import choose
 from lm_eval_steering.neurons.find import Search, control_sets, find_neurons
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 
-FACTORS = (2.0, 4.0, 6.0, 8.0, 12.0)
 LANGUAGES = ("deu_Latn", "spa_Latn", "tur_Latn", "jpn_Jpan")
 STEERING = {"op": "add", "value": "mean", "site": "product"}  # what steers the demo model best
 RATE = 0.05
 DEACTIVATION_CONTROLS = 3  # matched random sets that are deactivated too
-
-
-@dataclass
-class Figures:
-    """Everything that the demo measures. Languages are codes, shares are 0 to 1, perplexity is nats a token.
-
-    Attributes:
-        languages: steered ones, which are the evaluated ones too.
-        neurons: neurons of each language.
-        baseline_nats: evaluated language -> nats of the unsteered model.
-        deactivated_nats: deactivated -> evaluated -> nats.
-        deactivated_control_nats: deactivated -> one mapping (evaluated -> nats) a matched random set.
-        amplified_nats: steered -> factor -> evaluated -> nats.
-        lfs_choose: steered -> factor -> share of outputs, on the prompts that the factor is chosen on.
-        chosen: steered -> chosen factor.
-        lfs: steered -> {"baseline", "steered"} -> share of outputs, on other prompts.
-        lfs_control: steered -> share for each matched random set.
-        lfs_open: steered -> the same from an open start.
-        lfs_open_control: steered -> share from an open start for each matched random set.
-        lss: steered -> base -> LSS at the chosen factor.
-        lss_control: steered -> base -> LSS of each matched random set.
-        outputs: steered -> (prompt, output before, output after).
-    """
-
-    languages: tuple[str, ...]
-    factors: tuple[float, ...] = FACTORS
-    neurons: dict[str, int] = field(default_factory=dict)
-    baseline_nats: dict[str, float] = field(default_factory=dict)
-    deactivated_nats: dict[str, dict[str, float]] = field(default_factory=dict)
-    deactivated_control_nats: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    amplified_nats: dict[str, dict[float, dict[str, float]]] = field(default_factory=dict)
-    lfs_choose: dict[str, dict[float, float]] = field(default_factory=dict)
-    chosen: dict[str, float] = field(default_factory=dict)
-    lfs: dict[str, dict[str, float]] = field(default_factory=dict)
-    lfs_control: dict[str, list[float]] = field(default_factory=dict)
-    lfs_open: dict[str, dict[str, float]] = field(default_factory=dict)
-    lfs_open_control: dict[str, list[float]] = field(default_factory=dict)
-    lss: dict[str, dict[str, float]] = field(default_factory=dict)
-    lss_control: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    outputs: dict[str, tuple[str, str, str]] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -127,8 +88,6 @@ def run_demo(out: Path, languages: Sequence[str] = LANGUAGES, controls: int = 3)
         languages: the demo's languages to steer and to evaluate, at least two.
         controls: number of matched random sets.
     """
-    from lm_eval_steering.demo import picture, tables
-
     console = Console(record=True)
     _be_quiet()
     register_all()

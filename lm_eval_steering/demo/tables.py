@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lm_eval_steering.demo.run import Figures
+from lm_eval_steering.demo.figures import Figures
 from lm_eval_steering.languages import english_name
 
 

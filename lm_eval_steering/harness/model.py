@@ -17,16 +17,17 @@ from transformers import AutoConfig
 
 from lm_eval_steering.architectures import shape_of
 from lm_eval_steering.errors import DidNotHappenError, InterventionError, NeuronSetError, SteeringError
-from lm_eval_steering.fingerprint import fingerprint, same_weights, weights_digest, weights_sketch
+from lm_eval_steering.fingerprint import fingerprint, same_weights, weights_sketch
 from lm_eval_steering.harness.arguments import SteeringArguments, plan_before_loading, refuse_other_name, split
 from lm_eval_steering.harness.cache import DecoratingCacheHook, salt
+from lm_eval_steering.harness.identity import identity_of
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
 from lm_eval_steering.neurons.find import versions
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.attach import Steering
-from lm_eval_steering.steering.intervention import Intervention, from_arguments
+from lm_eval_steering.steering.intervention import from_arguments
 from lm_eval_steering.steering.plan import Plan, compile_plan
 
 
@@ -87,7 +88,7 @@ class SteeredHFLM(HFLM):
 
     def _refuse_other_weights(self, neuron_set: NeuronSet) -> None:
         expected = neuron_set.provenance.weights
-        if expected and not same_weights(expected, self._sketch):
+        if expected and self._sketch and not same_weights(expected, self._sketch):
             raise NeuronSetError(
                 f"the neuron set was found in {neuron_set.provenance.model}, whose weights are not those of "
                 f"{self.pretrained if isinstance(self.pretrained, str) else 'this model'} (an adapter, a fine-tuned or "
@@ -214,25 +215,7 @@ class SteeredHFLM(HFLM):
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What decides a score beside the intervention, read once after loading."""
-        adapters = getattr(self.model, "peft_config", None) or {}
-        generation = getattr(self.model, "generation_config", None)
-        return {
-            "weights": weights_digest(self.model),
-            "config": _without_names(self.model.config.to_dict()),
-            "generation_config": _without_names(generation.to_dict()) if generation else None,
-            "adapters": {name: _without_names(adapter.to_dict()) for name, adapter in adapters.items()},
-            "tokenizer": _tokenizer_digest(self.tokenizer),
-            "dtype": str(self.model.dtype),
-            "mixed_precision_dtype": str(self.mixed_precision_dtype),
-            "softmax_dtype": str(self.softmax_dtype),
-            "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
-            "prefix_token_id": self.prefix_token_id,
-            "truncation": self.truncation,
-            "think_end_token": self.think_end_token,
-            "identifier": self.identifier.signature(),
-        }
+        return identity_of(self)
 
     @property
     def intervention(self) -> Intervention:
@@ -290,18 +273,6 @@ class SteeredHFLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's record of the model, with ours under `steering`."""
         return super().get_model_info() | {"steering": self.steering_report()}
-
-
-def _without_names(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without what differs between two places of one model."""
-    names = {"_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version", "peft_version"}
-    return {key: value for key, value in config.items() if key not in names}
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    """Hash of a tokenizer's whole definition, or of its vocabulary where it has no fast one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return fingerprint({"tokenizer": backend.to_str() if backend else tokenizer.get_vocab()})
 
 
 def _wants_twin(request: Instance) -> bool:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lm_eval_steering.demo.run import RATE, Figures, run_demo, steered_languages
+from lm_eval_steering.demo.figures import Figures
+from lm_eval_steering.demo.run import RATE, run_demo, steered_languages
 from lm_eval_steering.demo.tables import summary
 from lm_eval_steering.errors import SteeringError, UnknownLanguageError
 from lm_eval_steering.harness.tasks import demo_languages
