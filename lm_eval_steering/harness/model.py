@@ -27,7 +27,7 @@ from lm_eval_steering.metrics.output_language import IdentifiedText
 from lm_eval_steering.neurons.find import versions
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.attach import Steering
-from lm_eval_steering.steering.intervention import from_arguments
+from lm_eval_steering.steering.intervention import Intervention, from_arguments
 from lm_eval_steering.steering.plan import Plan, compile_plan
 
 
