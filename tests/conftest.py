@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
@@ -25,6 +26,10 @@ from transformers import (
 )
 
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics, union_of
+
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 LAYERS, UNITS, VOCABULARY = 3, 24, 60
 SHARED = Path(os.environ.get("LM_EVAL_STEERING_SHARED", Path(__file__).parents[2] / "shared"))
