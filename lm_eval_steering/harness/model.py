@@ -16,8 +16,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig
 
 from lm_eval_steering.architectures import shape_of
-from lm_eval_steering.errors import DidNotHappenError, InterventionError, NeuronSetError, SteeringError
-from lm_eval_steering.fingerprint import fingerprint, same_weights, weights_sketch
+from lm_eval_steering.errors import DidNotHappenError, InterventionError, SteeringError
+from lm_eval_steering.fingerprint import fingerprint, weights_sketch
 from lm_eval_steering.harness.arguments import SteeringArguments, plan_before_loading, refuse_other_name, split
 from lm_eval_steering.harness.cache import DecoratingCacheHook, salt
 from lm_eval_steering.harness.identity import identity_of
@@ -59,7 +59,7 @@ class SteeredHFLM(HFLM):
         self._replayed: Iterator[int] | None = None  # the same, in the unsteered pass
         self._tokens: dict[tuple[str, ...], int] = {}  # (context, continuation) in hand -> tokens of the latter
         if neuron_set is not None and not own.force:
-            self._refuse_other_weights(neuron_set)
+            neuron_set.check_weights(self._sketch, str(pretrained) if isinstance(pretrained, str) else "this model")
         self._attach(neuron_set, plan, own.targets())
 
     # --- changing the intervention on a loaded model ------------------------------------------------------------
@@ -80,20 +80,11 @@ class SteeredHFLM(HFLM):
         if neuron_set is not None:
             shape = shape_of(self.config)
             neuron_set.check_model(shape.layers, shape.units, str(self.config.model_type))
-            self._refuse_other_weights(neuron_set)
+            neuron_set.check_weights(self._sketch, "this model")
             plan = compile_plan(intervention, neuron_set)
         elif intervention.steps:
             raise SteeringError("an intervention needs a neuron set")
         self._attach(neuron_set, plan, named or (plan.intervention.steered if plan else ()))
-
-    def _refuse_other_weights(self, neuron_set: NeuronSet) -> None:
-        expected = neuron_set.provenance.weights
-        if expected and self._sketch and not same_weights(expected, self._sketch):
-            raise NeuronSetError(
-                f"the neuron set was found in {neuron_set.provenance.model}, whose weights are not those of "
-                f"{self.pretrained if isinstance(self.pretrained, str) else 'this model'} (an adapter, a fine-tuned or "
-                "a quantised model counts as another one); force=true to use it all the same"
-            )
 
     def _attach(self, neuron_set: NeuronSet | None, plan: Plan | None, targets: tuple[str, ...]) -> None:
         if self.steering is not None:

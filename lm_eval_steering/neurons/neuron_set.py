@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import NeuronSetError, did_you_mean
+from lm_eval_steering.fingerprint import same_weights
 
 FORMAT_VERSION = 1
 SITES = ("activation", "product")
@@ -236,6 +237,22 @@ class NeuronSet:
                 f"the neuron set is for {self.provenance.model} ({own[0]}, {own[1]} layers of {own[2]} units), "
                 f"the model is {other[0]} with {other[1]} layers of {other[2]} units; "
                 "find the neurons of this model with `lm-eval-steering find`"
+            )
+
+    def check_weights(self, sketch: Sequence[float], name: str) -> None:
+        """Refuse to be used with another checkpoint of the same shape, where both sketches are known.
+
+        Args:
+            sketch: of the model's weights (`fingerprint.weights_sketch`).
+            name: of the model, for the message.
+
+        Raises:
+            NeuronSetError: naming both.
+        """
+        if self.provenance.weights and sketch and not same_weights(self.provenance.weights, sketch):
+            raise NeuronSetError(
+                f"the neuron set was found in {self.provenance.model}, whose weights are not those of {name} (an adapter, "
+                "a fine-tuned or a quantised model counts as another one); force=true to use it all the same"
             )
 
 

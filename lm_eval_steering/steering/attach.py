@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lm_eval_steering.architectures import check_width, sites_of
 from lm_eval_steering.errors import DidNotHappenError, InterventionError
+from lm_eval_steering.fingerprint import weights_sketch
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.intervention import from_arguments
 from lm_eval_steering.steering.plan import Edit, Plan, compile_plan
@@ -201,13 +202,16 @@ class Steering:
         return hook
 
 
-def steer(model: nn.Module, neurons: NeuronSet, language: str | None = None, **arguments: Any) -> Steering:
+def steer(
+    model: nn.Module, neurons: NeuronSet, language: str | None = None, force: bool = False, **arguments: Any
+) -> Steering:
     """A context manager under which `model` is steered: `with steer(model, neurons, "fra_Latn", op="add", ...):`.
 
     Args:
         model: a causal language model of transformers.
         neurons: the model's neuron set.
         language: whose neurons; several are joined by `+`.
+        force: use a neuron set that was found in other weights of the same architecture and shape.
         **arguments: `op`, `value`, `factor`, `site`, `deactivate`, `layers` as on the command line.
 
     Raises:
@@ -215,4 +219,6 @@ def steer(model: nn.Module, neurons: NeuronSet, language: str | None = None, **a
     """
     shape = sites_of(model).shape
     neurons.check_model(shape.layers, shape.units, str(model.config.model_type))  # type: ignore[union-attr]
+    if not force:
+        neurons.check_weights(weights_sketch(model), "this model")
     return Steering(model, compile_plan(from_arguments({"language": language, **arguments}), neurons))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from lm_eval_steering import languages
-from lm_eval_steering.errors import InterventionError, SteeringError, did_you_mean
+from lm_eval_steering.errors import InterventionError, did_you_mean
 
 OPERATIONS = ("scale", "add", "set")
 STATISTICS = ("mean", "median", "max", "diffmean", "sentence_mean")
@@ -218,14 +218,7 @@ def _list(found: Any) -> tuple[str, ...]:
     parts = [str(part) for part in found] if isinstance(found, list | tuple) else str(found).split("+")
     if any(not part.strip() for part in parts):
         raise InterventionError(f"{found!r}: expected languages joined by +, such as fra_Latn+ind_Latn")
-    return tuple(part if part == OTHERS else _checked(part) for part in parts)
-
-
-def _checked(code: str) -> str:
-    try:
-        return languages.normalise(code)
-    except SteeringError as error:
-        raise type(error)(str(error)) from None
+    return tuple(part if part == OTHERS else languages.normalise(part) for part in parts)
 
 
 def _short(number: float | str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from lm_eval_steering import steer
 from lm_eval_steering.architectures import FAMILIES, sites_of
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError, NeuronSetError
+from lm_eval_steering.fingerprint import weights_sketch
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import LAYERS, UNITS, make_set, tiny_model
 
@@ -220,6 +222,19 @@ def test_attaching_twice_and_other_models_are_refused(model: torch.nn.Module, ne
         steering.attach()
     with pytest.raises(NeuronSetError, match="the neuron set is for tiny"):
         steer(model, make_set({"fra_Latn": [(0, 0)]}, "mistral"), "fra_Latn", **STRONG)
+
+
+def test_a_set_found_in_other_weights_needs_force(family: str) -> None:
+    model, own = tiny_model(family), make_set({"fra_Latn": [(0, 1)]}, family)
+    found = replace(own, provenance=replace(own.provenance, weights=weights_sketch(model)))
+    with steer(model, found, "fra_Latn", **STRONG):
+        logits(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    with pytest.raises(NeuronSetError, match=r"found in tiny, whose weights are not those of this model.*force=true"):
+        steer(model, found, "fra_Latn", **STRONG)
+    steer(model, found, "fra_Latn", force=True, **STRONG)
 
 
 def test_an_unknown_family_is_refused_with_the_way_out() -> None:
