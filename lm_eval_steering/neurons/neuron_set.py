@@ -251,8 +251,8 @@ class NeuronSet:
         """
         if self.provenance.weights and sketch and not same_weights(self.provenance.weights, sketch):
             raise NeuronSetError(
-                f"the neuron set was found in {self.provenance.model}, whose weights are not those of {name} (an adapter, "
-                "a fine-tuned or a quantised model counts as another one); force=true to use it all the same"
+                f"the neuron set was found in {self.provenance.model}, whose weights are not those of {name} (an "
+                "adapter, a fine-tuned or a quantised model counts as another one); force=true to use it all the same"
             )
 
 
