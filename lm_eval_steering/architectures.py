@@ -34,14 +34,35 @@ class Family:
     width: Callable[[Any], int]
 
 
-def _gpt2_width(config: Any) -> int:
-    return int(config.n_inner or 4 * config.n_embd)
+def _attribute(name: str, times_hidden: int | None = None) -> Callable[[Any], int]:
+    """Width from one attribute of the config; where that is absent, a multiple of the hidden size."""
+
+    def width(config: Any) -> int:
+        return int(getattr(config, name, None) or (times_hidden or 0) * config.hidden_size)
+
+    return width
 
 
-_LLAMA = Family("layers", "mlp.act_fn", "mlp.down_proj", True, lambda config: int(config.intermediate_size))
-_GPT2 = Family("h", "mlp.act", "mlp.c_proj", False, _gpt2_width)
+_INTERMEDIATE = _attribute("intermediate_size")
+_LLAMA = Family("layers", "mlp.act_fn", "mlp.down_proj", True, _INTERMEDIATE)
 
-FAMILIES: dict[str, Family] = {"llama": _LLAMA, "qwen2": _LLAMA, "gpt2": _GPT2}
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "cohere"), _LLAMA
+    ),
+    "phi3": Family("layers", "mlp.activation_fn", "mlp.down_proj", True, _INTERMEDIATE),
+    "phi": Family("layers", "mlp.activation_fn", "mlp.fc2", False, _INTERMEDIATE),
+    "starcoder2": Family("layers", "mlp.act", "mlp.c_proj", False, _INTERMEDIATE),
+    "gpt2": Family("h", "mlp.act", "mlp.c_proj", False, _attribute("n_inner", times_hidden=4)),
+    "gpt_neo": Family("h", "mlp.act", "mlp.c_proj", False, _attribute("intermediate_size", times_hidden=4)),
+    "gptj": Family("h", "mlp.act", "mlp.fc_out", False, _attribute("n_inner", times_hidden=4)),
+    "gpt_neox": Family("layers", "mlp.act", "mlp.dense_4h_to_h", False, _INTERMEDIATE),
+    "bloom": Family("h", "mlp.gelu_impl", "mlp.dense_4h_to_h", False, _attribute("", times_hidden=4)),
+    "falcon": Family("h", "mlp.act", "mlp.dense_4h_to_h", False, _attribute("ffn_hidden_size", times_hidden=4)),
+    "mpt": Family("blocks", "ffn.act", "ffn.down_proj", False, _attribute("", times_hidden=4)),
+    # The activation belongs to the layer, and its input is flattened to (row * position, unit).
+    "opt": Family("decoder.layers", "activation_fn", "fc2", False, _attribute("ffn_dim")),
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,7 @@ class LayerSites:
 
 @dataclass(frozen=True)
 class ModelSites:
-    """All sites of a loaded model. `decoder` is the model without its head, whose forward pass runs each site once."""
+    """All sites of a loaded model. `decoder` holds the layers, has no head, and runs each site once a forward pass."""
 
     decoder: nn.Module
     layers: tuple[LayerSites, ...]
@@ -102,8 +123,9 @@ def sites_of(model: nn.Module) -> ModelSites:
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     family, shape = family_of(base.config), shape_of(base.config)
-    decoder: nn.Module = base.base_model
-    layers: Any = _submodule(decoder, family.layers, "list of layers")
+    layers: Any = _submodule(base.base_model, family.layers, "list of layers")
+    # OPT's head calls the inner decoder past the model around it: the module that holds the layers always runs.
+    decoder = _submodule(base.base_model, family.layers.rpartition(".")[0], "decoder")
     if len(layers) != shape.layers:
         raise ArchitectureError(f"{family.layers}: {len(layers)} layers, the config says {shape.layers}")
     sites = tuple(

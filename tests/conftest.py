@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before anything imports them: no network, no threads that fight over two cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,15 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics, union_of
 
@@ -35,21 +28,31 @@ LAYERS, UNITS, VOCABULARY = 3, 24, 60
 SHARED = Path(os.environ.get("LM_EVAL_STEERING_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+USUAL: dict[str, Any] = {
+    **TOKENS, "hidden_size": 16, "intermediate_size": UNITS, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+GEMMA = USUAL | {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
+GPT = {**TOKENS, "n_positions": 64, "n_embd": 16, "n_layer": LAYERS, "n_head": 2, "n_inner": UNITS}
+FOUR_TIMES = {**TOKENS, "n_layers": LAYERS, "n_heads": 2, "initializer_range": 0.3}  # of a hidden size of UNITS / 4
+CONFIGS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "olmo2", "cohere", "phi3", "phi", "starcoder2", "gpt_neox"), USUAL),
+    "qwen3": USUAL | {"head_dim": 8},
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), GEMMA),
+    "gpt2": GPT | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gptj": GPT | {"rotary_dim": 4},
+    "gpt_neo": USUAL | {"num_layers": LAYERS, "num_heads": 2, "attention_types": [[["global"], LAYERS]]},
+    "bloom": FOUR_TIMES | {"hidden_size": UNITS // 4, "n_layer": LAYERS, "n_head": 2},
+    "mpt": FOUR_TIMES | {"d_model": UNITS // 4, "max_seq_len": 64},
+    "falcon": USUAL | {"ffn_hidden_size": UNITS, "alibi": False},
+    "opt": USUAL | {"ffn_dim": UNITS, "word_embed_proj_dim": 16, "dropout": 0.0},
+}
+
+
 def tiny_model(family: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    if family == "gpt2":
-        config = GPT2Config(
-            vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=LAYERS, n_head=2, n_inner=UNITS,
-            bos_token_id=0, eos_token_id=0, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-        )  # fmt: skip
-        return GPT2LMHeadModel(config).eval()
-    kind, config_kind = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}[family]
-    config = config_kind(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=UNITS, num_hidden_layers=LAYERS,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-        pad_token_id=1, initializer_range=0.3,
-    )  # fmt: skip
-    return kind(config).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **CONFIGS[family])).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,7 +86,7 @@ def make_set(
     )
 
 
-@pytest.fixture(params=["llama", "qwen2", "gpt2"])
+@pytest.fixture(params=sorted(CONFIGS))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -130,10 +130,11 @@ def control_sets(
 
 def _context(model: Any, search: Search) -> int:
     """Tokens a row beside BOS."""
-    longest = int(getattr(model.config, "max_position_embeddings", 2049)) - 1
-    if search.context is not None and search.context > longest:
+    names = ("max_position_embeddings", "max_seq_len")
+    longest = next((int(getattr(model.config, name)) - 1 for name in names if hasattr(model.config, name)), None)
+    if search.context is not None and longest is not None and search.context > longest:
         raise SteeringError(f"context={search.context}: the model reads at most {longest} tokens and BOS")
-    return search.context or min(2048, longest)
+    return search.context or min(2048, longest or 2048)
 
 
 def _calibration_rows(

@@ -157,7 +157,13 @@ class Steering:
             self._on = before
 
     def evidence(self) -> Evidence:
-        """What the hooks did; reads the counters from the device."""
+        """What the hooks did; reads the counters from the device.
+
+        Raises:
+            DidNotHappenError: if hooks fired outside forward passes of the decoder, which nothing could check.
+        """
+        if not self._forwards and any(live.fired for live in self._edits):
+            raise DidNotHappenError("layers ran outside a forward pass of their decoder, so nothing could be checked")
         return Evidence(
             forwards=self._forwards,
             modules=len(self._edits),

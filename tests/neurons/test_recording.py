@@ -148,10 +148,12 @@ def test_bos_is_shown_where_the_tokenizer_adds_it_and_nowhere_else() -> None:
     assert tokenizer.bos_token_id == 0 and added_bos(tokenizer) == []
 
 
-def test_a_search_that_cannot_be_meant_is_refused(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_a_search_that_cannot_be_meant_is_refused(family: str, model: torch.nn.Module, tmp_path: Path) -> None:
     for code in ("fra_Latn", "deu_Latn"):
         (tmp_path / f"{code}.txt").write_text("w1 w2 w3 w4 w5 w6\n")
     with pytest.raises(SteeringError, match="name at least two"):
         Search(str(tmp_path), ("fra_Latn",)).check()
+    if family == "bloom":  # places tokens by distance, and its config names no longest text
+        return
     with pytest.raises(SteeringError, match="context=100: the model reads at most 63"):
         find_neurons(model, tiny_tokenizer(), Search(str(tmp_path), ("fra_Latn", "deu_Latn"), context=100))

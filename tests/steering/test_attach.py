@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from lm_eval_steering.architectures import FAMILIES, sites_of
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError, NeuronSetError
 from lm_eval_steering.fingerprint import weights_sketch
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from tests.conftest import LAYERS, UNITS, make_set, tiny_model
+from tests.conftest import CONFIGS, LAYERS, UNITS, make_set, tiny_model
 
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9], [0, 10, 11, 12, 13, 14]])
 STRONG = {"op": "add", "value": 3.0, "factor": 2.0}
@@ -42,8 +44,8 @@ def units(model: torch.nn.Module, site: str) -> torch.Tensor:
 
 
 def test_every_family_of_the_table_is_tested(family: str) -> None:
-    assert set(FAMILIES) == {"llama", "qwen2", "gpt2"}
-    assert tiny_model(family).config.model_type in FAMILIES
+    assert set(FAMILIES) == set(CONFIGS)
+    assert tiny_model(family).config.model_type == family
 
 
 @pytest.mark.parametrize("site", ["activation", "product"])
@@ -137,7 +139,9 @@ def test_a_row_does_not_depend_on_its_batch_padding_or_cache(
         right = logits(model, torch.cat([row, pad], 1))[0, : row.shape[1]]
         mask = torch.cat([torch.zeros_like(pad), torch.ones_like(row)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        left = logits(model, torch.cat([pad, row], 1), attention_mask=mask, position_ids=positions)[0, pad.shape[1] :]
+        # BLOOM and MPT place tokens by distance and take no positions.
+        placed = {"position_ids": positions} if "position_ids" in signature(model.forward).parameters else {}
+        left = logits(model, torch.cat([pad, row], 1), attention_mask=mask, **placed)[0, pad.shape[1] :]
         with torch.no_grad():
             prefill = model(row[:, :4], use_cache=True)
             decode = [model(row[:, i : i + 1], past_key_values=prefill.past_key_values).logits for i in (4, 5)]
@@ -168,7 +172,7 @@ def test_suspended_is_the_unsteered_model(model: torch.nn.Module, neuron_set: Ne
         assert torch.equal(logits(model), before)
 
 
-def test_a_bypassed_module_is_an_error_not_a_score(neuron_set: NeuronSet) -> None:
+def test_a_bypassed_module_is_an_error_not_a_score() -> None:
     model = tiny_model("llama")
     mlp = model.model.layers[2].mlp
     mlp.forward = lambda x: mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
@@ -221,7 +225,7 @@ def test_attaching_twice_and_other_models_are_refused(model: torch.nn.Module, ne
     ):
         steering.attach()
     with pytest.raises(NeuronSetError, match="the neuron set is for tiny"):
-        steer(model, make_set({"fra_Latn": [(0, 0)]}, "mistral"), "fra_Latn", **STRONG)
+        steer(model, make_set({"fra_Latn": [(0, 0)]}, "rwkv"), "fra_Latn", **STRONG)
 
 
 def test_a_set_found_in_other_weights_needs_force(family: str) -> None:
@@ -244,13 +248,34 @@ def test_an_unknown_family_is_refused_with_the_way_out() -> None:
         sites_of(model)
 
 
-def test_peft_models_are_steered(neuron_set: NeuronSet) -> None:
+def test_peft_models_are_steered() -> None:
     from peft import LoraConfig, get_peft_model
 
+    neuron_set = make_set({"fra_Latn": [(0, 1)]})
     model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False))
     model.eval()
     assert len(sites_of(model).layers) == LAYERS
     before = logits(model)
-    with steer(model, make_set({"fra_Latn": [(0, 1)]}), "fra_Latn", site="product", **STRONG):
+    with steer(model, neuron_set, "fra_Latn", site="product", **STRONG):
         assert not torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
+
+
+def test_layers_that_run_without_their_decoder_are_no_evidence() -> None:
+    model = tiny_model("llama")
+    with steer(model, make_set({"fra_Latn": [(0, 1)]}), "fra_Latn", **STRONG) as steering:
+        model.model.layers[0].mlp(torch.zeros(1, 2, 16))
+        with pytest.raises(DidNotHappenError, match="outside a forward pass"):
+            steering.evidence()
+
+
+def test_the_table_in_the_docs_is_the_table_in_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")
+    ]
+    expected = [
+        [name, family.layers, family.activation, family.down, "yes" if family.gated else "no"]
+        for name, family in FAMILIES.items()
+    ]
+    assert rows[1:] == expected  # the first one is the header
