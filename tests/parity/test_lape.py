@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lm_eval_steering.neurons.neuron_set import union_of
 from lm_eval_steering.neurons.select import activation_probability, entropy, kth_smallest, lape
 
 CASES: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "lape_cases.json").read_text())
@@ -72,3 +73,23 @@ def test_the_number_of_neurons_rounds_half_to_even() -> None:
 
 def test_a_rate_that_rounds_to_no_neuron_gives_empty_lists() -> None:
     assert select("I") == [[[]]] * 3
+
+
+SWEEP: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "lape_rate_sweep_21langs.json").read_text())
+
+
+@pytest.mark.parametrize("rate", SWEEP["rates"])
+def test_every_rate_of_21_languages_is_the_published_one(rate: str) -> None:
+    counts = np.array(SWEEP["over_zero"])
+    found = lape(counts, SWEEP["n"], float(rate))
+    layers = [[rows[rows[:, 0] == layer, 1].tolist() for layer in range(counts.shape[0])] for rows in found]
+    assert layers == SWEEP["rates"][rate]["selected"]
+    assert len(union_of(found)) == SWEEP["rates"][rate]["distinct"]
+
+
+def test_entropy_and_threshold_of_small_tables_are_the_published_ones() -> None:
+    rows = np.array([[[0.5, 0, 0], [0.2, 0.2, 0.2], [0.4, 0.1, 0], [0, 0, 0], [0.9, 0.05, 0.05]]], dtype=np.float32)
+    assert entropy(rows)[0] == pytest.approx([0, 1.0986123, 0.5004024, 0, 0.3943977], abs=1e-6)
+    values = np.linspace(0.05, 1.0, 20, dtype=np.float32)
+    assert kth_smallest(values, 0.95) == np.float32(0.95)
+    assert int((values > kth_smallest(values, 0.95)).sum()) == 1
