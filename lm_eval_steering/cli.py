@@ -86,6 +86,26 @@ def find(
     typer.echo(f"wrote {out}")
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="torch.save of list[language][layer] of unit indices.")],
+    languages: Annotated[str, typer.Option(help="Codes joined by commas, in the order of the file.")],
+    model: Annotated[str, typer.Option(help="Hub id or folder of the model that the indices belong to.")],
+    out: Annotated[Path, typer.Option(help="Neuron set to write, a .safetensors file.")],
+    dictionary: Annotated[Path | None, typer.Option(help="Language dictionary of lang-task-neuron, to check.")] = None,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
+) -> None:
+    """Turn other people's neuron lists into a neuron set. Only the model's config is read; nothing is executed."""
+    from lm_eval_steering.neurons.convert import import_lists
+    from lm_eval_steering.neurons.find import model_provenance
+
+    neuron_set = import_lists(file, languages.split(","), model_provenance(model, revision, file.name), dictionary)
+    neuron_set.save(out)
+    for code in neuron_set.languages:
+        typer.echo(f"{code}  {len(neuron_set.neurons(code))} neurons")
+    typer.echo(f"wrote {out}; it holds no statistics, so value= takes numbers only")
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, table and picture.")] = Path("demo-results"),

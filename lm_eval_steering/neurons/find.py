@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_eval_steering.architectures import sites_of
+from lm_eval_steering.architectures import shape_of, sites_of
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.fingerprint import weights_sketch
 from lm_eval_steering.neurons import calibrate as calibration
@@ -161,6 +161,30 @@ def model_name(model: Any) -> str:
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide a number."""
     return {name: importlib.metadata.version(name) for name in ("lm-eval-steering", "torch", "transformers", "numpy")}
+
+
+def model_provenance(name: str, revision: str, source: str) -> Provenance:
+    """Provenance of lists that came from elsewhere, from a model's config alone.
+
+    Raises:
+        SteeringError: if there is no such model; ArchitectureError if its family is not known.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise SteeringError(f"model {name!r}: {str(error).splitlines()[0]}") from error
+    shape = shape_of(config)
+    return Provenance(
+        model=Path(name).name if Path(name).exists() else name,
+        revision=str(getattr(config, "_commit_hash", None) or ""),
+        architecture=str(config.model_type),
+        layers=shape.layers,
+        units=shape.units,
+        selection={"method": "imported", "file": source},
+        versions=versions(),
+    )
 
 
 def load_model(name: str, revision: str, dtype: str, device: str | None) -> tuple[Any, Any]:

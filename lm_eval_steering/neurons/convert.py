@@ -1,0 +1,87 @@
+"""Other people's neuron files: lists of indices without labels, read with care and written for their scripts.
+
+The layout that Tang et al. 2024, Gurgurov et al. 2025, CLaS-Bench 2026 and Rahmanisa et al. 2025 share is `torch.save`
+of `list[language][layer]` of tensors of unit indices. It names neither languages nor model, so both must be said.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lm_eval_steering.errors import NeuronSetError
+from lm_eval_steering.languages import normalise
+from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet, Provenance
+
+
+def import_lists(
+    path: str | Path, languages: Sequence[str], provenance: Provenance, dictionary: str | Path | None = None
+) -> NeuronSet:
+    """Read a list-of-lists file. Nothing in it is executed: it is unpickled with `weights_only`.
+
+    Args:
+        path: the file.
+        languages: any codes, in the order of the file.
+        provenance: model, architecture and shape that the indices belong to.
+        dictionary: the language dictionary that lang-task-neuron saves beside its sets, to check the order against.
+
+    Raises:
+        NeuronSetError: if the file holds code or something else, or languages, layers or indices do not fit.
+    """
+    lists = _load(path)
+    codes = tuple(normalise(code) for code in languages)
+    if not isinstance(lists, list) or not all(isinstance(layers, list) for layers in lists):
+        raise NeuronSetError(f"{path}: expected list[language][layer] of tensors, found {type(lists).__name__}")
+    if len(lists) != len(codes):
+        raise NeuronSetError(f"{path}: {len(lists)} lists of neurons for {len(codes)} languages ({', '.join(codes)})")
+    if dictionary is not None:
+        _check_dictionary(dictionary, codes)
+    for code, layers in zip(codes, lists, strict=True):
+        if len(layers) != provenance.layers:
+            raise NeuronSetError(f"{path}: {len(layers)} layers for {code}, the model has {provenance.layers}")
+    return NeuronSet(codes, dict(zip(codes, map(_rows, lists), strict=True)), provenance)
+
+
+def export_lists(neuron_set: NeuronSet, path: str | Path) -> None:
+    """Write `list[language][layer]` of sorted int64 tensors, in the order of the set's languages."""
+    lists = [
+        [torch.from_numpy(neurons[neurons[:, 0] == layer, 1].copy()) for layer in range(neuron_set.provenance.layers)]
+        for neurons in (neuron_set.assignments[code] for code in neuron_set.languages)
+    ]
+    torch.save(lists, path)
+
+
+def _rows(layers: Sequence[torch.Tensor]) -> Neurons:
+    """Sorted (layer, unit) rows; indices may be floating-point, as lang-task-neuron stores some."""
+    parts = [np.zeros((0, 2), dtype=np.int64)]
+    for layer, units in enumerate(layers):
+        indices = np.unique(torch.as_tensor(units).long().numpy())
+        parts.append(np.column_stack([np.full(len(indices), layer), indices]).astype(np.int64))
+    return np.concatenate(parts)
+
+
+def _check_dictionary(path: str | Path, codes: Sequence[str]) -> None:
+    found = _load(path)
+    if not isinstance(found, dict):
+        raise NeuronSetError(f"{path}: expected a dictionary from index to language, found {type(found).__name__}")
+    order = tuple(normalise(str(found[index])) for index in sorted(found))
+    if order != tuple(codes):
+        raise NeuronSetError(
+            f"{path}: the dictionary says {', '.join(order)}; the languages given are {', '.join(codes)}"
+        )
+
+
+def _load(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise NeuronSetError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise NeuronSetError(f"{path}: the file holds code or unknown objects and was not opened") from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise NeuronSetError(f"{path}: not a file of torch.save, or cut short ({str(error).splitlines()[0]})") from None
