@@ -21,6 +21,7 @@ class Batches:
 
     Attributes:
         counted: (row, position) bool of the batch in hand: real tokens, neither padding nor BOS.
+        tokens: their number, known without asking the device.
     """
 
     def __init__(self, rows: Sequence[Row], tokenizer: Any, batch_size: int, device: torch.device) -> None:
@@ -29,6 +30,7 @@ class Batches:
         self.batch_size = batch_size
         self.device = device
         self.counted = torch.zeros(0, 0, dtype=torch.bool)
+        self.tokens = 0
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(self.rows), self.batch_size):
@@ -42,6 +44,7 @@ class Batches:
                 real[number, : len(tokens)] = 1
             counted = real.bool()
             counted[:, : len(self.prefix)] = False
+            self.tokens = sum(len(row) for row in rows)
             self.counted = counted.to(self.device)
             yield {"input_ids": ids.to(self.device), "attention_mask": real.to(self.device)}
 

@@ -85,7 +85,7 @@ def _count(sites: Any, batches: Batches, bar: tqdm) -> NDArray[np.int64]:
         for inputs in batches:
             sites.decoder(**inputs, use_cache=False)
             forwards += 1
-            bar.update(int(batches.counted.sum()))
+            bar.update(batches.tokens)
     silent = [layer for layer, seen in enumerate(calls) if seen != forwards]
     if silent:
         raise DidNotHappenError(f"layers {silent}: activations seen {calls[silent[0]]} times in {forwards} forwards")
