@@ -16,8 +16,8 @@ pre-activation keeps the MLP sparse (a dense SiLU model of 6 million parameters 
 language alone), and half of the documents change language between sentences, so that the language of the next
 sentence is something that the model must choose. The model card says so.
 
-The run is deterministic for one seed and one number of processes, writes `log.jsonl`, saves its state every
-`--save-every` steps, and goes on from there when it is started again.
+The run is seeded, writes `log.jsonl`, saves its state every `--save-every` steps, and goes on from there when it is
+started again; a resumed run equals an uninterrupted one up to the rounding of the last digits.
 """
 
 from __future__ import annotations
