@@ -55,9 +55,14 @@ def same_weights(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """SHA-256 over canonical JSON of the given parts; what JSON does not know is written as text."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    """SHA-256 over canonical JSON of the given parts; sets are sorted, what else JSON does not know is its text."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    # The order of a set of strings changes from process to process.
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -69,5 +74,7 @@ def _sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
     if tensor.device.type == "meta" or not tensor.numel():
         return torch.zeros(0)
     flat = tensor.detach().reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, min(count, flat.numel()), dtype=torch.float64).long()
+    drawn = min(count, flat.numel())
+    # The middles of equal stretches, so that a single value is not always the first.
+    places = ((torch.arange(drawn, dtype=torch.float64) + 0.5) * flat.numel() / drawn).long()
     return flat[places.to(flat.device)].cpu()

@@ -13,7 +13,7 @@ from lm_eval_steering.architectures import shape_of
 from lm_eval_steering.errors import InterventionError, NeuronSetError, did_you_mean
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.resources import find_neuron_set
-from lm_eval_steering.steering.intervention import from_arguments
+from lm_eval_steering.steering.intervention import ARGUMENTS, from_arguments
 from lm_eval_steering.steering.plan import Plan, compile_plan
 
 # What transformers' from_pretrained takes beside attributes of the model's config; `hf` passes these on.
@@ -38,6 +38,7 @@ class SteeringArguments:
         site: `activation` or `product`.
         deactivate: languages whose neurons are set to 0, or `others`.
         layers: ranges such as `0-3+28-31`.
+        keep_shared: False lets a deactivation silence neurons that are steered too.
         target_language: what `lfs` counts in a run that steers to no language.
         allow_empty: accept a language without neurons.
         force: use a neuron set of another model.
@@ -51,6 +52,7 @@ class SteeringArguments:
     site: str | None = None
     deactivate: str | None = None
     layers: str | None = None
+    keep_shared: bool | None = None
     target_language: str | None = None
     allow_empty: bool = False
     force: bool = False
@@ -59,10 +61,7 @@ class SteeringArguments:
         for name in ("allow_empty", "force"):
             if not isinstance(getattr(self, name), bool):
                 raise InterventionError(f"{name}={getattr(self, name)!r}: expected True or False")
-        wants = [
-            name for name in ("language", "op", "value", "factor", "site", "deactivate", "layers")
-            if getattr(self, name) is not None
-        ]  # fmt: skip
+        wants = [name for name in ARGUMENTS if getattr(self, name) is not None]
         if wants and self.neurons is None:
             raise InterventionError(
                 f"{wants[0]}= without neurons=: say which neuron set, a path or a name such as demo"
@@ -81,8 +80,7 @@ class SteeringArguments:
 
     def intervention(self) -> dict[str, Any]:
         """The arguments that describe the intervention."""
-        names = ("language", "op", "value", "factor", "site", "deactivate", "layers")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ARGUMENTS}
 
 
 def split(given: Mapping[str, Any], parent: type, config: Any) -> tuple[SteeringArguments, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -64,24 +64,36 @@ class SteeredHFLM(HFLM):
 
     # --- changing the intervention on a loaded model ------------------------------------------------------------
 
-    def intervene(self, neuron_set: NeuronSet | None = None, **arguments: Any) -> None:
+    def intervene(
+        self,
+        neuron_set: NeuronSet | None = None,
+        *,
+        target_language: str | None = None,
+        allow_empty: bool = False,
+        force: bool = False,
+        **arguments: Any,
+    ) -> None:
         """Replace the intervention; without arguments the model is unsteered.
 
         Args:
             neuron_set: of this model.
-            **arguments: `language`, `op`, ... as on the command line, and `target_language`.
+            target_language: what `lfs` counts where the intervention steers to no language.
+            allow_empty: accept a language without neurons.
+            force: use a set that was found in other weights of the same architecture and shape.
+            **arguments: `language`, `op`, ... as on the command line.
 
         Raises:
             SteeringError: as on the command line; the intervention that was on stays on.
         """
-        named = SteeringArguments(target_language=arguments.pop("target_language", None)).targets()
+        named = SteeringArguments(target_language=target_language).targets()
         intervention = from_arguments(arguments)
         plan = None
         if neuron_set is not None:
             shape = shape_of(self.config)
             neuron_set.check_model(shape.layers, shape.units, str(self.config.model_type))
-            neuron_set.check_weights(self._sketch, "this model")
-            plan = compile_plan(intervention, neuron_set)
+            if not force:
+                neuron_set.check_weights(self._sketch, "this model")
+            plan = compile_plan(intervention, neuron_set, allow_empty)
         elif intervention.steps:
             raise SteeringError("an intervention needs a neuron set")
         self._attach(neuron_set, plan, named or (plan.intervention.steered if plan else ()))
@@ -138,11 +150,19 @@ class SteeredHFLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate, and identify the language of each output."""
         self._refuse_stale(requests)
-        if self.world_size > 1:
-            # lm-eval seeds every rank alike; sampled answers to equal prompts would be the same on each.
-            torch.manual_seed(torch.initial_seed() + self.rank)
-        texts = self._finite(super().generate_until(requests, disable_tqdm=disable_tqdm))
+        with self._own_random_numbers():
+            texts = self._finite(super().generate_until(requests, disable_tqdm=disable_tqdm))
         return [self._identify(text) for text in texts]
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Each rank's own: lm-eval seeds all alike, and sampled answers to equal prompts would be the same on each."""
+        if self.world_size == 1:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(torch.initial_seed() + self.rank)
+            yield
 
     def _identify(self, text: str) -> IdentifiedText:
         (found,) = self.identifier.identify([text])
@@ -166,17 +186,24 @@ class SteeredHFLM(HFLM):
             if made_for is not None and set(made_for) != set(self.targets):
                 raise SteeringError(
                     f"{request.task_name}: its requests were made for {'+'.join(made_for) or 'no language'}, the model "
-                    f"is steered to {'+'.join(self.targets) or 'none'}; run without --cache_requests"
+                    f"is steered to {'+'.join(self.targets) or 'none'}; run without --cache_requests, and from Python "
+                    "give the TaskManager metadata={'target_language': ...}"
                 )
 
     def _finite(self, answers: list[Any]) -> list[Any]:
-        """The answers, unless an edited activation overflowed while they were made."""
-        if self.steering is not None and not math.isfinite(self.steering.evidence().largest_change):
+        """The answers, unless activations overflowed while they were made."""
+        if self._overflowed() or any(isinstance(answer, tuple) and math.isnan(answer[0]) for answer in answers):
             raise InterventionError(
                 f"activations overflowed {self.model.dtype} under {self.intervention.signature()}; use a smaller "
                 "factor or a wider dtype"
             )
         return answers
+
+    def _overflowed(self) -> bool:
+        if self.steering is None:
+            return False
+        evidence = self.steering.evidence()
+        return not (evidence.finite and math.isfinite(evidence.largest_change))
 
     # --- the request cache --------------------------------------------------------------------------------------
 
@@ -189,7 +216,9 @@ class SteeredHFLM(HFLM):
         super().set_cache_hook(DecoratingCacheHook(cache_hook.dbdict, self._decorate))
 
     def _decorate(self, kind: str, request: Iterable[Any], answer: Any) -> Any:
-        """A partial answer as it would be at the end, or None where it cannot stand alone yet."""
+        """A partial answer as it would be at the end, or None where it cannot stand alone yet, or must not."""
+        if self._overflowed():
+            return None
         if kind == "generate_until":
             return self._identify(answer)
         if kind == "loglikelihood":

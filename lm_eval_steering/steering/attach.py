@@ -30,7 +30,8 @@ class Evidence:
         positions: positions of the tensors that were edited, summed over forwards; right padding of a scoring
             batch is among them, since it cannot reach a real token.
         neurons: neurons edited at each position.
-        largest_change: largest |a' - a|, in units of the activation.
+        largest_change: largest |a' - a| over finite a, in units of the activation; infinite where a' overflowed.
+        finite: whether the decoder's last hidden state stayed finite at the last position of every row.
     """
 
     forwards: int
@@ -39,6 +40,7 @@ class Evidence:
     positions: int
     neurons: int
     largest_change: float
+    finite: bool
 
 
 class _LiveEdit:
@@ -80,7 +82,9 @@ class _LiveEdit:
         self.fired_in_forward += 1
         self.fired += 1
         self.positions += units.numel() // units.shape[-1]
-        change = (after - before).detach().abs().amax().float()
+        # In float32, where a difference of two halves cannot overflow; what was infinite before is no change of ours.
+        change = (after.detach().float() - before.detach().float()).abs()
+        change = torch.where(before.isfinite(), change, 0).amax()
         previous = self._largest.get(units.device)
         self._largest[units.device] = change if previous is None else torch.maximum(previous, change)
 
@@ -115,6 +119,7 @@ class Steering:
         self._handles: list[RemovableHandle] = []
         self._on = True
         self._forwards = 0
+        self._broken: torch.Tensor | None = None  # on the device: whether a hidden state was not finite
 
     def attach(self) -> Self:
         """Put the hooks in place.
@@ -171,11 +176,12 @@ class Steering:
             positions=max((live.positions for live in self._edits), default=0),
             neurons=self.plan.neurons,
             largest_change=max((live.largest_change() for live in self._edits), default=0.0),
+            finite=self._broken is None or not bool(self._broken),
         )
 
     def reset_evidence(self) -> None:
         """Set the counters to zero."""
-        self._forwards = 0
+        self._forwards, self._broken = 0, None
         for live in self._edits:
             live.reset()
 
@@ -183,10 +189,13 @@ class Steering:
         for live in self._edits:
             live.fired_in_forward = 0
 
-    def _after_forward(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+    def _after_forward(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if not self._on:
             return
         self._forwards += 1
+        # The last position is real in generation, which pads left; scoring is checked by its scores too.
+        broken = ~output[0][:, -1].detach().isfinite().all()
+        self._broken = broken if self._broken is None else self._broken | broken.to(self._broken.device)
         for live in self._edits:
             if live.fired_in_forward != 1:
                 raise DidNotHappenError(
@@ -209,7 +218,13 @@ class Steering:
 
 
 def steer(
-    model: nn.Module, neurons: NeuronSet, language: str | None = None, force: bool = False, **arguments: Any
+    model: nn.Module,
+    neurons: NeuronSet,
+    language: str | None = None,
+    *,
+    allow_empty: bool = False,
+    force: bool = False,
+    **arguments: Any,
 ) -> Steering:
     """A context manager under which `model` is steered: `with steer(model, neurons, "fra_Latn", op="add", ...):`.
 
@@ -217,8 +232,9 @@ def steer(
         model: a causal language model of transformers.
         neurons: the model's neuron set.
         language: whose neurons; several are joined by `+`.
+        allow_empty: accept a language without neurons.
         force: use a neuron set that was found in other weights of the same architecture and shape.
-        **arguments: `op`, `value`, `factor`, `site`, `deactivate`, `layers` as on the command line.
+        **arguments: `op`, `value`, `factor`, `site`, `deactivate`, `layers`, `keep_shared` as on the command line.
 
     Raises:
         SteeringError: if the intervention is not defined or the set belongs to another model.
@@ -227,4 +243,5 @@ def steer(
     neurons.check_model(shape.layers, shape.units, str(model.config.model_type))  # type: ignore[union-attr]
     if not force:
         neurons.check_weights(weights_sketch(model), "this model")
-    return Steering(model, compile_plan(from_arguments({"language": language, **arguments}), neurons))
+    intervention = from_arguments({"language": language, **arguments})
+    return Steering(model, compile_plan(intervention, neurons, allow_empty))

@@ -15,6 +15,7 @@ from lm_eval_steering.errors import InterventionError, did_you_mean
 OPERATIONS = ("scale", "add", "set")
 STATISTICS = ("mean", "median", "max", "diffmean", "sentence_mean")
 OTHERS = "others"
+ARGUMENTS = ("language", "op", "value", "factor", "site", "deactivate", "layers", "keep_shared")
 _PERCENTILE = re.compile(r"p\d\d")
 _RANGES = re.compile(r"\d+(-\d+)?(\+\d+(-\d+)?)*")
 
@@ -170,17 +171,23 @@ def from_arguments(arguments: Mapping[str, Any]) -> Intervention:
     """The intervention that flat model arguments describe.
 
     Args:
-        arguments: `language`, `op`, `value`, `factor`, `site`, `deactivate`, `layers`; lists are written `a+b`.
+        arguments: of the names in ARGUMENTS; lists are written `a+b`. `keep_shared=False` lets a deactivation silence
+            neurons that the steering step uses too.
 
     Raises:
         InterventionError: one line that names the argument, what was found and what was expected.
     """
     given: dict[str, Any] = {key: value for key, value in arguments.items() if value is not None}
+    if unknown := sorted(given.keys() - set(ARGUMENTS)):
+        raise InterventionError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], ARGUMENTS)}")
+    if "keep_shared" in given and "deactivate" not in given:
+        raise InterventionError("keep_shared= without deactivate=: it says what a deactivation leaves out")
     common: dict[str, Any] = {key: given[key] for key in ("site", "layers") if key in given}
     steps: list[dict[str, Any]] = []
     if "deactivate" in given:
         codes = _list(given.pop("deactivate"))
-        steps.append({"op": "set", "value": 0, "languages": codes, "deactivation": True, **common})
+        kept = {"keep_shared": given.pop("keep_shared")} if "keep_shared" in given else {}
+        steps.append({"op": "set", "value": 0, "languages": codes, "deactivation": True, **kept, **common})
     if "language" in given:
         if "op" not in given:
             raise InterventionError("language= without op=: expected op=scale, op=add or op=set")

@@ -293,11 +293,56 @@ def test_a_set_found_in_other_weights_of_the_same_shape_needs_force(folder: Path
     refuse_other_name(hub, str(folder / "model"))
 
 
-def test_overflowing_activations_are_an_error_not_a_score(neurons: NeuronSet) -> None:
-    lm = SteeredHFLM(tiny_model("llama").half(), tokenizer=tiny_tokenizer())
-    lm.intervene(neurons, language="fra_Latn", op="add", value=1, factor=1e6)
-    with pytest.raises(SteeringError, match=r"activations overflowed torch\.float16"):
-        lm.loglikelihood(scoring())
+def half_precision() -> SteeredHFLM:
+    return SteeredHFLM(tiny_model("llama").half(), tokenizer=tiny_tokenizer())
+
+
+def test_overflowing_activations_are_neither_a_score_nor_cached(neurons: NeuronSet, tmp_path: Path) -> None:
+    for _ in range(2):
+        lm = half_precision()
+        lm.intervene(neurons, language="fra_Latn", op="add", value=1, factor=1e6)
+        with pytest.raises(SteeringError, match=r"activations overflowed torch\.float16"):
+            CachingLM(lm, str(tmp_path / "cache.db")).loglikelihood(scoring())
+
+
+def test_an_overflow_beyond_the_edited_units_is_seen_too(neurons: NeuronSet) -> None:
+    model = tiny_model("llama").half()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:, 1] *= 20
+    lm = SteeredHFLM(model, tokenizer=tiny_tokenizer())
+    lm.intervene(neurons, language="fra_Latn", op="add", value=1, factor=3e4, site="product")
+    for kind, requests in (("loglikelihood", scoring()), ("generate_until", generating())):
+        with pytest.raises(SteeringError, match=r"activations overflowed torch\.float16"):
+            getattr(lm, kind)(requests)
+
+
+def test_a_large_finite_change_is_no_overflow(neurons: NeuronSet) -> None:
+    """40000 - (-40000) is beyond float16, but no activation is."""
+    model = tiny_model("llama").half()
+    hook = model.model.layers[2].mlp.act_fn.register_forward_hook(
+        lambda _m, _i, out: out.index_fill(-1, torch.tensor([3]), 40000)
+    )
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[:, 3] = 0
+        model.model.layers[2].mlp.up_proj.weight[3] = 0
+    lm = SteeredHFLM(model, tokenizer=tiny_tokenizer())
+    lm.intervene(neurons, language="fra_Latn", op="scale", factor=-1, layers="2")
+    assert all(score[0] < 0 for score in lm.loglikelihood(scoring()))
+    assert lm.steering_report()["evidence"]["largest_change"] == 80000
+    hook.remove()
+
+
+def test_ranks_sample_each_for_themselves_and_repeat_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"max_gen_toks": 8, "do_sample": True, "temperature": 5.0, "until": []}
+    requests = [Instance("generate_until", {}, ("w1 w2", settings), i) for i in range(4)]
+    lm = loaded(batch_size=4)
+    monkeypatch.setattr(lm, "_world_size", 3)
+    found = []
+    for rank in (0, 1, 2, 1):
+        monkeypatch.setattr(lm, "_rank", rank)
+        torch.manual_seed(7)
+        found.append(tuple(lm.generate_until(requests)))
+    assert len(set(found[:3])) == 3 and found[3] == found[1]
 
 
 def test_both_passes_of_a_twin_use_the_batches_that_were_detected_once(
@@ -313,3 +358,14 @@ def test_both_passes_of_a_twin_use_the_batches_that_were_detected_once(
     assert all(score[0] == score.unsteered for score in lm.loglikelihood(scoring(twin=True)))
     half = len(seen) // 2
     assert seen[:half] == seen[half:]
+
+
+def test_from_python_a_misspelt_argument_is_an_error_and_the_options_reach(neurons: NeuronSet) -> None:
+    lm = loaded()
+    with pytest.raises(SteeringError, match="unknown argument 'facter'; did you mean 'factor'"):
+        lm.intervene(neurons, language="fra_Latn", op="scale", facter=3)
+    tuned = replace(neurons, provenance=replace(neurons.provenance, weights=(0.5,) * 256))
+    lm.intervene(tuned, force=True, **STRONG)
+    assert lm.neuron_set is tuned
+    lm.intervene(neurons, allow_empty=True, language="tur_Latn", op="scale", factor=2)
+    assert lm.targets == ("tur_Latn",)

@@ -60,6 +60,8 @@ def test_layers_are_ranges() -> None:
         ({"language": "fr", "op": "add", "layers": "3-"}, "layers='3-': expected ranges such as"),
         ({"language": "fr"}, "language= without op="),
         ({"factor": 2}, "factor= without language="),
+        ({"language": "fr", "op": "scale", "facter": 2}, "unknown argument 'facter'; did you mean 'factor'"),
+        ({"language": "fr", "op": "scale", "keep_shared": False}, "keep_shared= without deactivate="),
         ({"site": "product"}, "site= without language="),
         ({"language": "others", "op": "scale"}, "others: stands alone, in deactivate= only"),
         ({"language": "fr+", "op": "scale"}, "expected languages joined by"),

@@ -99,8 +99,7 @@ def test_a_shared_neuron_is_scaled_once() -> None:
 
 def test_deactivation_leaves_out_what_is_steered_unless_told_otherwise() -> None:
     arguments = {"language": "fra_Latn", "op": "scale", "factor": 3, "deactivate": "deu_Latn"}
-    kept = from_arguments(arguments)
-    literal = Intervention(steps=(kept.steps[0].model_copy(update={"keep_shared": False}), kept.steps[1]))
+    kept, literal = from_arguments(arguments), from_arguments({**arguments, "keep_shared": False})
     activations = np.ones((3, 24))
     assert apply(compile_plan(kept, SET), activations)[0, 5] == 3
     assert apply(compile_plan(literal, SET), activations)[0, 5] == 0

@@ -1,6 +1,6 @@
 """Registers lm-eval-steering when lm_eval is imported. Runs at every start of Python, so it imports next to nothing.
 
-lm_eval 0.4.13 discovers no plugins. This finder waits for four of its modules and calls
+lm_eval 0.4.13 discovers no plugins. This finder waits for three of its modules and calls
 `lm_eval_steering.harness.registration` after each has been executed. Nothing of ours can break lm_eval: any error is
 printed and passed over. LM_EVAL_STEERING_NO_STARTUP=1 switches it off.
 """
