@@ -113,7 +113,7 @@ def demo(
     controls: Annotated[int, typer.Option(min=1, help="Number of matched random sets.")] = 3,
 ) -> None:
     """Find, steer and compare on the small model that ships: offline, on a CPU, in under three minutes."""
-    os.environ["TQDM_DISABLE"] = "1"  # one bar of our own instead of dozens of lm-eval's; tqdm reads it once, on import
+    os.environ["TQDM_DISABLE"] = "1"  # read by tqdm once, when it is imported
     from lm_eval_steering.demo.run import run_demo, steered_languages
 
     run_demo(out, steered_languages(languages), controls)

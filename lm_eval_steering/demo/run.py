@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def run_demo(out: Path, languages: Sequence[str] = LANGUAGES, controls: int = 3)
     console = Console(record=True)
     _be_quiet()
     register_all()
+    _look_up_the_machine_once()
     out.mkdir(parents=True, exist_ok=True)
     lm, neuron_set, randoms = _prepare(console, out, controls)
     figures = Figures(tuple(languages))
@@ -112,6 +114,8 @@ def _prepare(console: Console, out: Path, controls: int) -> tuple[Any, NeuronSet
 
     lm = SteeredHFLM(str(resources.demo_model()), batch_size=32)
     search = Search(str(resources.demo_calibration()), demo_languages(), RATE, rows="sentences", batch_size=32)
+    for method in ("loglikelihood", "generate_until"):  # one bar of our own instead of dozens of lm-eval's
+        setattr(lm, method, partial(getattr(lm, method), disable_tqdm=True))
     console.print("finding the language neurons of the demo model (record, select, calibrate) ...")
     neuron_set, _ = find_neurons(lm.model, lm.tokenizer, search, progress=False)
     neuron_set.save(out / "neurons.safetensors")
@@ -203,6 +207,13 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def _look_up_the_machine_once() -> None:
+    """lm-eval describes the machine anew in each of dozens of result files, half a second each time."""
+    from lm_eval.loggers import utils
+
+    utils.get_pretty_env_info = cache(utils.get_pretty_env_info)
 
 
 def _be_quiet() -> None:
