@@ -211,9 +211,9 @@ def _progress(console: Console) -> Progress:
 
 def _look_up_the_machine_once() -> None:
     """lm-eval describes the machine anew in each of dozens of result files, half a second each time."""
-    from lm_eval.loggers import utils
+    from torch.utils import collect_env
 
-    utils.get_pretty_env_info = cache(utils.get_pretty_env_info)
+    collect_env.get_pretty_env_info = cache(collect_env.get_pretty_env_info)
 
 
 def _be_quiet() -> None:
