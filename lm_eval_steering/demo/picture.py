@@ -68,4 +68,5 @@ def _curves(axes: mpl.axes.Axes, figures: Figures) -> None:
     axes.set_xlabel("factor (add factor x mean activation)")
     axes.set_ylabel("share of outputs in the steered language")
     axes.set_title("The answer changes language\n(prompts in other languages)")
-    axes.legend(fontsize=7, ncols=2)
+    # Below the axes, where it can cover no curve.
+    axes.legend(fontsize=7, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), handlelength=1.4, columnspacing=1)
