@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/lm-eval-steering demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -156,23 +156,14 @@ def test_accelerate_launch_works(run: Run, local_task: Path, tmp_path: Path) -> 
     assert results_of(tmp_path)["config"]["steering"]["evidence"]["fired"] > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (STEERED.replace("fra_Latn", "french"), "unknown language 'french': expected a code such as fra_Latn"),
-        (STEERED.replace("=demo", "=dmo"), "neuron set 'dmo': no such file; did you mean 'demo'?"),
-    ],
-)
-def test_a_mistake_is_one_line_and_a_traceback_only_at_debug(
-    run: Run, local_task: Path, arguments: str, message: str
-) -> None:
+def test_a_mistake_is_one_line_and_a_traceback_only_at_debug(run: Run, local_task: Path) -> None:
+    arguments, message = STEERED.replace("=demo", "=dmo"), "neuron set 'dmo': no such file; did you mean 'demo'?"
     command = ("lm_eval", "--model", "steered-hf", "--model_args", arguments, "--tasks", "xcopa_it_local",
                "--include_path", local_task)  # fmt: skip
     error = run(*command, fails=True).stderr
     assert f"lm-eval-steering: error: {message}" in error.splitlines()[-1]
     assert "Traceback" not in error
-    if "dmo" in message:
-        assert "Traceback" in run(*command, "--verbosity", "DEBUG", fails=True).stderr
+    assert "Traceback" in run(*command, "--verbosity", "DEBUG", fails=True).stderr
 
 
 def test_a_broken_plugin_does_not_break_lm_eval(run: Run, local_task: Path, tmp_path: Path) -> None:
