@@ -22,6 +22,10 @@ class CorpusError(SteeringError):
     """Text that cannot be read or is missing for a language."""
 
 
+class RecordingError(SteeringError):
+    """A recording that is missing, damaged, or was made with other settings."""
+
+
 class InterventionError(SteeringError):
     """An intervention that is not defined: unknown operation or argument, factor not finite, statistic absent."""
 

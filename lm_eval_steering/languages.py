@@ -17,7 +17,13 @@ from lm_eval_steering.errors import UnknownLanguageError, did_you_mean
 _FLORES_OF_MACRO = {
     "ara": "arb", "aze": "azj", "fas": "pes", "kur": "kmr", "lav": "lvs", "mlg": "plt", "mon": "khk", "msa": "zsm",
     "nep": "npi", "nor": "nob", "ori": "ory", "orm": "gaz", "pus": "pbt", "sqi": "als", "swa": "swh", "uzb": "uzn",
-    "yid": "ydd",
+    "yid": "ydd", "fil": "tgl",
+}  # fmt: skip
+
+# FLORES-200's script where CLDR's most likely one is another.
+_FLORES_SCRIPT = {
+    "kor": "Hang", "crh": "Latn", "tzm": "Tfng",
+    **dict.fromkeys(("acm", "acq", "ajp", "azb", "pbt", "prs"), "Arab"),
 }  # fmt: skip
 
 # Labels of lid.176 that are not the ISO codes they look like, or that ISO has withdrawn.
@@ -50,13 +56,15 @@ def _normalise(text: str) -> str:
     tag = f"{pattern[1]}-{pattern[2]}" if pattern else text.lower()
     try:
         language = Language.get(tag)
-        alpha3 = language.to_alpha3()
+        # The library takes Dari for Persian; FLORES keeps them apart.
+        alpha3 = "prs" if tag.startswith("prs") else language.to_alpha3()
     except (LookupError, LanguageTagError):
         raise UnknownLanguageError(_unknown(text)) from None
     if not language.is_valid() or language.language_name().startswith("Unknown"):
         raise UnknownLanguageError(_unknown(text))
-    script = pattern[2] if pattern else language.maximize().script
-    return f"{_FLORES_OF_MACRO.get(alpha3, alpha3)}_{script}"
+    alpha3 = _FLORES_OF_MACRO.get(alpha3, alpha3)
+    script = pattern[2] if pattern else _FLORES_SCRIPT.get(alpha3, language.maximize().script)
+    return f"{alpha3}_{script}"
 
 
 def _unknown(text: str) -> str:
@@ -66,6 +74,28 @@ def _unknown(text: str) -> str:
         return f"{message}; did you mean {normalise(found.to_tag())!r}?" if found else message
     except (LookupError, UnknownLanguageError):
         return message
+
+
+@cache
+def spellings(code: str) -> tuple[str, ...]:
+    """How files and datasets may spell a language, the most exact first: `fra_Latn`, `fra-Latn`, `fra`, `fr`.
+
+    A short spelling is listed only where it means this code: `zh` stands for zho_Hans, not for zho_Hant.
+    """
+    alpha3, script = code.split("_")
+    macro = Language.get(_macrolanguage(code))
+    bases = [alpha3, Language.get(alpha3).language, macro.to_alpha3(), macro.language]
+    if alpha3 == "tgl":
+        bases.append("tl")  # for the library, an old name of Filipino
+    with_script = [f"{base}{joint}{script}" for base in bases for joint in "_-"]
+    return tuple(dict.fromkeys(name for name in [*with_script, *bases] if _means(name, code)))
+
+
+def _means(text: str, code: str) -> bool:
+    try:
+        return _normalise(text) == code
+    except UnknownLanguageError:
+        return False
 
 
 @cache

@@ -12,7 +12,7 @@ import lm_eval_steering
 PACKAGE = Path(lm_eval_steering.__file__).parent
 FLOORS = [
     {"errors"},
-    {"languages", "architectures", "resources", "fingerprint"},
+    {"languages", "language_families", "architectures", "resources", "fingerprint"},
     {"neurons"},
     {"metrics", "steering"},
     {"harness"},
@@ -22,7 +22,17 @@ FLOORS = [
     {"cli"},
     {"__main__", "__init__"},
 ]
-WITHOUT_LM_EVAL = {"errors", "languages", "architectures", "resources", "fingerprint", "neurons", "metrics", "steering"}
+WITHOUT_LM_EVAL = {
+    "errors",
+    "languages",
+    "language_families",
+    "architectures",
+    "resources",
+    "fingerprint",
+    "neurons",
+    "metrics",
+    "steering",
+}
 
 
 def room(module: str) -> str:

@@ -4,7 +4,9 @@ import pytest
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import UnknownLanguageError
+from lm_eval_steering.languages import normalise, spellings
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
+from tests.test_language_families import FLORES_200
 
 
 @pytest.mark.parametrize(
@@ -56,3 +58,20 @@ def test_every_label_of_lid176_has_a_code_of_its_own() -> None:
     assert len(set(codes.values())) == 176, "two labels share a code"
     for code in codes.values():
         assert languages.normalise(code) == code
+
+
+@pytest.mark.parametrize("code", FLORES_200)
+def test_every_code_of_flores_200_is_itself_and_is_found_without_its_script(code: str) -> None:
+    assert normalise(code) == code
+    assert code in spellings(code)
+    several = {other for other in FLORES_200 if other.startswith(code[:3])} | {"sat_Olck"}  # the data says Olck
+    assert normalise(code[:3]) in several
+    assert all(normalise(name) == code for name in spellings(code))
+
+
+def test_short_spellings_stand_for_one_code_alone() -> None:
+    assert spellings("fra_Latn")[:2] == ("fra_Latn", "fra-Latn")
+    assert {"fr", "fra"} <= set(spellings("fra_Latn"))
+    assert "zh" in spellings("zho_Hans") and "zh" not in spellings("zho_Hant")
+    assert {"no", "nb"} <= set(spellings("nob_Latn"))
+    assert "ko" in spellings("kor_Hang") and "ar" in spellings("arb_Arab") and "tl" in spellings("tgl_Latn")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -20,8 +21,12 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.harness.registration import register_all
 from lm_eval_steering.harness.tasks import demo_languages
 from lm_eval_steering.languages import choose
-from lm_eval_steering.neurons.find import Search, control_sets, find_neurons
+from lm_eval_steering.neurons.find import Method, control_sets, find_neurons
+from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.neurons.recorder import Recorder, Search
+from lm_eval_steering.neurons.recording_folder import RecordingFolder
+from lm_eval_steering.neurons.runner import Runner
 
 LANGUAGES = ("deu_Latn", "spa_Latn", "tur_Latn", "jpn_Jpan")
 STEERING = {"op": "add", "value": "mean", "site": "product"}  # what steers the demo model best
@@ -113,13 +118,16 @@ def _prepare(console: Console, out: Path, controls: int) -> tuple[Any, NeuronSet
     from lm_eval_steering.harness.model import SteeredHFLM
 
     lm = SteeredHFLM(str(resources.demo_model()), batch_size=32)
-    search = Search(str(resources.demo_calibration()), demo_languages(), RATE, rows="sentences", batch_size=32)
     for method in ("loglikelihood", "generate_until"):  # one bar of our own instead of dozens of lm-eval's
         setattr(lm, method, partial(getattr(lm, method), disable_tqdm=True))
     console.print("finding the language neurons of the demo model (record, select, calibrate) ...")
-    neuron_set, _ = find_neurons(lm.model, lm.tokenizer, search, progress=False)
-    neuron_set.save(out / "neurons.safetensors")
-    randoms = control_sets(lm.model, lm.tokenizer, search, neuron_set, range(controls), progress=False)
+    with TemporaryDirectory() as recording:
+        search = Search(str(resources.demo_calibration()), demo_languages(), rows="sentences")
+        runner = Runner(LazyModel.of(lm.model, lm.tokenizer), batch_size=32)
+        recorder = Recorder(runner, search, RecordingFolder(recording))
+        (neuron_set,) = find_neurons(recorder, Method(rates=(RATE,)))
+        neuron_set.save(out / "neurons.safetensors")
+        randoms = control_sets(neuron_set, recorder, range(controls))
     sizes = " ".join(f"{code}:{len(neuron_set.neurons(code))}" for code in neuron_set.languages)
     console.print(f"{len(neuron_set.union())} neurons  {sizes}", soft_wrap=True)
     return lm, neuron_set, randoms

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering import languages
-from lm_eval_steering.architectures import shape_of
+from lm_eval_steering.architectures import model_type_of, parse_sites, shape_of
 from lm_eval_steering.errors import InterventionError, NeuronSetError, did_you_mean
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.resources import find_neuron_set
@@ -42,6 +42,7 @@ class SteeringArguments:
         target_language: what `lfs` counts in a run that steers to no language.
         allow_empty: accept a language without neurons.
         force: use a neuron set of another model.
+        sites: where the units are in a family that is not known (`architectures.sites_of`).
     """
 
     neurons: str | None = None
@@ -56,11 +57,14 @@ class SteeringArguments:
     target_language: str | None = None
     allow_empty: bool = False
     force: bool = False
+    sites: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("allow_empty", "force"):
             if not isinstance(getattr(self, name), bool):
                 raise InterventionError(f"{name}={getattr(self, name)!r}: expected True or False")
+        if self.sites is not None:
+            parse_sites(self.sites)
         wants = [name for name in ARGUMENTS if getattr(self, name) is not None]
         if wants and self.neurons is None:
             raise InterventionError(
@@ -125,11 +129,5 @@ def plan_before_loading(arguments: SteeringArguments, config: Any) -> tuple[Neur
         return None, None
     neuron_set = NeuronSet.load(find_neuron_set(arguments.neurons))
     shape = shape_of(config)
-    if not arguments.force:
-        neuron_set.check_model(shape.layers, shape.units, str(config.model_type))
-    elif shape.layers < neuron_set.shape[0] or shape.units < neuron_set.shape[1]:
-        raise InterventionError(
-            f"force=true: the model's {shape.layers} layers of {shape.units} units are fewer than the neuron set's "
-            f"{neuron_set.shape[0]} of {neuron_set.shape[1]}"
-        )
+    neuron_set.check_model(shape.layers, shape.units, model_type_of(config), arguments.force)
     return neuron_set, compile_plan(intervention, neuron_set, arguments.allow_empty)

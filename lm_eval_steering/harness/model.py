@@ -15,7 +15,6 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig
 
-from lm_eval_steering.architectures import shape_of
 from lm_eval_steering.errors import DidNotHappenError, InterventionError, SteeringError
 from lm_eval_steering.fingerprint import fingerprint, weights_sketch
 from lm_eval_steering.harness.arguments import SteeringArguments, plan_before_loading, refuse_other_name, split
@@ -24,9 +23,9 @@ from lm_eval_steering.harness.identity import identity_of
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
-from lm_eval_steering.neurons.find import versions
+from lm_eval_steering.neurons.loading import versions
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.steering.attach import Steering
+from lm_eval_steering.steering.attach import Steering, fitting_sites
 from lm_eval_steering.steering.intervention import Intervention, from_arguments
 from lm_eval_steering.steering.plan import Plan, compile_plan
 
@@ -58,9 +57,8 @@ class SteeredHFLM(HFLM):
         self._detected: list[int] = []  # batch sizes that lm-eval's search found in the steered pass
         self._replayed: Iterator[int] | None = None  # the same, in the unsteered pass
         self._tokens: dict[tuple[str, ...], int] = {}  # (context, continuation) in hand -> tokens of the latter
-        if neuron_set is not None and not own.force:
-            neuron_set.check_weights(self._sketch, str(pretrained) if isinstance(pretrained, str) else "this model")
-        self._attach(neuron_set, plan, own.targets())
+        self._sites = own.sites
+        self._attach(neuron_set, plan, own.targets(), own.force)
 
     # --- changing the intervention on a loaded model ------------------------------------------------------------
 
@@ -79,7 +77,7 @@ class SteeredHFLM(HFLM):
             neuron_set: of this model.
             target_language: what `lfs` counts where the intervention steers to no language.
             allow_empty: accept a language without neurons.
-            force: use a set that was found in other weights of the same architecture and shape.
+            force: use a set that was found in other weights.
             **arguments: `language`, `op`, ... as on the command line.
 
         Raises:
@@ -89,19 +87,19 @@ class SteeredHFLM(HFLM):
         intervention = from_arguments(arguments)
         plan = None
         if neuron_set is not None:
-            shape = shape_of(self.config)
-            neuron_set.check_model(shape.layers, shape.units, str(self.config.model_type))
-            if not force:
-                neuron_set.check_weights(self._sketch, "this model")
             plan = compile_plan(intervention, neuron_set, allow_empty)
         elif intervention.steps:
             raise SteeringError("an intervention needs a neuron set")
-        self._attach(neuron_set, plan, named or (plan.intervention.steered if plan else ()))
+        self._attach(neuron_set, plan, named or (plan.intervention.steered if plan else ()), force)
 
-    def _attach(self, neuron_set: NeuronSet | None, plan: Plan | None, targets: tuple[str, ...]) -> None:
+    def _attach(self, neuron_set: NeuronSet | None, plan: Plan | None, targets: tuple[str, ...], force: bool) -> None:
+        steering = None
+        if neuron_set is not None and plan is not None:
+            sites = fitting_sites(self.model, neuron_set, sites=self._sites, force=force, sketch=self._sketch)
+            steering = Steering(sites, plan)
         if self.steering is not None:
             self.steering.detach()
-        self.steering = Steering(self.model, plan).attach() if plan else None
+        self.steering = steering.attach() if steering else None
         self.neuron_set, self.targets = neuron_set, targets
         self.fingerprint = self._fingerprint()
 
@@ -250,6 +248,7 @@ class SteeredHFLM(HFLM):
                 "neurons": self.neuron_set.content_hash() if self.neuron_set else None,
                 "intervention": self.intervention.model_dump(mode="json"),
                 "targets": list(self.targets),
+                "sites": self._sites or "",
             }
         )
 

@@ -3,93 +3,139 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from lm_eval_steering.architectures import ModelSites, sites_of
-from lm_eval_steering.errors import CorpusError
-from lm_eval_steering.neurons.corpus import Row
-from lm_eval_steering.neurons.neuron_set import SITES, Neurons, Statistics
-from lm_eval_steering.neurons.observe import Batches, observing
+from lm_eval_steering.architectures import ModelSites
+from lm_eval_steering.errors import CorpusError, DidNotHappenError
+from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, Statistics, union_of
+from lm_eval_steering.neurons.observe import Batches, Observer, observing
+from lm_eval_steering.neurons.ranks import Ranks
+from lm_eval_steering.neurons.rows import Rows
+from lm_eval_steering.neurons.runner import Runner
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 SENTENCES = 100  # a language, by default
 SHORTEST = 5  # tokens; shorter sentences are left out
 
 
+def calibrated(
+    neuron_sets: Sequence[NeuronSet], runner: Runner, sentences: Mapping[str, Rows], source: str
+) -> list[NeuronSet]:
+    """The same sets with statistics of their neurons; all of them in one pass over the sentences.
+
+    Args:
+        neuron_sets: of the runner's model; their own languages may be others.
+        runner: the model and the way to run it.
+        sentences: language -> one row a sentence, at least for the languages of the sets.
+        source: what to call the text in the provenance.
+
+    Raises:
+        NeuronSetError: if a set is of another model.
+        CorpusError: if a language has no sentence.
+    """
+    model = runner.model
+    for found in neuron_sets:
+        found.check_model(model.shape.layers, model.shape.units, model.architecture)
+    runner.load()
+    for found in neuron_sets:
+        found.check_weights(model.sketch, model.name)
+    union = union_of([found.union() for found in neuron_sets])
+    with runner.log.timed("calibrate", neurons=len(union)):
+        statistics = calibrate(runner, sentences, union)
+    text = {
+        "source": source,
+        "sentences": {code: len(rows) for code, rows in sentences.items()},
+        "sha256": {code: rows.sha256() for code, rows in sentences.items()},
+    }
+    return [
+        replace(
+            found,
+            statistics=statistics.restrict(found.union()),
+            provenance=replace(
+                found.provenance,
+                weights=found.provenance.weights or model.sketch,
+                corpus={**found.provenance.corpus, "calibration": text},
+            ),
+        )
+        for found in neuron_sets
+    ]
+
+
 @torch.inference_mode()
-def calibrate(
-    model: Any,
-    tokenizer: Any,
-    rows: Mapping[str, Sequence[Row]],
-    neurons: Neurons,
-    batch_size: int = 16,
-    progress: bool = True,
-) -> Statistics:
+def calibrate(runner: Runner, sentences: Mapping[str, Rows], neurons: Neurons) -> Statistics:
     """Statistics of the given neurons at both sites, one row a sentence.
 
     `mean` is over all tokens (Gurgurov et al. 2025); `sentence_mean`, `median` (the lower of two middle values),
     `max` and `pNN` (linear interpolation) are over the sentences' token means (Rahmanisa et al. 2025).
 
     Args:
-        model: a causal language model of transformers.
-        tokenizer: its tokenizer.
-        rows: language -> one row of token ids a sentence.
+        runner: a causal language model of transformers and the way to run it.
+        sentences: language -> one row of token ids a sentence.
         neurons: (neuron, 2) sorted rows (layer, unit).
-        batch_size: rows a forward pass.
-        progress: whether to show a bar.
 
     Raises:
         CorpusError: if a language has no sentence.
+        DidNotHappenError: if activations are not finite.
     """
-    sites = sites_of(model)
-    device = next(model.parameters()).device
     values: dict[str, dict[str, list[NDArray[np.float32]]]] = {site: {} for site in SITES}
-    for language, own in tqdm(rows.items(), unit="language", disable=not progress, desc="calibrating"):
-        if not own:
-            raise CorpusError(f"{language}: no sentence of at least {SHORTEST} tokens to calibrate with")
-        sums = _sentence_sums(sites, Batches(own, tokenizer, batch_size, device), neurons)
-        lengths = np.array([len(row) for row in own], dtype=np.float64)
-        for site in SITES:
-            for name, column in _summaries(sums[site], lengths).items():
-                values[site].setdefault(name, []).append(column.astype(np.float32))
+    with runner.log.bar("calibrating", len(sentences), "language") as bar:
+        for language, rows in sentences.items():
+            if not len(rows):
+                raise CorpusError(f"{language}: no sentence of at least {SHORTEST} tokens to calibrate with")
+            sums = _sentence_sums(runner.model.sites, runner.batches(rows), neurons, runner.ranks)
+            if not all(np.isfinite(table).all() for table in sums.values()):
+                raise DidNotHappenError(f"{language}: activations hold infinities or NaN; load the model in bfloat16")
+            for site in SITES:
+                for name, column in _summaries(sums[site], rows.lengths.astype(np.float64)).items():
+                    values[site].setdefault(name, []).append(column.astype(np.float32))
+            bar.update(1)
     stacked = {
         site: {name: np.stack(columns, axis=1) for name, columns in table.items()} for site, table in values.items()
     }
-    return Statistics(neurons, tuple(rows), stacked)
+    return Statistics(neurons, tuple(sentences), stacked)
 
 
-def _sentence_sums(sites: ModelSites, batches: Batches, neurons: Neurons) -> dict[str, NDArray[np.float64]]:
+def _sentence_sums(
+    sites: ModelSites, batches: Batches, neurons: Neurons, ranks: Ranks
+) -> dict[str, NDArray[np.float64]]:
     """site -> (sentence, neuron) sums over the sentence's tokens, accumulated in float64."""
     wanted = {
         int(layer): torch.from_numpy(neurons[neurons[:, 0] == layer, 1]).to(batches.device)
         for layer in np.unique(neurons[:, 0])
     }
     pieces: dict[str, dict[int, torch.Tensor]] = {site: {} for site in SITES}
+    counted = torch.zeros(0, 0, dtype=torch.bool)
 
-    def keep(site: str) -> Any:
+    def keep(site: str) -> Observer:
         def observer(layer: int, units: torch.Tensor) -> None:
             if layer in wanted:
                 # float64 on the CPU: not every accelerator has it.
                 chosen = units.index_select(-1, wanted[layer].to(units.device)).cpu().double()
-                chosen = chosen.reshape(*batches.counted.shape, -1)
-                pieces[site][layer] = (chosen * batches.counted.unsqueeze(-1).cpu()).sum(1)
+                pieces[site][layer] = torch.where(counted.unsqueeze(-1), chosen.reshape(*counted.shape, -1), 0).sum(1)
 
         return observer
 
-    done: dict[str, list[NDArray[np.float64]]] = {site: [] for site in SITES}
-    with observing(sites, at_activation=keep("activation"), at_product=keep("product")):
-        for inputs in batches:
-            sites.decoder(**inputs, use_cache=False)
+    own: dict[str, dict[int, NDArray[np.float64]]] = {site: {} for site in SITES}
+    with observing(sites, at_activation=keep("activation"), at_product=keep("product")) as run:
+        for batch in batches:
+            counted = batch.counted.cpu()
+            run(batch)
             for site in SITES:
-                parts = [pieces[site][layer].numpy() for layer in wanted]
-                empty = np.zeros((len(inputs["input_ids"]), 0))
-                done[site].append(np.concatenate([empty, *parts], axis=1))
-    return {site: np.concatenate(parts) for site, parts in done.items()}
+                empty = np.zeros((len(batch.rows), 0))
+                sums = np.concatenate([empty, *(pieces[site][layer].numpy() for layer in wanted)], axis=1)
+                own[site] |= dict(zip(batch.rows.tolist(), sums, strict=True))
+    return {site: _in_order(ranks.gather(own[site])) for site in SITES}
+
+
+def _in_order(parts: Sequence[Mapping[int, NDArray[Any]]]) -> NDArray[Any]:
+    """(sentence, ...) from what each process has of it."""
+    rows = {number: row for part in parts for number, row in part.items()}
+    return np.stack([rows[number] for number in range(len(rows))])
 
 
 def _summaries(sums: NDArray[np.float64], lengths: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

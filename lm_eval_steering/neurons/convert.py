@@ -1,22 +1,25 @@
-"""Other people's neuron files: lists of indices without labels, read with care and written for their scripts.
+"""Other people's files, read with care, and neuron sets written for their scripts.
 
-The layout that Tang et al. 2024, Gurgurov et al. 2025, CLaS-Bench 2026 and Rahmanisa et al. 2025 share is `torch.save`
-of `list[language][layer]` of tensors of unit indices. It names neither languages nor model, so both must be said.
+The layout of neuron sets that Tang et al. 2024, Gurgurov et al. 2025, CLaS-Bench 2026 and Rahmanisa et al. 2025 share
+is `torch.save` of `list[language][layer]` of tensors of unit indices. It names neither languages nor model, so both
+must be said. Recordings are `{"n": tokens, "over_zero": (layer, unit)}`, one file a language, or a list of these.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet, Provenance
+from lm_eval_steering.neurons.recording_folder import RecordingFolder
 
 
 def import_lists(
@@ -54,6 +57,63 @@ def export_lists(neuron_set: NeuronSet, path: str | Path) -> None:
         for neurons in (neuron_set.assignments[code] for code in neuron_set.languages)
     ]
     torch.save(lists, path)
+
+
+def import_recordings(
+    paths: Sequence[str | Path], languages: Sequence[str], model: Mapping[str, Any], folder: RecordingFolder
+) -> None:
+    """Read counts of other scripts into a recording, which `select` can use.
+
+    Args:
+        paths: one file a language, or one file with the list of all.
+        languages: any codes, in the order of the files or of the list.
+        model: fields of a provenance: model, architecture, layers, units.
+        folder: a new recording.
+
+    Raises:
+        NeuronSetError: if a file holds code or something else, or languages and shapes do not fit.
+        RecordingError: if the folder holds another recording.
+    """
+    found = [record for path in paths for record in _records(path)]
+    codes = tuple(normalise(code) for code in languages)
+    if len(found) != len(codes):
+        raise NeuronSetError(f"{paths[0]}: {len(found)} recordings for {len(codes)} languages ({', '.join(codes)})")
+    counts = [
+        _counts(record, code, (model["layers"], model["units"])) for record, code in zip(found, codes, strict=True)
+    ]
+    folder.begin({"model": dict(model), "corpus": {"source": f"imported from {Path(paths[0]).name}"}})
+    for code, (tokens, active) in zip(codes, counts, strict=True):
+        folder.write_counts(code, active, tokens)
+
+
+def holds_recording(path: str | Path) -> bool:
+    """Whether a file holds counts rather than lists of neurons."""
+    content = _load(path)
+    first = content[0] if isinstance(content, list) and content else content
+    return isinstance(first, dict) and "over_zero" in first
+
+
+def _records(path: str | Path) -> list[Mapping[str, Any]]:
+    content = _load(path)
+    records = content if isinstance(content, list) else [content]
+    if not all(isinstance(record, dict) and "over_zero" in record for record in records):
+        raise NeuronSetError(f'{path}: expected {{"n", "over_zero"}} or a list of them, found {type(content).__name__}')
+    return records
+
+
+def _counts(record: Mapping[str, Any], code: str, shape: tuple[int, int]) -> tuple[int, NDArray[np.int64]]:
+    """(tokens, (layer, unit) counts) of one language, checked."""
+    if "lang" in record and normalise(str(record["lang"])) != code:
+        raise NeuronSetError(f"the recording says {record['lang']}, the language given in its place is {code}")
+    tokens = int(record["n"] if "n" in record else record["num"])
+    active = torch.as_tensor(record["over_zero"]).long().numpy()
+    if active.shape != shape:
+        raise NeuronSetError(
+            f"{code}: counts of shape {active.shape}, the model has {shape[0]} layers of {shape[1]} units"
+        )
+    if (active < 0).any() or (active > tokens).any():
+        raise NeuronSetError(f"{code}: a unit is active on more tokens ({active.max()}) than were counted ({tokens})")
+    return tokens, active
 
 
 def _rows(layers: Sequence[torch.Tensor]) -> Neurons:

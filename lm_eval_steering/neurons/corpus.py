@@ -1,102 +1,167 @@
-"""Plain text as a corpus: one document a line, one file a language, cut into rows of tokens."""
+"""Where text comes from: local files or a dataset of the Hugging Face hub, one syntax for all.
+
+    text                                            a folder with fra_Latn.txt, ind_Latn.jsonl.gz, ...
+    text/{lang}/*.txt?documents=file                files by pattern, one document a file
+    flores200/{lang}.devtest                        FLORES-style parallel files
+    parallel.parquet?column=sentence_{lang}         one file with a column for each language
+    hf:wikimedia/wikipedia?config=20231101.{lang}   a dataset of the hub, streamed
+
+`{lang}` stands for the language as the place spells it: `fra_Latn`, `fra-Latn`, `fra` or `fr`, the first that is there.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from urllib.parse import parse_qsl
 
-import numpy as np
+from lm_eval_steering.errors import CorpusError, did_you_mean
+from lm_eval_steering.languages import spellings
+from lm_eval_steering.neurons.text_files import LocalFiles, find_files
 
-from lm_eval_steering.errors import CorpusError
+LANG = "{lang}"
+_HUB = "hf:"
 
-Row = list[int]  # token ids, special tokens left out
+
+class Source(Protocol):
+    """The text of one language."""
+
+    def documents(self) -> Iterator[str]:
+        """Documents in order, without those that are empty; a CorpusError names what cannot be read."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this text from another, in values that JSON can hold; no path of this machine."""
 
 
-def read_corpus(pattern: str | Path, languages: Sequence[str]) -> dict[str, list[str]]:
-    """Documents of each language, from a folder with `fra_Latn.txt` files or a path with `{lang}` in it.
+@dataclass(frozen=True)
+class Corpus:
+    """A place with text in several languages.
 
-    Raises:
-        CorpusError: naming the file that is missing, empty or not UTF-8 (with its line).
+    Attributes:
+        place: path, pattern, or `hf:` and the id of a dataset.
+        column: name of the text's column in JSON lines, parquet and datasets; may hold `{lang}`.
+        documents: in a plain text file, one document a `line` or a `file`.
+        config: of a dataset; may hold `{lang}`.
+        split: of a dataset.
+        revision: of a dataset.
     """
-    text = str(pattern)
-    if "{lang}" not in text:
-        if not Path(text).is_dir():
-            raise CorpusError(
-                f"corpus {text!r}: expected a folder of LANGUAGE.txt files, or a path with {{lang}} in it"
-            )
-        text = str(Path(text) / "{lang}.txt")
-    return {language: _read_lines(Path(text.replace("{lang}", language)), language) for language in languages}
+
+    place: str
+    column: str = "text"
+    documents: str = "line"
+    config: str = LANG
+    split: str = "train"
+    revision: str = "main"
+
+    @classmethod
+    def parse(cls, text: str) -> Corpus:
+        """From `PLACE?option=value&option=value`.
+
+        Raises:
+            CorpusError: for an option that is not known.
+        """
+        place, _, query = str(text).partition("?")
+        options = dict(parse_qsl(query, keep_blank_values=True))
+        known = [field.name for field in fields(cls) if field.name != "place"]
+        for name in options:
+            if name not in known:
+                raise CorpusError(f"corpus {text!r}: unknown option {name!r}{did_you_mean(name, known)}")
+        corpus = cls(place, **options)
+        if corpus.documents not in {"line", "file"}:
+            raise CorpusError(f"corpus {text!r}: documents={corpus.documents!r}, expected line or file")
+        return corpus
+
+    @property
+    def name(self) -> str:
+        """What to call it in an artefact: never a path of this machine."""
+        return self.place if self.place.startswith(_HUB) else Path(self.place).name
+
+    def source(self, language: str) -> Source:
+        """The text of one language.
+
+        Raises:
+            CorpusError: if there is none.
+        """
+        columns = tuple(dict.fromkeys(self.column.replace(LANG, name) for name in spellings(language)))
+        if self.place.startswith(_HUB):
+            return HubDataset.find(self, language, columns)
+        per_file = LANG not in self.column
+        return LocalFiles(language, find_files(self.place, language, per_file), columns, self.documents == "file")
 
 
-def _read_lines(path: Path, language: str) -> list[str]:
-    if not path.is_file():
-        raise CorpusError(f"corpus for {language}: no file {path}")
-    lines = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+@dataclass(frozen=True)
+class HubDataset:
+    """One language of a dataset that the `datasets` library streams.
+
+    Attributes:
+        language: whose text it is.
+        path: id of the dataset, or a folder that holds one.
+        config: its configuration.
+        split: its split.
+        revision: branch, tag or commit.
+        columns: names that the text's column may have.
+    """
+
+    language: str
+    path: str
+    config: str
+    split: str
+    revision: str
+    columns: tuple[str, ...]
+
+    @classmethod
+    def find(cls, corpus: Corpus, language: str, columns: tuple[str, ...]) -> HubDataset:
+        """The configuration of a dataset that holds a language.
+
+        Raises:
+            CorpusError: if the dataset cannot be had, or has no such configuration.
+        """
+        import datasets
+
+        path = corpus.place.removeprefix(_HUB)
         try:
-            lines.append(raw.decode("utf-8").strip())
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
-    documents = [line for line in lines if line]
-    if not documents:
-        raise CorpusError(f"corpus for {language}: {path} is empty")
-    return documents
+            there = datasets.get_dataset_config_names(path, revision=corpus.revision)
+        except Exception as error:  # the library raises a dozen classes of its own and of its network layers
+            raise CorpusError(f"corpus {corpus.place}: {_first_line(error)}") from error
+        wanted = [corpus.config.replace(LANG, name) for name in spellings(language)]
+        if LANG in corpus.column and len(there) == 1:  # parallel text: every language in one configuration
+            wanted.append(there[0])
+        for config in wanted:
+            if config in there:
+                return cls(language, path, config, corpus.split, corpus.revision, columns)
+        hint = did_you_mean(wanted[0], there)
+        raise CorpusError(f"corpus {corpus.place} for {language}: no configuration {' or '.join(wanted)}{hint}")
+
+    def documents(self) -> Iterator[str]:
+        """Documents in order, streamed."""
+        import datasets
+
+        where = f"corpus hf:{self.path}, configuration {self.config}"
+        try:
+            rows = datasets.load_dataset(
+                self.path, self.config, split=self.split, revision=self.revision, streaming=True
+            )
+            for row in rows:
+                name = next((column for column in self.columns if column in row), None)
+                if name is None:
+                    raise CorpusError(
+                        f"{where}: no column {self.columns[0]!r}, found {', '.join(row)}; say which with ?column=NAME"
+                    )
+                if str(row[name] or "").strip():
+                    yield str(row[name]).strip()
+        except CorpusError:
+            raise
+        except Exception as error:
+            raise CorpusError(f"{where}, split {self.split}: {_first_line(error)}") from error
+
+    def identity(self) -> dict[str, Any]:
+        """Id, configuration, split and revision."""
+        own = {"dataset": self.path, "config": self.config, "split": self.split, "revision": self.revision}
+        return {**own, "columns": list(self.columns)}
 
 
-def packed_rows(documents: Iterable[str], tokenizer: Any, length: int, budget: int | None = None) -> list[Row]:
-    """Documents tokenised without special tokens, concatenated, and cut into rows of `length` tokens.
-
-    Args:
-        documents: text of one language.
-        tokenizer: of transformers.
-        length: tokens a row; the last row may be shorter.
-        budget: stop after this many tokens.
-    """
-    stream: Row = []
-    for document in documents:
-        stream += tokenizer.encode(document, add_special_tokens=False)
-        if budget is not None and len(stream) >= budget:
-            stream = stream[:budget]
-            break
-    return [stream[start : start + length] for start in range(0, len(stream), length)]
-
-
-def sentence_rows(
-    sentences: Iterable[str],
-    tokenizer: Any,
-    length: int,
-    *,
-    at_least: int = 1,
-    at_most: int | None = None,
-    budget: int | None = None,
-) -> list[Row]:
-    """One row a sentence, cut at `length` tokens; sentences under `at_least` tokens are left out.
-
-    Args:
-        at_most: number of rows at which to stop.
-        budget: number of tokens at which to stop; the last row is cut to it.
-    """
-    rows: list[Row] = []
-    left = budget
-    for sentence in sentences:
-        if at_most is not None and len(rows) >= at_most:
-            break
-        row = tokenizer.encode(sentence, add_special_tokens=False)[:length][:left]
-        if len(row) >= at_least:
-            rows.append(row)
-            left = None if left is None else left - len(row)
-        if left is not None and left <= 0:
-            break
-    return rows
-
-
-def rows_hash(rows: Mapping[str, Sequence[Row]]) -> str:
-    """SHA-256 over the token ids of every language: the text that was really seen."""
-    digest = hashlib.sha256()
-    for language, own in rows.items():
-        digest.update(language.encode())
-        for row in own:
-            digest.update(np.asarray([len(row), *row], dtype="<i8").tobytes())
-    return digest.hexdigest()
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:297]}..."

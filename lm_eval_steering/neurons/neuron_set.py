@@ -1,30 +1,25 @@
-"""The neuron set: for each language its neurons, with the statistics and the provenance that belong to them.
-
-On disk it is one safetensors file. Its header holds one key, `lm_eval_steering`, with the metadata as canonical JSON
-(sorted keys, no dates), so that the same work gives the same bytes.
-"""
+"""The neuron set: for each language its neurons, with the statistics and the provenance that belong to them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import NeuronSetError, did_you_mean
 from lm_eval_steering.fingerprint import same_weights
+from lm_eval_steering.neurons import storage
 
-FORMAT_VERSION = 1
 SITES = ("activation", "product")
-_HEADER_KEY = "lm_eval_steering"
+_KIND = "neuron set"
 
 Neurons = NDArray[np.int64]  # (neuron, 2): sorted rows of (layer, unit)
 
@@ -39,6 +34,10 @@ class Provenance:
         architecture: `model_type` of transformers.
         layers: number of decoder layers.
         units: MLP units a layer.
+        activation_function: its name in the model's config; empty where the config has none.
+        sites: where the units are, in a family that had to be told (`architectures.sites_of`); usually empty.
+        dtype: that the activations were recorded in.
+        tokenizer: SHA-256 over the tokenizer.
         weights: a sketch of the weights (`fingerprint.weights_sketch`); empty where it is not known.
         selection: the method's name and its numbers.
         corpus: what was read: source, hash of the text, tokens for each language.
@@ -50,6 +49,10 @@ class Provenance:
     architecture: str
     layers: int
     units: int
+    activation_function: str = ""
+    sites: str = ""
+    dtype: str = ""
+    tokenizer: str = ""
     weights: Sequence[float] = ()
     selection: Mapping[str, Any] = field(default_factory=dict)
     corpus: Mapping[str, Any] = field(default_factory=dict)
@@ -163,7 +166,12 @@ class NeuronSet:
 
     def content_hash(self) -> str:
         """SHA-256 over the languages, neurons and statistics: what decides a score, and nothing else."""
-        digest = hashlib.sha256(json.dumps([self.languages, list(self.shape)]).encode())
+        return self._content_hash
+
+    @cached_property
+    def _content_hash(self) -> str:
+        columns = self.statistics.languages if self.statistics else ()
+        digest = hashlib.sha256(json.dumps([self.languages, list(self.shape), columns]).encode())
         for name, tensor in sorted(self._tensors().items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
             digest.update(np.ascontiguousarray(tensor).tobytes())
@@ -187,19 +195,12 @@ class NeuronSet:
     def save(self, path: str | Path) -> None:
         """Write the file in one step: a file of that name is whole or is the one that was there before."""
         metadata = {
-            "format_version": FORMAT_VERSION,
             "languages": list(self.languages),
-            "provenance": {key: getattr(self.provenance, key) for key in Provenance.__dataclass_fields__},
+            "provenance": asdict(self.provenance),
             "statistics_languages": list(self.statistics.languages) if self.statistics else None,
             "content_sha256": self.content_hash(),
         }
-        header = json.dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self._tensors().items()}
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_bytes(save(tensors, metadata={_HEADER_KEY: header}))
-        partial.replace(target)
+        storage.write(Path(path), _KIND, metadata, self._tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronSet:
@@ -208,7 +209,7 @@ class NeuronSet:
         Raises:
             NeuronSetError: if it is missing, cut short, not a neuron set, or its content is not what it says.
         """
-        metadata, tensors = _read(Path(path))
+        metadata, tensors = storage.read(Path(path), _KIND, NeuronSetError)
         try:
             provenance = Provenance(**metadata["provenance"] | {"weights": tuple(metadata["provenance"]["weights"])})
             codes = tuple(metadata["languages"])
@@ -224,20 +225,26 @@ class NeuronSet:
             raise NeuronSetError(f"{path}: the content does not match its own checksum; the file was damaged or edited")
         return found
 
-    def check_model(self, layers: int, units: int, architecture: str) -> None:
+    def check_model(self, layers: int, units: int, architecture: str, force: bool = False) -> None:
         """Refuse to be used with a model of another architecture or shape.
+
+        Args:
+            layers: of the model.
+            units: of the model, a layer.
+            architecture: `model_type` of the model's language part.
+            force: accept any model that has all of the neurons.
 
         Raises:
             NeuronSetError: naming both.
         """
-        own = (self.provenance.architecture, *self.shape)
-        other = (architecture, layers, units)
-        if own != other:
-            raise NeuronSetError(
-                f"the neuron set is for {self.provenance.model} ({own[0]}, {own[1]} layers of {own[2]} units), "
-                f"the model is {other[0]} with {other[1]} layers of {other[2]} units; "
-                "find the neurons of this model with `lm-eval-steering find`"
-            )
+        own, other = (self.provenance.architecture, *self.shape), (architecture, layers, units)
+        if own == other or (force and layers >= own[1] and units >= own[2]):
+            return
+        way_out = "force=true needs as many" if force else "find its own neurons with `lm-eval-steering find`"
+        raise NeuronSetError(
+            f"the neuron set is for {self.provenance.model} ({own[0]}, {own[1]} layers of {own[2]} units), the model "
+            f"is {other[0]} with {other[1]} layers of {other[2]} units; {way_out}"
+        )
 
     def check_weights(self, sketch: Sequence[float], name: str) -> None:
         """Refuse to be used with another checkpoint of the same shape, where both sketches are known.
@@ -268,28 +275,6 @@ def _keys(neurons: Neurons, units: int) -> NDArray[np.int64]:
 
 def _largest_unit(neurons: Neurons) -> int:
     return int(neurons[:, 1].max()) if len(neurons) else 0
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    if not path.is_file():
-        raise NeuronSetError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = (file.metadata() or {}).get(_HEADER_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise NeuronSetError(f"{path}: not a whole safetensors file ({error})") from None
-    if header is None:
-        raise NeuronSetError(f"{path}: a safetensors file, but not a neuron set (no {_HEADER_KEY!r} in its header)")
-    try:
-        metadata = json.loads(header)
-    except ValueError as error:
-        raise NeuronSetError(f"{path}: the metadata are not JSON ({error})") from None
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise NeuronSetError(
-            f"{path}: format version {metadata.get('format_version')}, this release reads {FORMAT_VERSION}"
-        )
-    return metadata, tensors
 
 
 def _statistics(codes: list[str] | None, tensors: Mapping[str, NDArray[Any]]) -> Statistics | None:

@@ -1,14 +1,33 @@
-"""Which neurons belong to which language: LAPE, and the matched random controls that every claim needs."""
+"""Which neurons belong to which language: by activation probability entropy (LAPE), or because they are active."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.neurons.neuron_set import Neurons
+from lm_eval_steering.neurons.neuron_set import Neurons, union_of
+
+HISTOGRAM_BINS = 64
+_BLOCK = 4_000_000  # values worked on in float64 at a time: what keeps 48 million probabilities under 2 GB
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method chose.
+
+    Attributes:
+        neurons: for each language, in the order given, its (neuron, 2) sorted rows (layer, unit); empty ones included.
+        numbers: plain JSON values for `Provenance.selection`: the method, its arguments, and what came of them.
+    """
+
+    neurons: list[Neurons]
+    numbers: dict[str, Any]
 
 
 def activation_probability(counts: NDArray[np.int64], n_tokens: ArrayLike) -> NDArray[np.float32]:
@@ -75,15 +94,86 @@ def lape(
     Raises:
         SteeringError: if a rate is outside (0, 1] or the counts are impossible.
     """
-    for name, value in (("rate", rate), ("filter_rate", filter_rate), ("bar_rate", bar_rate)):
+    return lape_rates(counts, n_tokens, [rate], filter_rate, bar_rate)[0].neurons
+
+
+def lape_rates(
+    counts: NDArray[np.int64],
+    n_tokens: ArrayLike,
+    rates: Sequence[float],
+    filter_rate: float = 0.95,
+    bar_rate: float = 0.95,
+) -> list[Selection]:
+    """`lape` at several rates for the work of one: a larger rate's neurons contain a smaller one's.
+
+    The numbers of each selection: `probability_threshold` and `bar` (the two probabilities), `eligible` and
+    `selected` (neurons; where bar_rate > filter_rate some of the selected may belong to no language),
+    `entropy_threshold` (nats, the largest that was selected, None where nothing was), `entropy_histogram` of the
+    eligible neurons (`edges` from 0 to ln K, `counts`), `languages_without_neurons` (places in the order given).
+
+    Raises:
+        SteeringError: if a rate is outside (0, 1] or the counts are impossible.
+    """
+    for name, value in (*(("rate", rate) for rate in rates), ("filter_rate", filter_rate), ("bar_rate", bar_rate)):
         check_rate(name, value)
-    probability = activation_probability(counts, n_tokens)
-    eligible = (probability > kth_smallest(probability, filter_rate)).any(axis=-1).ravel()
-    order = np.argsort(np.where(eligible, entropy(probability).ravel(), np.inf), kind="stable")
-    chosen = order[: min(round(rate * eligible.size), int(eligible.sum()))]
-    member = probability.reshape(-1, probability.shape[-1])[chosen] > kth_smallest(probability, bar_rate)
-    units = counts.shape[1]
-    return [_rows(np.sort(chosen[member[:, k]]), units) for k in range(counts.shape[-1])]
+    # One layout, so that entropies are summed in one order however the counts lie in memory.
+    probability = np.ascontiguousarray(activation_probability(counts, n_tokens))
+    threshold = kth_smallest(probability, filter_rate)
+    bar = threshold if bar_rate == filter_rate else kth_smallest(probability, bar_rate)
+    eligible, entropies = _eligible(probability, threshold)
+    order = np.argsort(entropies, kind="stable")
+    common = {
+        "filter_rate": float(filter_rate),
+        "bar_rate": float(bar_rate),
+        "probability_threshold": float(threshold),
+        "bar": float(bar),
+        "eligible": len(eligible),
+        "entropy_histogram": _histogram(entropies, probability.shape[-1]),
+    }
+    neurons = probability.shape[0] * probability.shape[1]
+    found = []
+    for rate in rates:
+        first = order[: round(rate * neurons)]
+        lists = _members(probability, eligible[first], bar)
+        numbers = {
+            "method": "lape",
+            "rate": float(rate),
+            **common,
+            "selected": len(first),
+            "entropy_threshold": float(entropies[first[-1]]) if len(first) else None,
+            "languages_without_neurons": without_neurons(lists),
+        }
+        found.append(Selection(lists, numbers))
+    return found
+
+
+def activated(sentence_means: Sequence[NDArray[Any]], top_k: int | None = None) -> Selection:
+    """Language-activated neurons: those whose mean activation is above 0 in every calibration sentence.
+
+    Source: the baseline of Rahmanisa et al. 2025 (`raw_act_neurons.py`, methods `default` and `topk`). Sets overlap
+    and differ in size.
+
+    Args:
+        sentence_means: for each language (sentence, layer, unit) means over the tokens of a sentence, of any
+            floating-point type; read a layer at a time.
+        top_k: take instead the k neurons of the largest mean over sentences (float64; ties by (layer, unit)).
+
+    Raises:
+        SteeringError: if a language has no sentences, the shapes differ, a mean is not finite, or top_k is not
+            between 1 and the number of neurons.
+    """
+    layers, units = check_sentence_means(sentence_means)
+    check_k("top_k", top_k, layers * units)
+    kind = np.bool_ if top_k is None else np.float64
+    scores: NDArray[Any] = np.empty((len(sentence_means), layers, units), dtype=kind)
+    for layer in range(layers):
+        for place, means in enumerate(layer_means(sentence_means, layer)):
+            scores[place, layer] = (means > 0).all(axis=0) if top_k is None else means.mean(axis=0, dtype=np.float64)
+    if top_k is None:
+        lists = [np.argwhere(own).astype(np.int64) for own in scores]
+    else:
+        lists = [rows_of(largest(own.ravel(), top_k), units) for own in scores]
+    return Selection(lists, {"method": "activated", "top_k": top_k, **summary(sentence_means, lists)})
 
 
 def check_rate(name: str, value: float) -> None:
@@ -92,28 +182,96 @@ def check_rate(name: str, value: float) -> None:
         raise SteeringError(f"{name}={value}: expected a number in (0, 1]")
 
 
-def random_control(
-    assignments: Mapping[str, Neurons], languages: Sequence[str], units: int, seed: int
-) -> dict[str, Neurons]:
-    """Random neurons for each language: as many in each layer as it has, drawn without replacement, reproducibly.
+def check_k(name: str, value: int | None, neurons: int) -> None:
+    """Raise SteeringError unless a number of neurons, where one is given, is between 1 and all of them."""
+    if value is not None and not 1 <= value <= neurons:
+        raise SteeringError(f"{name}={value}: expected a number between 1 and the {neurons} neurons of the model")
 
-    The draw of a language depends on the seed and on its place in `languages` alone, and leaves out its own neurons.
+
+def check_sentence_means(sentence_means: Sequence[NDArray[Any]]) -> tuple[int, int]:
+    """(layers, units) of per-sentence means, (sentence, layer, unit) for each language.
+
+    Raises:
+        SteeringError: if there is no language, one has no sentences, or the shapes differ.
     """
-    controls = {}
-    for place, language in enumerate(languages):
-        generator = np.random.default_rng([seed, place])
-        own = assignments[language]
-        rows = [np.zeros((0, 2), dtype=np.int64)]
-        for layer in np.unique(own[:, 0]):
-            taken = own[own[:, 0] == layer, 1]
-            free = np.setdiff1d(np.arange(units), taken)
-            if len(free) < len(taken):
-                raise SteeringError(f"{language}: layer {layer} has too few other units for a matched random control")
-            drawn = np.sort(generator.choice(free, size=len(taken), replace=False))
-            rows.append(np.column_stack([np.full(len(drawn), layer), drawn]))
-        controls[language] = np.concatenate(rows).astype(np.int64)
-    return controls
+    if not len(sentence_means):
+        raise SteeringError("no language: expected per-sentence means of at least one")
+    for place, means in enumerate(sentence_means):
+        if means.ndim != 3 or means.shape[1:] != sentence_means[0].shape[1:]:
+            raise SteeringError(
+                f"language number {place} has means of shape {means.shape}, language number 0 of shape "
+                f"{sentence_means[0].shape}; expected (sentence, layer, unit) with the same layers and units"
+            )
+        if not len(means):
+            raise SteeringError(f"language number {place} has no calibration sentences: give it at least one")
+    return int(sentence_means[0].shape[1]), int(sentence_means[0].shape[2])
 
 
-def _rows(flat: NDArray[np.intp], units: int) -> Neurons:
+def layer_means(sentence_means: Sequence[NDArray[Any]], layer: int) -> Iterator[NDArray[Any]]:
+    """One layer's (sentence, unit) means for each language in turn.
+
+    Raises:
+        SteeringError: if one is not a finite number.
+    """
+    for place, means in enumerate(sentence_means):
+        own = np.asarray(means[:, layer])
+        wrong = ~np.isfinite(own)
+        if wrong.any():
+            sentence, unit = np.argwhere(wrong)[0]
+            raise SteeringError(
+                f"language number {place}: the mean of sentence {sentence}, layer {layer}, unit {unit} is "
+                f"{own[sentence, unit]}; expected a finite number: record the sentences again, in a wider dtype"
+            )
+        yield own
+
+
+def largest(scores: NDArray[np.float64], k: int) -> NDArray[np.intp]:
+    """Sorted places of the k largest values; of equal ones the first."""
+    return np.sort(np.argsort(-scores, kind="stable")[:k])
+
+
+def rows_of(flat: NDArray[np.intp], units: int) -> Neurons:
+    """(neuron, 2) rows (layer, unit) of places in a flattened (layer, unit) table."""
     return np.column_stack([flat // units, flat % units]).astype(np.int64)
+
+
+def summary(sentence_means: Sequence[NDArray[Any]], lists: Sequence[Neurons]) -> dict[str, Any]:
+    """What every selection from per-sentence means says of itself."""
+    return {
+        "sentences": [len(means) for means in sentence_means],
+        "selected": len(union_of(lists)),
+        "languages_without_neurons": without_neurons(lists),
+    }
+
+
+def without_neurons(lists: Sequence[Neurons]) -> list[int]:
+    """Places of the empty lists."""
+    return [place for place, own in enumerate(lists) if not len(own)]
+
+
+def _eligible(probability: NDArray[np.float32], threshold: np.float32) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Places of the eligible neurons in the flattened (layer, unit) table, and their entropies."""
+    layers, units, languages = probability.shape
+    step = max(_BLOCK // max(units * languages, 1), 1)
+    places, entropies = [np.zeros(0, dtype=np.intp)], [np.zeros(0)]
+    for start in range(0, layers, step):
+        block = probability[start : start + step]
+        own = np.flatnonzero((block > threshold).any(axis=-1))
+        places.append(own + start * units)
+        entropies.append(entropy(block.reshape(-1, languages)[own]))
+    # Adding 0 turns the -0.0 of a neuron of one language into 0.0.
+    return np.concatenate(places), np.concatenate(entropies) + 0.0
+
+
+def _members(probability: NDArray[np.float32], chosen: NDArray[np.intp], bar: np.float32) -> list[Neurons]:
+    units, languages = probability.shape[1:]
+    chosen = np.sort(chosen)
+    member = probability.reshape(-1, languages)[chosen] > bar
+    return [rows_of(chosen[member[:, k]], units) for k in range(languages)]
+
+
+def _histogram(entropies: NDArray[np.float64], languages: int) -> dict[str, Any]:
+    edges = np.linspace(0, math.log(languages), HISTOGRAM_BINS + 1)
+    # Equal shares can come out a last bit above ln K.
+    counts, _ = np.histogram(np.clip(entropies, edges[0], edges[-1]), bins=edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}

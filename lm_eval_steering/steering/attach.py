@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lm_eval_steering.architectures import check_width, sites_of
+from lm_eval_steering.architectures import ModelSites, check_width, model_type_of, sites_of
 from lm_eval_steering.errors import DidNotHappenError, InterventionError
 from lm_eval_steering.fingerprint import weights_sketch
 from lm_eval_steering.neurons.neuron_set import NeuronSet
@@ -103,18 +103,15 @@ class Steering:
     each forward pass of the decoder every edited module must have fired exactly once.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, sites: ModelSites, plan: Plan) -> None:
         """Prepare; nothing is attached yet.
 
         Args:
-            model: a causal language model of transformers, PEFT-wrapped or not.
+            sites: where the model's units are (`architectures.sites_of`, `fitting_sites`).
             plan: compiled for this model's shape.
-
-        Raises:
-            ArchitectureError: if the family is not known.
         """
         self.plan = plan
-        self._sites = sites_of(model)
+        self._sites = sites
         self._edits = [_LiveEdit(edit, self._sites.shape.units) for edit in plan.edits]
         self._handles: list[RemovableHandle] = []
         self._on = True
@@ -217,6 +214,36 @@ class Steering:
         return hook
 
 
+def fitting_sites(
+    model: nn.Module,
+    neurons: NeuronSet,
+    *,
+    sites: str | None = None,
+    force: bool = False,
+    sketch: Sequence[float] | None = None,
+    name: str = "this model",
+) -> ModelSites:
+    """Where the model's units are, if the neuron set is of this model.
+
+    Args:
+        model: a causal language model of transformers, PEFT-wrapped or not.
+        neurons: the set.
+        sites: where the units are, if neither the family is known nor the set says it.
+        force: accept a set of other weights, or of another model that has all of the neurons.
+        sketch: of the model's weights, if it is known already.
+        name: of the model, for the message.
+
+    Raises:
+        NeuronSetError: if the set belongs to another model.
+        ArchitectureError: if the units are not found.
+    """
+    found = sites_of(model, sites or neurons.provenance.sites or None)
+    neurons.check_model(found.shape.layers, found.shape.units, model_type_of(model.config), force)
+    if not force:
+        neurons.check_weights(weights_sketch(model) if sketch is None else sketch, name)
+    return found
+
+
 def steer(
     model: nn.Module,
     neurons: NeuronSet,
@@ -224,6 +251,7 @@ def steer(
     *,
     allow_empty: bool = False,
     force: bool = False,
+    sites: str | None = None,
     **arguments: Any,
 ) -> Steering:
     """A context manager under which `model` is steered: `with steer(model, neurons, "fra_Latn", op="add", ...):`.
@@ -233,15 +261,13 @@ def steer(
         neurons: the model's neuron set.
         language: whose neurons; several are joined by `+`.
         allow_empty: accept a language without neurons.
-        force: use a neuron set that was found in other weights of the same architecture and shape.
+        force: use a neuron set that was found in other weights.
+        sites: where the units are, if neither the family is known nor the set says it.
         **arguments: `op`, `value`, `factor`, `site`, `deactivate`, `layers`, `keep_shared` as on the command line.
 
     Raises:
         SteeringError: if the intervention is not defined or the set belongs to another model.
     """
-    shape = sites_of(model).shape
-    neurons.check_model(shape.layers, shape.units, str(model.config.model_type))  # type: ignore[union-attr]
-    if not force:
-        neurons.check_weights(weights_sketch(model), "this model")
+    found = fitting_sites(model, neurons, sites=sites, force=force)
     intervention = from_arguments({"language": language, **arguments})
-    return Steering(model, compile_plan(intervention, neurons, allow_empty))
+    return Steering(found, compile_plan(intervention, neurons, allow_empty))

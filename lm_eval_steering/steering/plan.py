@@ -1,12 +1,13 @@
-"""What an intervention comes to on one model: one affine map a layer and site, compiled once.
+"""What an intervention comes to on one model, compiled once: for each layer and site a few affine maps.
 
-Static steps compose into a' = scale * a + shift for each neuron; a neuron that a `set` step has reached is written,
-not multiplied, so that an infinite activation cannot turn into a NaN.
+Every operation is affine in the activation and in the values that are known only in the forward pass, so steps compose:
+a' = gain * (scale * a) + shift + sum of coefficient * source. Steps that act on the same positions fold into one map;
+a neuron that a `set` step has reached is written, not multiplied, so that an infinite activation cannot turn into a NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,28 +15,30 @@ from numpy.typing import NDArray
 
 from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, union_of
+from lm_eval_steering.steering.compose import Affine, Maps, positions_of, source_of
 from lm_eval_steering.steering.intervention import Intervention, Step
 
 
 @dataclass(frozen=True)
 class Edit:
-    """The affine map of one layer at one site.
+    """What is done in one layer at one site.
 
     Attributes:
         layer: number of the decoder layer.
         site: `activation` or `product`.
-        units: (unit,) sorted indices.
-        scale: (unit,) float32.
-        shift: (unit,) float32, in units of the activation.
-        written: (unit,) bool, where the result is `shift` whatever the activation was.
+        units: (unit,) sorted indices of the units that any map touches.
+        maps: over those units, applied one after another; sources are taken before the first.
     """
 
     layer: int
     site: str
     units: NDArray[np.int64]
-    scale: NDArray[np.float32]
-    shift: NDArray[np.float32]
-    written: NDArray[np.bool_]
+    maps: tuple[Affine, ...]
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """The forms of `positions` that its maps use."""
+        return tuple(dict.fromkeys(each.positions for each in self.maps))
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,21 @@ class Plan:
     neurons: int
     shared: int
 
+    @property
+    def lookahead(self) -> bool:
+        """Whether an edit depends on later tokens of the row."""
+        return self.intervention.lookahead
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether it matters which positions are prompt, or where a token stands in its row."""
+        return any(each.needs_rows for edit in self.edits for each in edit.maps)
+
+    @property
+    def request_bound(self) -> bool:
+        """Whether equal tokens may come out differently because their context ends elsewhere."""
+        return self.lookahead or any(kind != "all" for edit in self.edits for kind in edit.positions)
+
 
 def compile_plan(intervention: Intervention, neuron_set: NeuronSet, allow_empty: bool = False) -> Plan:
     """Turn an intervention into tensors for one model.
@@ -65,33 +83,40 @@ def compile_plan(intervention: Intervention, neuron_set: NeuronSet, allow_empty:
 
     Raises:
         UnknownLanguageError: if a language is not in the set.
-        InterventionError: if a language has no neurons, a layer is out of range, or a value overflows float32.
+        InterventionError: if a language has no neurons, a layer is out of range, a value overflows float32, or steps
+            at two sites are written in the order that no forward pass has.
         NeuronSetError: if a statistic is absent from the set.
     """
     resolved = intervention.resolve(neuron_set.languages)
     parts = [_part(number, resolved, neuron_set, allow_empty) for number in range(len(resolved.steps))]
+    _refuse_turned_sites(parts)
     edits: list[Edit] = []
     shared = 0
     for site in SITES:
-        here = [(step, *part) for step, part in zip(resolved.steps, parts, strict=True) if step.site == site]
-        neurons = union_of([chosen for _, chosen, _, _ in here])
-        edits += _edits(site, neurons, _compose(neurons, [(step, chosen, values) for step, chosen, values, _ in here]))
-        often = [chosen[owners > 1] for _, chosen, _, owners in here]
-        shared += len(union_of(often))
+        here = [part for part in parts if part.step.site == site]
+        edits += _edits(site, here)
+        shared += len(union_of([part.neurons[part.owners > 1] for part in here]))
     return Plan(resolved, tuple(edits), sum(len(edit.units) for edit in edits), shared)
 
 
-_Part = tuple[Neurons, NDArray[np.float64], NDArray[np.int64]]
+@dataclass(frozen=True)
+class _Part:
+    """One step on its neurons: (neuron, 2), the value of each, and the number of the step's languages that own each."""
+
+    number: int
+    step: Step
+    neurons: Neurons
+    values: NDArray[np.float64]
+    owners: NDArray[np.int64]
 
 
 def _part(number: int, intervention: Intervention, neuron_set: NeuronSet, allow_empty: bool) -> _Part:
-    """(neurons, value of each, number of the step's languages that own each) of one step."""
     step = intervention.steps[number]
     lists = _own(step, neuron_set, allow_empty)
     chosen = union_of(list(lists.values()))
     values, owners = np.zeros(len(chosen)), np.zeros(len(chosen), dtype=np.int64)
     for language, neurons in lists.items():
-        rows = _positions(chosen, neurons)
+        rows = positions_of(chosen, neurons)
         owners[rows] += 1
         values[rows] += _values(step, neurons, language, neuron_set)
     values = np.divide(values, owners, out=values, where=owners > 0)
@@ -99,14 +124,14 @@ def _part(number: int, intervention: Intervention, neuron_set: NeuronSet, allow_
         later = [s for s in intervention.steps[number + 1 :] if not s.deactivation]
         kept = union_of([n for s in later for n in _own(s, neuron_set, allow_empty).values()])
         stays = np.ones(len(chosen), dtype=bool)
-        stays[_positions(chosen, kept)] = False
+        stays[positions_of(chosen, kept)] = False
         if not stays.any() and not allow_empty:
             raise InterventionError(
                 f"deactivating {'+'.join(step.languages)} would do nothing: the steering step uses all its neurons; "
                 "allow_empty=true to go on"
             )
-        return chosen[stays], values[stays], owners[stays]
-    return chosen, values, owners
+        chosen, values, owners = chosen[stays], values[stays], owners[stays]
+    return _Part(number, step, chosen, values, owners)
 
 
 def _own(step: Step, neuron_set: NeuronSet, allow_empty: bool) -> dict[str, Neurons]:
@@ -123,6 +148,9 @@ def _own(step: Step, neuron_set: NeuronSet, allow_empty: bool) -> dict[str, Neur
 
 
 def _values(step: Step, neurons: Neurons, language: str, neuron_set: NeuronSet) -> NDArray[np.float64]:
+    """(neuron,) what the factor is multiplied with; 1 where a source is, which only the forward pass knows."""
+    if source_of(step) is not None:
+        return np.ones(len(neurons))
     if not isinstance(step.amount, str):
         return np.full(len(neurons), step.amount)
     if neuron_set.statistics is None:
@@ -130,38 +158,27 @@ def _values(step: Step, neurons: Neurons, language: str, neuron_set: NeuronSet) 
     return neuron_set.statistics.lookup(neurons, language, step.site, step.amount).astype(np.float64)
 
 
-def _positions(within: Neurons, neurons: Neurons) -> NDArray[np.intp]:
-    """Rows of `within` that are in `neurons`; both sorted."""
-    units = 1 + max([int(rows[:, 1].max()) for rows in (within, neurons) if len(rows)], default=0)
-    keys = within[:, 0] * units + within[:, 1]
-    return np.flatnonzero(np.isin(keys, neurons[:, 0] * units + neurons[:, 1]))
+def _refuse_turned_sites(parts: Sequence[_Part]) -> None:
+    """A forward pass reaches `activation` before `product`; the other order, on one neuron, cannot be what happens."""
+    for place, part in enumerate(parts):
+        for later in parts[place + 1 :]:
+            turned = (part.step.site, later.step.site) == ("product", "activation")
+            if turned and len(positions_of(part.neurons, later.neurons)):
+                raise InterventionError(
+                    f"step {place + 1} at site=product comes before a step at site=activation on the same neurons, but "
+                    "a forward pass reaches activation first; write that step first"
+                )
 
 
-_Affine = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]
-
-
-def _compose(neurons: Neurons, steps: Iterable[tuple[Step, Neurons, NDArray[np.float64]]]) -> _Affine:
-    """(scale, shift, written) of each neuron after all steps in their order."""
-    scale, shift, written = np.ones(len(neurons)), np.zeros(len(neurons)), np.zeros(len(neurons), dtype=bool)
-    for step, chosen, values in steps:
-        rows = _positions(neurons, chosen)
-        if step.op == "scale":
-            scale[rows] *= step.factor
-            shift[rows] *= step.factor
-        elif step.op == "add":
-            shift[rows] += step.factor * values
-        else:
-            scale[rows], shift[rows], written[rows] = 0.0, step.factor * values, True
-    return scale, shift, written
-
-
-def _edits(site: str, neurons: Neurons, affine: _Affine) -> list[Edit]:
-    with np.errstate(over="ignore"):  # the check below says it better
-        scale, shift = (part.astype(np.float32) for part in affine[:2])
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        raise InterventionError("the intervention's factors and values overflow float32; use smaller ones")
+def _edits(site: str, parts: Sequence[_Part]) -> list[Edit]:
+    neurons = union_of([part.neurons for part in parts])
+    maps = Maps(neurons)
+    for part in parts:
+        maps.add(part.number, part.step, part.neurons, part.values)
+    composed = maps.finish()
     edits = []
     for layer in np.unique(neurons[:, 0]):
         rows = neurons[:, 0] == layer
-        edits.append(Edit(int(layer), site, neurons[rows, 1], scale[rows], shift[rows], affine[2][rows]))
+        own = tuple(each.cut(rows) for each in composed if each.touched[rows].any())
+        edits.append(Edit(int(layer), site, neurons[rows, 1], own))
     return edits

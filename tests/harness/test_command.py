@@ -204,7 +204,7 @@ def test_find_writes_a_set_that_lm_eval_takes(run: Run, local_task: Path, tmp_pa
         (("--languages", "fr,frensh", "--out", out), "unknown language 'frensh'"),
         (("--languages", "fr,es", "--out", out), "corpus for spa_Latn: no file"),
         (("--languages", "fr,de", "--out", out, "--rate", "0"), "rate=0.0: expected a number in (0, 1]"),
-        (("--languages", "fr,de", "--out", out, "--tokens", "0"), "--tokens 0: expected a budget above 0"),
+        (("--languages", "fr,de", "--out", out, "--tokens", "0"), "--tokens 0: expected a number above 0"),
     ):
         done = run(*base, *wrong, fails=True)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -14,9 +14,10 @@ import torch
 from transformers import AutoConfig
 
 from lm_eval_steering.errors import NeuronSetError, UnknownLanguageError
-from lm_eval_steering.neurons.convert import export_lists, import_lists
-from lm_eval_steering.neurons.find import model_provenance
+from lm_eval_steering.neurons.convert import export_lists, import_lists, import_recordings
+from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.neuron_set import Provenance
+from lm_eval_steering.neurons.recording_folder import RecordingFolder
 from tests.conftest import CONFIGS, SHARED, make_set
 
 TANG = ("en", "zh", "fr", "es", "vi", "id", "ja")
@@ -107,6 +108,24 @@ def test_code_in_a_file_is_not_executed(tmp_path: Path) -> None:
 
 def test_the_models_shape_comes_from_its_config(tmp_path: Path) -> None:
     AutoConfig.for_model("llama", **CONFIGS["llama"]).save_pretrained(tmp_path / "maker")
-    found = model_provenance(str(tmp_path / "maker"), "main", "x.pth")
-    assert (found.model, found.architecture, found.layers, found.units) == ("maker", "llama", 3, 24)
-    assert found.selection == {"method": "imported", "file": "x.pth"}
+    found = LazyModel(str(tmp_path / "maker")).maker()
+    expected = {"model": "maker", "architecture": "llama", "layers": 3, "units": 24, "activation_function": "silu"}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_counts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    maker = {"model": "tiny", "revision": "", "architecture": "llama", "layers": 3, "units": 24}
+    folder = RecordingFolder(tmp_path / "recording")
+
+    def refused(record: Any, message: str, languages: tuple[str, ...] = ("fr",)) -> None:
+        torch.save(record, tmp_path / "counts.pt")
+        with pytest.raises(NeuronSetError, match=message):
+            import_recordings([tmp_path / "counts.pt"], languages, maker, folder)
+        assert not folder.path.exists()
+
+    active = torch.ones(3, 24, dtype=torch.int32)
+    refused({"n": 5, "over_zero": active}, r"1 recordings for 2 languages \(fra_Latn, deu_Latn\)", ("fr", "de"))
+    refused({"n": 5, "over_zero": active[:2]}, r"counts of shape \(2, 24\), the model has 3 layers of 24 units")
+    refused({"n": 0, "over_zero": active}, r"active on more tokens \(1\) than were counted \(0\)")
+    refused([{"lang": "de", "num": 5, "over_zero": active}], "the recording says de, .* in its place is fra_Latn")
+    refused([1], r'expected \{"n", "over_zero"\}')

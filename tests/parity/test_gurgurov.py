@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics
 from lm_eval_steering.steering.attach import Steering
 from lm_eval_steering.steering.intervention import build
@@ -55,7 +56,7 @@ def run(case: dict[str, Any], steps: list[dict[str, Any]], key: str) -> torch.Te
     made = model()
     plan = compile_plan(build({"steps": steps}), neuron_set(case))
     inputs = torch.tensor(GOLDEN[f"input_{key}"])
-    with torch.no_grad(), Steering(made, plan):
+    with torch.no_grad(), Steering(sites_of(made), plan):
         return made.model.layers[0].mlp(inputs)[..., :UNITS]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lm_eval_steering.neurons.neuron_set import union_of
-from lm_eval_steering.neurons.select import activation_probability, entropy, kth_smallest, lape
+from lm_eval_steering.neurons.select import activation_probability, entropy, kth_smallest, lape, lape_rates
 
 CASES: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "lape_cases.json").read_text())
 
@@ -93,3 +93,37 @@ def test_entropy_and_threshold_of_small_tables_are_the_published_ones() -> None:
     values = np.linspace(0.05, 1.0, 20, dtype=np.float32)
     assert kth_smallest(values, 0.95) == np.float32(0.95)
     assert int((values > kth_smallest(values, 0.95)).sum()) == 1
+
+
+def test_a_threshold_does_not_depend_on_the_order_of_the_values() -> None:
+    """The published table of the 95 % value, in its own order."""
+    facts = {
+        "values": [
+            0.1, 0.5, 0.3, 0.9, 0.7, 0.2, 0.4, 0.6, 0.8, 1.0, 0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95
+        ],
+        "result": 0.95,
+    }  # fmt: skip
+    assert kth_smallest(np.array(facts["values"], dtype=np.float32), 0.95) == np.float32(facts["result"])
+
+
+@pytest.mark.parametrize("counts", [np.full((2, 5, 3), 4), np.zeros((2, 5, 3), dtype=np.int64)])
+def test_neurons_that_are_all_alike_give_empty_lists(counts: np.ndarray) -> None:
+    """Published: a single empty list, whatever the number of languages."""
+    assert [rows.tolist() for rows in lape(counts, [10, 10, 10], 0.5)] == [[], [], []]
+
+
+def test_one_in_a_hundred_of_the_published_models_is_as_many_as_published() -> None:
+    sizes = {(42, 14336): 6021, (26, 9216): 2396, (28, 18944): 5304, (24, 4864): 1167, (28, 8960): 2509}
+    for (layers, units), expected in sizes.items():
+        counts = np.zeros((layers, units, 2), dtype=np.int64)
+        counts[:, : units // 20, 0] = 1
+        found = lape_rates(counts, [1, 1], [0.01])[0]
+        assert found.numbers["selected"] == len(found.neurons[0]) == expected
+
+
+@pytest.mark.parametrize("rate", SWEEP["rates"])
+def test_all_rates_at_once_are_the_published_ones(rate: str) -> None:
+    rates = [float(text) for text in SWEEP["rates"]]
+    found = lape_rates(np.array(SWEEP["over_zero"]), SWEEP["n"], rates)[rates.index(float(rate))]
+    assert [len(rows) for rows in found.neurons] == SWEEP["rates"][rate]["counts"]
+    assert found.numbers["selected"] == SWEEP["rates"][rate]["distinct"]

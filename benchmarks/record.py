@@ -1,0 +1,78 @@
+"""Recording against the bare forward pass of the same decoder, without its head, on the same rows.
+
+    python -m benchmarks.record              # a Llama of 8 layers on a CPU, of 8B shape on a GPU
+    python -m benchmarks.record --quick --json record.json
+
+Interleaved rounds; prints the medians, their ratio (the rival's own rounds against each other show the noise) and
+tokens a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.measure import interleaved, ratio, report
+from lm_eval_steering.architectures import sites_of
+from lm_eval_steering.neurons.observe import Batches
+from lm_eval_steering.neurons.recording import count_active
+from lm_eval_steering.neurons.rows import Rows
+
+SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+
+
+class NoBos:
+    """Rows are random tokens; nothing is put before them."""
+
+    bos_token_id = None
+
+
+def build(quick: bool) -> tuple[Any, Batches]:
+    """A random Llama and full rows for it."""
+    gpu = torch.cuda.is_available()
+    torch.manual_seed(0)
+    shape = LARGE if gpu else SMALL
+    config = LlamaConfig(**shape, num_key_value_heads=8, vocab_size=8192, max_position_embeddings=4096)
+    with torch.device("cuda" if gpu else "cpu"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16 if gpu else torch.float32).eval()
+    length, rows_a_batch, batches = (2048, 8, 4) if gpu else (128, 16, 1 if quick else 2)
+    tokens = np.random.default_rng(0).integers(0, 8192, size=(rows_a_batch * batches, length))
+    return model, Batches(Rows.of(tokens), NoBos(), sites_of(model), rows_a_batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model, batches = build(options.quick)
+    sites = sites_of(model)
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for batch in batches:
+            sites.decoder(**batch.inputs, use_cache=False)
+
+    works = {"bare": bare, "record": lambda: count_active(sites, batches), "bare again": bare}
+    seconds = interleaved(works, 5 if options.quick else 15)
+    tokens = sum(map(len, batches.rows))
+    result = {
+        "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
+        "tokens_per_second": round(tokens / statistics.median(seconds["record"])),
+        "ratios": {
+            "record": round(ratio(seconds, "record", "bare"), 4),
+            "bare again": round(ratio(seconds, "bare again", "bare"), 4),
+        },
+    }
+    report(result, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""`lm-eval-steering`: one thin function a verb. Heavy libraries are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lm_eval_steering.cli import finding, sets
+from lm_eval_steering.errors import DidNotHappenError, SteeringError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Evaluate language models while their language-specific neurons are steered.",
+)
+
+
+class Place(StrEnum):
+    """What `where` can name."""
+
+    DEMO_MODEL = "demo-model"
+    DEMO_NEURONS = "demo-neurons"
+    DEMO_LANGUAGES = "demo-languages"
+    DEMO_TASK = "demo-task"
+    TASKS = "tasks"
+    NEURON_SETS = "neuron-sets"
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def run(context: typer.Context) -> None:
+    """Evaluate: the same as `lm_eval ...`, with our model, metrics and tasks registered without a start-up file."""
+    from lm_eval_steering.harness.registration import register_all
+
+    register_all()
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm_eval", *context.args]
+    cli_evaluate()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results, table and picture.")] = Path("demo-results"),
+    languages: Annotated[str | None, typer.Option(help="Codes joined by commas, or all; four by default.")] = None,
+    controls: Annotated[int, typer.Option(min=1, help="Number of matched random sets.")] = 3,
+) -> None:
+    """Find, steer and compare on the small model that ships: offline, on a CPU, in under three minutes."""
+    os.environ["TQDM_DISABLE"] = "1"  # read by tqdm once, when it is imported
+    from lm_eval_steering.demo.run import run_demo, steered_languages
+
+    run_demo(out, steered_languages(languages), controls)
+
+
+@app.command()
+def where(name: Annotated[Place, typer.Argument(help="What to look up.")]) -> None:
+    """Print a path or names, for people and scripts."""
+    from lm_eval_steering import resources
+
+    if name is Place.DEMO_LANGUAGES:
+        from lm_eval_steering.harness.tasks import demo_languages
+
+        typer.echo("\n".join(demo_languages()))
+        return
+    answers = {
+        Place.DEMO_MODEL: resources.demo_model,
+        Place.DEMO_NEURONS: lambda: resources.find_neuron_set("demo"),
+        Place.DEMO_TASK: lambda: "steering_demo_continuation_fra_Latn",
+        Place.TASKS: resources.tasks_folder,
+        Place.NEURON_SETS: resources.neuron_sets_folder,
+    }
+    typer.echo(answers[name]())
+
+
+for verb in (finding.find, finding.record, finding.select, finding.calibrate, sets.inspect):
+    app.command()(verb)
+app.command("import")(sets.import_)
+app.add_typer(sets.neurons, name="neurons")
+
+
+def main() -> None:
+    """Entry point: our own errors are one line and exit code 2."""
+    try:
+        app()
+    except (SteeringError, DidNotHappenError) as error:
+        from lm_eval_steering.harness.registration import debugging, one_line
+
+        if debugging():
+            raise
+        typer.echo(one_line(error), err=True)
+        sys.exit(2)

@@ -1,0 +1,130 @@
+"""Verbs that work on files of neurons: import, inspect, and `neurons export`, `intersect`, `union`, ..."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lm_eval_steering.cli import options
+from lm_eval_steering.errors import SteeringError
+
+if TYPE_CHECKING:
+    from lm_eval_steering.neurons.neuron_set import NeuronSet
+
+neurons = typer.Typer(no_args_is_help=True, help="Set algebra, random controls, and export for other people's scripts.")
+
+Set = Annotated[Path, typer.Argument(help="Neuron set, a path or the name of one that ships.")]
+Sets = Annotated[list[Path], typer.Argument(help="Neuron sets of one model.")]
+
+
+def import_(
+    files: Annotated[list[Path], typer.Argument(help="list[language][layer] of indices, or recordings of counts.")],
+    languages: Annotated[str, typer.Option(help="Codes joined by commas, in the order of the file.")],
+    model: Annotated[str, typer.Option(help="Hub id or folder of the model that the indices belong to.")],
+    out: Annotated[Path, typer.Option(help="Neuron set to write, or the folder of a recording.")],
+    dictionary: Annotated[Path | None, typer.Option(help="Language dictionary of lang-task-neuron, to check.")] = None,
+    revision: options.Revision = "main",
+) -> None:
+    """Turn other people's files into ours. Only the model's config is read; nothing in a file is executed."""
+    from lm_eval_steering.neurons.convert import holds_recording, import_lists, import_recordings
+    from lm_eval_steering.neurons.loading import LazyModel, versions
+    from lm_eval_steering.neurons.neuron_set import Provenance
+    from lm_eval_steering.neurons.recording_folder import RecordingFolder
+
+    options.check_out(out)
+    codes = languages.split(",")
+    maker = LazyModel(model, revision).maker()
+    if holds_recording(files[0]):
+        import_recordings(files, codes, maker, RecordingFolder(out))
+        typer.echo(f"wrote {out}; `lm-eval-steering select --recording {out}` selects from it")
+        return
+    if len(files) > 1:
+        raise SteeringError("one file holds the lists of all languages; several are for recordings alone")
+    selection = {"method": "imported", "file": files[0].name}
+    found = import_lists(files[0], codes, Provenance(**maker, selection=selection, versions=versions()), dictionary)
+    found.save(out)
+    for code in found.languages:
+        typer.echo(f"{code}  {len(found.neurons(code))} neurons")
+    typer.echo(f"wrote {out}; it holds no statistics, so value= takes numbers only until `calibrate` adds them")
+
+
+def inspect(
+    neuron_set: Set,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; none are drawn without it.")] = None,
+) -> None:
+    """Print where a neuron set comes from and what is in it; draw its layers, overlaps and entropies."""
+    from lm_eval_steering.neurons.neuron_set import NeuronSet
+    from lm_eval_steering.report.neuron_pictures import draw
+    from lm_eval_steering.report.neurons import describe
+    from lm_eval_steering.resources import find_neuron_set
+
+    found = NeuronSet.load(find_neuron_set(neuron_set))
+    typer.echo(describe(found), nl=False)
+    for path in draw(found, out) if out is not None else []:
+        typer.echo(f"wrote {path}")
+
+
+@neurons.command()
+def export(neuron_set: Set, out: options.OutFile) -> None:
+    """Write list[language][layer] of indices with torch.save, the layout of the published scripts."""
+    from lm_eval_steering.neurons.convert import export_lists
+
+    options.check_out(out)
+    found = _load(neuron_set)
+    export_lists(found, out)
+    typer.echo(f"wrote {out}; its languages, in order: {','.join(found.languages)}")
+
+
+@neurons.command()
+def intersect(sets: Sets, out: options.OutFile) -> None:
+    """Neurons that a language has in all sets."""
+    from lm_eval_steering.neurons import algebra
+
+    _save(algebra.intersect([_load(path) for path in sets]), out)
+
+
+@neurons.command()
+def union(sets: Sets, out: options.OutFile) -> None:
+    """Neurons that a language has in any set."""
+    from lm_eval_steering.neurons import algebra
+
+    _save(algebra.union([_load(path) for path in sets]), out)
+
+
+@neurons.command()
+def subtract(neuron_set: Set, others: Sets, out: options.OutFile) -> None:
+    """Neurons that a language has in the first set and in none of the others."""
+    from lm_eval_steering.neurons import algebra
+
+    _save(algebra.subtract(_load(neuron_set), [_load(path) for path in others]), out)
+
+
+@neurons.command()
+def random(
+    neuron_set: Set,
+    out: options.OutFile,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    disjoint: Annotated[bool, typer.Option(help="Leave out a language's own neurons.")] = True,
+) -> None:
+    """A matched random control: as many neurons in each layer for each language. `calibrate` adds statistics."""
+    from lm_eval_steering.neurons.find import random_set
+
+    _save(random_set(_load(neuron_set), seed, disjoint), out)
+
+
+def _load(path: Path) -> NeuronSet:
+    from lm_eval_steering.neurons.neuron_set import NeuronSet
+    from lm_eval_steering.resources import find_neuron_set
+
+    return NeuronSet.load(find_neuron_set(path))
+
+
+def _save(found: NeuronSet, out: Path) -> None:
+    options.check_out(out)
+    found.save(out)
+    for code in found.languages:
+        typer.echo(f"{code}  {len(found.neurons(code))} neurons")
+    statistics = "with statistics" if found.statistics is not None else "without statistics (`calibrate` adds them)"
+    typer.echo(f"wrote {out}, {statistics}")

@@ -1,0 +1,259 @@
+"""From text to a recording: read the text, run the model over what is missing, keep each language when it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from lm_eval_steering.errors import CorpusError, RecordingError, SteeringError
+from lm_eval_steering.neurons import storage
+from lm_eval_steering.neurons.calibrate import SENTENCES, SHORTEST
+from lm_eval_steering.neurons.corpus import Corpus, Source
+from lm_eval_steering.neurons.loading import LazyModel
+from lm_eval_steering.neurons.log import readable_seconds
+from lm_eval_steering.neurons.recording import Recording, count_active, sentence_means, tokens_per_second
+from lm_eval_steering.neurons.recording_folder import RecordingFolder, Text
+from lm_eval_steering.neurons.rows import Rows, packed_rows, sentence_rows, sentences_of
+from lm_eval_steering.neurons.runner import CONTEXT, Runner
+
+
+@dataclass(frozen=True)
+class Search:
+    """What text to look at, and how.
+
+    Attributes:
+        corpus: where the text is (`neurons.corpus`).
+        languages: codes of the form fra_Latn.
+        tokens: budget for each language; all of the text by default.
+        rows: `packed` windows of the context length, or one row a line (`sentences`).
+        context: tokens a row; the smaller of 2,048 and the model's own length by default.
+        calibration_corpus: where the sentences to calibrate with are; by default the lines of `corpus`.
+        sentences: their number for each language.
+    """
+
+    corpus: str
+    languages: tuple[str, ...]
+    tokens: int | None = None
+    rows: Literal["packed", "sentences"] = "packed"
+    context: int | None = None
+    calibration_corpus: str | None = None
+    sentences: int = SENTENCES
+
+    def __post_init__(self) -> None:
+        if not self.languages:
+            raise SteeringError("no languages: name them as in fra_Latn,ind_Latn")
+        if self.tokens is not None and self.tokens <= 0:
+            raise CorpusError(f"a budget of {self.tokens} tokens: expected a number above 0")
+        if self.sentences <= 0:
+            raise CorpusError(f"{self.sentences} calibration sentences: expected a number above 0")
+
+    def corpora(self) -> tuple[Corpus, Corpus]:
+        """To record, and to calibrate with."""
+        own = Corpus.parse(self.corpus)
+        return own, Corpus.parse(self.calibration_corpus) if self.calibration_corpus else own
+
+    def length(self, model: LazyModel) -> int:
+        """Tokens a row beside BOS.
+
+        Raises:
+            SteeringError: if the model cannot read as many.
+        """
+        longest = model.context
+        if self.context is not None and longest is not None and self.context > longest:
+            raise SteeringError(f"context={self.context}: the model reads at most {longest} tokens and BOS")
+        return self.context or min(CONTEXT, longest or CONTEXT)
+
+    def calibration_texts(self, model: LazyModel) -> dict[str, Rows]:
+        """The sentences to calibrate with, of each language.
+
+        Raises:
+            CorpusError: if a language has none.
+        """
+        corpus, length = self.corpora()[1], self.length(model)
+        return {
+            code: calibration_rows(corpus.source(code), code, model, length, self.sentences) for code in self.languages
+        }
+
+
+class Recorder:
+    """One search in one model, with its recording in one folder.
+
+    Attributes:
+        runner: the model, loaded when its weights are first needed, and how it is run.
+        search: what text to look at.
+        folder: what was done already is kept there, and only what is missing is done.
+    """
+
+    def __init__(self, runner: Runner, search: Search, folder: RecordingFolder) -> None:
+        self.runner, self.search, self.folder = runner, search, folder
+        self.model, self.ranks, self.log = runner.model, runner.ranks, runner.log
+        self._prepared = False
+
+    # --- the text -----------------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides what is recorded, in values that JSON can hold."""
+        own, calibrating = self.search.corpora()
+        return {
+            "model": self.model.description(),
+            "corpus": {
+                "source": own.name,
+                "calibration_source": calibrating.name,
+                "rows": self.search.rows,
+                "context": self.search.length(self.model),
+                "budget": self.search.tokens,
+                "calibration_sentences": self.search.sentences,
+            },
+        }
+
+    def prepare(self) -> None:
+        """Read and tokenise the text of every language that is not there yet; the model is not loaded.
+
+        Raises:
+            RecordingError: if the folder was made with other settings, or other text.
+            CorpusError: if the text of a language is missing, empty or cannot be read.
+        """
+        if self._prepared:
+            return
+        settings = self.settings()
+        self.folder.check(settings)
+        if self.ranks.first:
+            sources = {language: self._sources(language) for language in self.search.languages}
+            for language, (_, _, identity) in sources.items():
+                if self.folder.has("tokens", language):
+                    self._check_source(language, identity)
+            self.folder.begin(settings)
+            with self.log.bar("reading text", len(sources), "language") as bar:
+                for language, source in sources.items():
+                    if not self.folder.has("tokens", language):
+                        self.folder.write_text(language, self._read(language, *source))
+                    bar.update(1)
+        self.ranks.wait()
+        self._warn_of_short_languages()
+
+    def _sources(self, language: str) -> tuple[Source, Source, dict[str, Any]]:
+        """The text to record, to calibrate with, and what tells both from others."""
+        own, calibrating = (corpus.source(language) for corpus in self.search.corpora())
+        identity = {"recorded": own.identity(), "calibrated": calibrating.identity()}
+        return own, calibrating, json.loads(storage.canonical(identity))
+
+    def _check_source(self, language: str, identity: Mapping[str, Any]) -> None:
+        if self.folder.tokens_and_source(language)[1] != identity:
+            raise RecordingError(
+                f"{self.folder.path}: the text of {language} has changed since it was read; give another --recording "
+                "folder, or remove this one"
+            )
+
+    def _read(self, language: str, own: Source, calibrating: Source, identity: Mapping[str, Any]) -> Text:
+        length, tokenizer = self.search.length(self.model), self.model.tokenizer
+        if self.search.rows == "packed":
+            rows = packed_rows(own.documents(), tokenizer, length, self.search.tokens)
+        else:
+            rows = sentence_rows(sentences_of(own.documents()), tokenizer, length, budget=self.search.tokens)
+        if not rows.tokens:
+            raise CorpusError(f"corpus for {language}: no tokens in it")
+        return Text(rows, calibration_rows(calibrating, language, self.model, length, self.search.sentences), identity)
+
+    def _warn_of_short_languages(self) -> None:
+        budget = self.search.tokens
+        found = {language: self.folder.tokens_and_source(language)[0] for language in self.search.languages}
+        short = {language: tokens for language, tokens in found.items() if budget is not None and tokens < budget}
+        if short:
+            names = ", ".join(f"{language} ({tokens:,})" for language, tokens in short.items())
+            self.log.say(f"warning: less text than the budget of {budget:,} tokens in {names}")
+        self.log.note("text", tokens=found)
+
+    # --- recording ----------------------------------------------------------------------------------------------
+
+    def record(self, with_sentences: bool = False) -> Recording:
+        """Record every language that is not there yet; the model is loaded only if there is one.
+
+        Args:
+            with_sentences: keep each calibration sentence's means of all units too, for `activated` and
+                `average-precision`.
+
+        Raises:
+            RecordingError: if the folder was made with other settings, text or weights.
+            CorpusError: if the text of a language is missing, empty or cannot be read.
+        """
+        self.prepare()
+        languages = self.search.languages
+        to_count = [language for language in languages if not self.folder.has("counts", language)]
+        to_average = [
+            language for language in languages if with_sentences and not self.folder.has("sentences", language)
+        ]
+        if to_count or to_average:
+            self.runner.load()
+            self.folder.check_weights(self.model.sketch, self.model.name)
+        if to_count:
+            self._count(to_count)
+        if to_average:
+            self._average(to_average)
+        self.ranks.wait()
+        return self.folder.load(languages, with_sentences)
+
+    def sentences(self) -> dict[str, Rows]:
+        """The sentences to calibrate with, of each language."""
+        self.prepare()
+        return {language: self.folder.text(language).sentences for language in self.search.languages}
+
+    def _count(self, languages: Sequence[str]) -> None:
+        tokens = {language: self.folder.tokens_and_source(language)[0] for language in languages}
+        self._estimate(languages[0], sum(tokens.values()))
+        with self.log.bar("recording", sum(tokens.values()), "tok") as overall:
+            for language in languages:
+                facts = {"language": language, "tokens": tokens[language], "batch_size": self.runner.fitting}
+                with self.log.timed("record", **facts), self.log.bar(language, tokens[language], "tok", level=1) as own:
+                    self._count_one(language, (overall, own))
+
+    def _estimate(self, language: str, total: int) -> None:
+        """Say how long it will take, from a short warm-up."""
+        batches = self.runner.batches(self.folder.text(language).rows)
+        speed = tokens_per_second(self.model.sites, batches) * self.ranks.size
+        self.log.say(
+            f"recording {total:,} tokens: about {readable_seconds(total / speed)} ({speed:,.0f} tokens/s, "
+            f"{self.runner.fitting} rows a batch)"
+        )
+
+    def _count_one(self, language: str, bars: Sequence[tqdm]) -> None:
+        def progress(tokens: int) -> None:
+            for bar in bars:  # each process sees its share, and all are about equally far
+                bar.update(tokens * self.ranks.size)
+
+        rows = self.folder.text(language).rows
+        counts = count_active(self.model.sites, self.runner.batches(rows), self.ranks, progress)
+        if self.ranks.first:
+            self.folder.write_counts(language, counts, rows.tokens, rows.sha256(), self.model.sketch)
+
+    def _average(self, languages: Sequence[str]) -> None:
+        with self.log.bar("averaging sentences", len(languages), "language") as bar:
+            for language in languages:
+                batches = self.runner.batches(self.folder.text(language).sentences)
+                means = sentence_means(self.model.sites, batches, self.ranks)
+                if self.ranks.first:
+                    self.folder.write_sentence_means(language, means)
+                bar.update(1)
+
+
+def calibration_rows(source: Source, language: str, model: LazyModel, length: int, number: int) -> Rows:
+    """The first lines of a text that are long enough, one row each.
+
+    Args:
+        source: text of one language.
+        language: whose it is.
+        model: whose tokenizer reads it.
+        length: tokens a row at most.
+        number: of rows at most.
+
+    Raises:
+        CorpusError: if there is none.
+    """
+    lines = sentences_of(source.documents())
+    rows = sentence_rows(lines, model.tokenizer, length, at_least=SHORTEST, at_most=number)
+    if not len(rows):
+        raise CorpusError(f"corpus for {language}: no line of at least {SHORTEST} tokens to calibrate with")
+    return rows

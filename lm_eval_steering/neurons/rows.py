@@ -1,0 +1,120 @@
+"""Rows of tokens: documents cut to what a model reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Row = NDArray[np.int32]  # (token,) ids, special tokens left out
+
+_DOCUMENTS = 256  # tokenised at a time: a fast tokenizer spreads them over the cores
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one language.
+
+    Attributes:
+        ids: (token,) int32, all rows one after another, special tokens left out.
+        lengths: (row,) int32, tokens of each row.
+    """
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[int] | Row]) -> Rows:
+        """From lists of token ids."""
+        parts = [np.asarray(row, dtype=np.int32) for row in rows]
+        lengths = np.array([len(part) for part in parts], dtype=np.int32)
+        return cls(np.concatenate([np.zeros(0, dtype=np.int32), *parts]), lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self) else ())
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all rows."""
+        return len(self.ids)
+
+    def sha256(self) -> str:
+        """Hash over the ids and where rows end: the text that the model really sees."""
+        digest = hashlib.sha256(self.lengths.astype("<i4").tobytes())
+        digest.update(self.ids.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+def packed_rows(documents: Iterable[str], tokenizer: Any, length: int, budget: int | None = None) -> Rows:
+    """Documents tokenised without special tokens, concatenated, and cut into rows of `length` tokens.
+
+    Args:
+        documents: text of one language.
+        tokenizer: of transformers.
+        length: tokens a row; the last row may be shorter.
+        budget: stop after this many tokens.
+    """
+    parts: list[Row] = [np.zeros(0, dtype=np.int32)]
+    total = 0
+    for tokens in tokenised(documents, tokenizer):
+        parts.append(tokens)
+        total += len(tokens)
+        if budget is not None and total >= budget:
+            break
+    ids = np.concatenate(parts)[:budget]
+    starts = np.arange(0, len(ids), length)
+    return Rows(ids, np.minimum(length, len(ids) - starts).astype(np.int32))
+
+
+def sentence_rows(
+    sentences: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    *,
+    at_least: int = 1,
+    at_most: int | None = None,
+    budget: int | None = None,
+) -> Rows:
+    """One row a sentence, cut at `length` tokens; sentences under `at_least` tokens are left out.
+
+    Args:
+        sentences: text of one language.
+        tokenizer: of transformers.
+        length: tokens a row at most.
+        at_least: tokens that a sentence must have.
+        at_most: number of rows at which to stop.
+        budget: number of tokens at which to stop; the last row is cut to it.
+    """
+    rows: list[Row] = []
+    left = budget
+    for tokens in tokenised(sentences, tokenizer):
+        if (at_most is not None and len(rows) >= at_most) or (left is not None and left <= 0):
+            break
+        row = tokens[:length][:left]
+        if len(row) >= at_least:
+            rows.append(row)
+            left = None if left is None else left - len(row)
+    return Rows.of(rows)
+
+
+def tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[Row]:
+    """Token ids of each text, without special tokens."""
+    stream = iter(texts)
+    while chunk := list(islice(stream, _DOCUMENTS)):
+        # Not `verbose`: a document longer than the model reads is cut into rows by us.
+        for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield np.asarray(ids, dtype=np.int32)
+
+
+def sentences_of(documents: Iterable[str]) -> Iterator[str]:
+    """Documents split into their lines, without empty ones."""
+    for document in documents:
+        yield from (line.strip() for line in document.split("\n") if line.strip())

@@ -1,0 +1,214 @@
+"""The whole way from text to a neuron set: resumed, refused, in several processes, by every method."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lm_eval_steering import resources
+from lm_eval_steering.errors import CorpusError, DidNotHappenError, NeuronSetError, RecordingError, SteeringError
+from lm_eval_steering.neurons.calibrate import calibrated
+from lm_eval_steering.neurons.find import Method, control_sets, find_neurons, random_set, select_neurons
+from lm_eval_steering.neurons.loading import LazyModel
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.neurons.recorder import Recorder, Search
+from lm_eval_steering.neurons.recording_folder import RecordingFolder
+from lm_eval_steering.neurons.runner import Runner
+from tests.conftest import LAYERS, UNITS, tiny_model, tiny_tokenizer
+
+LANGUAGES = ("fra_Latn", "deu_Latn", "tur_Latn")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number, code in enumerate(LANGUAGES):
+        lines = [" ".join(f"w{i + 15 * number}" for i in generator.integers(0, 25, size=8)) for _ in range(12)]
+        (folder / f"{code}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def recorder_of(
+    text: Path, folder: Path, model: Any = None, languages: tuple[str, ...] = LANGUAGES, **search: Any
+) -> Recorder:
+    lazy = LazyModel.of(model or tiny_model("llama"), tiny_tokenizer())
+    return Recorder(Runner(lazy, batch_size=4), Search(str(text), languages, **search), RecordingFolder(folder))
+
+
+def test_a_set_is_complete_and_the_same_each_time(model: torch.nn.Module, text: Path, tmp_path: Path) -> None:
+    method = Method(rates=(0.2,))
+    (found,) = find_neurons(recorder_of(text, tmp_path / "a", model, rows="sentences"), method)
+    (again,) = find_neurons(recorder_of(text, tmp_path / "b", model, rows="sentences"), method)
+    for name, neuron_set in (("a", found), ("b", again)):
+        neuron_set.save(tmp_path / f"{name}.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert NeuronSet.load(tmp_path / "a.safetensors").content_hash() == found.content_hash()
+    assert found.shape == (LAYERS, UNITS)
+    assert 0 < len(found.union()) <= round(0.2 * LAYERS * UNITS)
+    provenance = found.provenance
+    assert provenance.corpus["tokens"] == dict.fromkeys(LANGUAGES, 96)
+    assert provenance.corpus["source"] == "text" and len(provenance.corpus["sha256"]["fra_Latn"]) == 64
+    assert provenance.corpus["calibration"]["sentences"] == dict.fromkeys(LANGUAGES, 12)
+    assert provenance.selection["method"] == "lape" and len(provenance.tokenizer) == 64
+    assert str(tmp_path) not in json.dumps(provenance.corpus), "a path of this machine in an artefact"
+
+
+def test_random_controls_match_and_are_calibrated_on_the_same_text(text: Path, tmp_path: Path) -> None:
+    recorder = recorder_of(text, tmp_path / "a")
+    (found,) = find_neurons(recorder, Method(rates=(0.2,)))
+    (control,) = control_sets(found, recorder, [7])
+    assert control.provenance.selection["matched_to"] == found.content_hash()
+    assert control.provenance.corpus["calibration"] == found.provenance.corpus["calibration"]
+    assert control.statistics is not None
+    assert np.array_equal(control.statistics.neurons, control.union())
+    for code in found.languages:
+        assert len(control.neurons(code)) == len(found.neurons(code))
+    # The verb that calibrates on its own gives the same values.
+    (alone,) = calibrated([random_set(found, 7)], recorder.runner, recorder.sentences(), "text")
+    assert alone.content_hash() == control.content_hash()
+
+
+def test_one_recording_serves_every_selection(text: Path, tmp_path: Path) -> None:
+    recorder = recorder_of(text, tmp_path / "a")
+    recording = recorder.record(with_sentences=True)
+    small, large = select_neurons(recording, Method(rates=(0.05, 0.3)))
+    for code in LANGUAGES:
+        assert {tuple(row) for row in small.neurons(code)} <= {tuple(row) for row in large.neurons(code)}
+    (activated,) = select_neurons(recording, Method("activated"))
+    means = [recording.sentence_means[k] for k in range(3)]
+    assert np.array_equal(activated.neurons("deu"), np.argwhere((means[1] > 0).all(axis=0)))
+    (precise,) = select_neurons(recording, Method("average-precision", top_k=5))
+    assert [len(precise.neurons(code)) for code in LANGUAGES] == [5, 5, 5]
+    part = RecordingFolder(tmp_path / "a").load(["tur_Latn", "fra_Latn"])
+    assert np.array_equal(part.counts, recording.counts[:, :, [2, 0]])
+
+
+def test_only_what_is_missing_is_done(text: Path, tmp_path: Path) -> None:
+    recorder_of(text, tmp_path / "a", languages=LANGUAGES[:2]).record()
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "a" / "counts").iterdir()}
+    whole = recorder_of(text, tmp_path / "a").record()
+    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "a" / "counts").iterdir()}
+    assert {name: after[name] for name in before} == before and len(after) == 3
+    assert np.array_equal(whole.counts, recorder_of(text, tmp_path / "b").record().counts)
+    broken = tiny_model("llama")
+    broken.forward = broken.model.forward = None  # everything is there: the model is not run
+    assert np.array_equal(recorder_of(text, tmp_path / "a", broken).record().counts, whole.counts)
+    assert recorder_of(text, tmp_path / "a").record(with_sentences=True).sentence_means[0].shape == (12, LAYERS, UNITS)
+
+
+def test_other_settings_text_or_weights_are_refused(text: Path, tmp_path: Path) -> None:
+    recorder_of(text, tmp_path / "a", tokens=50).record()
+    with pytest.raises(RecordingError, match=r"other settings \(corpus\.budget: 50 there, 60 asked for\)"):
+        recorder_of(text, tmp_path / "a", tokens=60).record()
+    with pytest.raises(RecordingError, match=r'model\.architecture: "llama" there, "gpt2" asked for'):
+        recorder_of(text, tmp_path / "a", tiny_model("gpt2"), tokens=50).record()
+    (tmp_path / "a" / "counts" / "tur_Latn.safetensors").unlink()
+    torch.manual_seed(1)
+    tuned = tiny_model("llama")
+    for parameter in tuned.parameters():
+        parameter.data.mul_(1.5)
+    with pytest.raises(RecordingError, match="deu_Latn was recorded with other weights"):
+        recorder_of(text, tmp_path / "a", tuned, tokens=50).record()
+    (text / "deu_Latn.txt").write_text("w1 w2 w3 w4 w5 w6")
+    with pytest.raises(RecordingError, match="the text of deu_Latn has changed"):
+        recorder_of(text, tmp_path / "a", tokens=50).record()
+
+
+def test_damaged_files_are_refused(text: Path, tmp_path: Path) -> None:
+    recorder_of(text, tmp_path / "a").record()
+    file = tmp_path / "a" / "counts" / "deu_Latn.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(RecordingError, match=r"deu_Latn\.safetensors: not a whole safetensors file"):
+        RecordingFolder(tmp_path / "a").load()
+    with pytest.raises(RecordingError, match=r"ita_Latn not recorded; there: deu_Latn, fra_Latn, tur_Latn"):
+        RecordingFolder(tmp_path / "a").load(["ita_Latn"])
+    with pytest.raises(RecordingError, match=r"no means over sentences; record again with --sentence-means"):
+        RecordingFolder(tmp_path / "a").load(["fra_Latn", "tur_Latn"], with_sentences=True)
+    with pytest.raises(RecordingError, match="no recording; make one with"):
+        RecordingFolder(tmp_path / "nowhere").load()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(RecordingError, match=r"a folder without recording\.json"):
+        recorder_of(text, tmp_path / "other").record()
+
+
+def test_a_model_that_overflows_leaves_nothing_behind(text: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(float("inf"))
+    with pytest.raises(DidNotHappenError, match="infinities or NaN"):
+        recorder_of(text, tmp_path / "a", model).record()
+    assert RecordingFolder(tmp_path / "a").languages() == ()
+
+
+def test_what_cannot_be_meant_is_refused(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(SteeringError, match="name at least two"):
+        find_neurons(recorder_of(text, tmp_path / "a", languages=("fra_Latn",)))
+    with pytest.raises(SteeringError, match="context=100: the model reads at most 63"):
+        recorder_of(text, tmp_path / "a", context=100).record()
+    with pytest.raises(CorpusError, match="a budget of 0 tokens"):
+        recorder_of(text, tmp_path / "a", tokens=0)
+    (text / "tur_Latn.txt").write_text("w1 w2")
+    with pytest.raises(CorpusError, match="tur_Latn: no line of at least 5 tokens"):
+        recorder_of(text, tmp_path / "a").record()
+    assert not (tmp_path / "a" / "counts").exists()
+    with pytest.raises(SteeringError, match="top-k, bottom-k and threshold belong to the other methods"):
+        Method("lape", top_k=3)
+    with pytest.raises(NeuronSetError, match=r"the neuron set is for .* the model is gpt2"):
+        (found,) = find_neurons(recorder_of(text, tmp_path / "b", languages=LANGUAGES[:2]), Method(rates=(0.2,)))
+        calibrated([found], recorder_of(text, tmp_path / "c", tiny_model("gpt2")).runner, {}, "text")
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "lm_eval_steering", *map(str, arguments)]
+
+
+def find_arguments(out: Path) -> list[str | Path]:
+    codes = "fra_Latn,deu_Latn,tur_Latn,jpn_Jpan"
+    return ["--model", resources.demo_model(), "--corpus", resources.demo_calibration(), "--languages", codes,
+            "--rows", "sentences", "--batch-size", "4", "--rate", "0.05", "--out", out]  # fmt: skip
+
+
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole" / "m.safetensors", tmp_path / "killed" / "m.safetensors"
+    subprocess.run(command("find", *find_arguments(whole)), check=True, capture_output=True, env=environment)
+    process = subprocess.Popen(
+        command("find", *find_arguments(killed)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    counts = tmp_path / "killed" / "m.recording" / "counts"
+    deadline = time.monotonic() + 120
+    while len(list(counts.glob("*.safetensors"))) < 2:  # the third language is being recorded
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not killed.exists()
+    done = {file: file.stat().st_mtime_ns for file in counts.glob("*.safetensors")}
+    subprocess.run(command("find", *find_arguments(killed)), check=True, capture_output=True, env=environment)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert all(file.stat().st_mtime_ns == stamp for file, stamp in done.items()), "a finished language was done again"
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    shared = ["record", *find_arguments(tmp_path)[:-4], "--sentence-means", "--sentences", "20", "--tokens", "1500"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command(*shared, "--out", tmp_path / "one"), check=True, capture_output=True, env=environment)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    two = [*launch, *command(*shared, "--out", tmp_path / "two")[1:]]
+    subprocess.run(two, check=True, capture_output=True, env=environment)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.safetensors"))
+    assert len(files) == 12  # tokens, counts and sentences of four languages
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
