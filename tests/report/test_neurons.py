@@ -132,7 +132,8 @@ def test_provenance_is_told_whole(hand_made: NeuronSet) -> None:
         versions={"torch": "2.13.0"},
     )  # fmt: skip
     text = describe(replace(hand_made, provenance=own))
-    for part in ("org/model", "c" * 40, "a" * 64, "b" * 64, "lape, rate 0.01", "torch 2.13.0", "90 to 100 sentences a language from lines"):
+    sentences = "90 to 100 sentences a language from lines"
+    for part in ("org/model", "c" * 40, "a" * 64, "b" * 64, "lape, rate 0.01", "torch 2.13.0", sentences):
         assert part in text
     assert line(text, "layers x units")[3:] == ["3", "x", "24", "=", "72"]
     assert line(text, "spa_Latn")[-1] == "1,234,567"
