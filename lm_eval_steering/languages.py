@@ -17,8 +17,11 @@ from lm_eval_steering.errors import UnknownLanguageError, did_you_mean
 _FLORES_OF_MACRO = {
     "ara": "arb", "aze": "azj", "fas": "pes", "kur": "kmr", "lav": "lvs", "mlg": "plt", "mon": "khk", "msa": "zsm",
     "nep": "npi", "nor": "nob", "ori": "ory", "orm": "gaz", "pus": "pbt", "sqi": "als", "swa": "swh", "uzb": "uzn",
-    "yid": "ydd", "fil": "tgl",
+    "yid": "ydd", "fil": "tgl", "cmn": "zho", "ekk": "est",
 }  # fmt: skip
+
+# What the library does not lead to: an old name, and individual languages that newer corpora are sorted by.
+_OTHER_SPELLINGS = {"tgl": ("tl",), "zho": ("cmn",), "est": ("ekk",)}
 
 # FLORES-200's script where CLDR's most likely one is another.
 _FLORES_SCRIPT = {
@@ -85,10 +88,10 @@ def spellings(code: str) -> tuple[str, ...]:
     alpha3, script = code.split("_")
     macro = Language.get(_macrolanguage(code))
     bases = [alpha3, Language.get(alpha3).language, macro.to_alpha3(), macro.language]
-    if alpha3 == "tgl":
-        bases.append("tl")  # for the library, an old name of Filipino
+    bases += _OTHER_SPELLINGS.get(alpha3, ())
     with_script = [f"{base}{joint}{script}" for base in bases for joint in "_-"]
-    return tuple(dict.fromkeys(name for name in [*with_script, *bases] if _means(name, code)))
+    short = [base for base in bases if base not in _FASTTEXT]  # `als` names Alemannic text wherever it stands alone
+    return tuple(dict.fromkeys(name for name in [*with_script, *short] if _means(name, code)))
 
 
 def _means(text: str, code: str) -> bool:

@@ -16,6 +16,7 @@ FLOORS = [
     {"neurons"},
     {"metrics", "steering"},
     {"harness"},
+    {"analysis"},
     {"sweep"},
     {"report"},
     {"demo"},

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lm_eval_steering.cli import finding, sets
+from lm_eval_steering.cli import analysis, finding, sets
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
 
 app = typer.Typer(
@@ -81,6 +81,8 @@ def where(name: Annotated[Place, typer.Argument(help="What to look up.")]) -> No
 for verb in (finding.find, finding.record, finding.select, finding.calibrate, sets.inspect):
     app.command()(verb)
 app.command("import")(sets.import_)
+for name, analyse in analysis.VERBS.items():
+    app.command(name)(analyse)
 app.add_typer(sets.neurons, name="neurons")
 
 
@@ -94,4 +96,9 @@ def main() -> None:
         if debugging():
             raise
         typer.echo(one_line(error), err=True)
+        sys.exit(2)
+    except OSError as error:
+        if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
+            raise
+        typer.echo(f"lm-eval-steering: error: {error}", err=True)  # names the file: a full disk, a missing right
         sys.exit(2)

@@ -12,6 +12,7 @@ from lm_eval_steering.cli import options
 
 if TYPE_CHECKING:
     from lm_eval_steering.neurons.find import Method
+    from lm_eval_steering.neurons.loading import LazyModel
     from lm_eval_steering.neurons.neuron_set import NeuronSet
     from lm_eval_steering.neurons.recorder import Recorder, Search
     from lm_eval_steering.neurons.runner import Runner
@@ -36,22 +37,27 @@ def find(
     context: options.Context = None,
     calibration_corpus: options.Calibration = None,
     sentences: options.Sentences = 100,
+    percentiles: options.Percentiles = options.NINE,
     recording: Annotated[Path | None, typer.Option(help="Folder of the recording; by default OUT.recording.")] = None,
     batch_size: options.BatchSize = "16",
     revision: options.Revision = "main",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
     sites: options.Sites = None,
 ) -> None:
     """Find the language neurons of a model: record, select, calibrate. Run again, it does what is missing."""
     from lm_eval_steering.neurons.find import check_languages, find_neurons
 
-    options.check_out(out)
+    options.check_out(out, ".safetensors")
     chosen = _method(method, rate, out, filter_rate, bar_rate, top_k, bottom_k, threshold)
-    search = _search(corpus, languages, tokens, rows, context, calibration_corpus, sentences)
+    search = _search(corpus, languages, tokens, rows, context, calibration_corpus, sentences, percentiles)
     check_languages(search.languages)
     folder = recording or out.with_name(out.name.replace("-{rate}", "").replace("{rate}", "")).with_suffix(".recording")
-    recorder = _recorder(_runner(model, revision, device, dtype, sites, batch_size, context), search, folder)
+    options.check_folder(folder)
+    lazy = _model(model, revision, device, device_map, dtype, trust_remote_code, sites)
+    recorder = _recorder(_runner(lazy, batch_size, context), search, folder)
     found = find_neurons(recorder, chosen)
     if recorder.ranks.first:
         _write(found, chosen, out, recorder.runner)
@@ -72,12 +78,16 @@ def record(
     batch_size: options.BatchSize = "16",
     revision: options.Revision = "main",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
     sites: options.Sites = None,
 ) -> None:
     """Count how often each unit is active in each language; several GPUs by accelerate launch -m lm_eval_steering."""
+    options.check_folder(out)
     search = _search(corpus, languages, tokens, rows, context, calibration_corpus, sentences)
-    recorder = _recorder(_runner(model, revision, device, dtype, sites, batch_size, context), search, out)
+    lazy = _model(model, revision, device, device_map, dtype, trust_remote_code, sites)
+    recorder = _recorder(_runner(lazy, batch_size, context), search, out)
     if text_only:
         recorder.prepare()
     else:
@@ -103,7 +113,7 @@ def select(
     from lm_eval_steering.neurons.find import select_neurons
     from lm_eval_steering.neurons.recording_folder import RecordingFolder
 
-    options.check_out(out)
+    options.check_out(out, ".safetensors")
     chosen = _method(method, rate, out, filter_rate, bar_rate, top_k, bottom_k, threshold)
     codes = options.read_languages(languages) if languages else ()
     loaded = RecordingFolder(recording).load(codes, chosen.needs_sentences)
@@ -116,11 +126,14 @@ def calibrate(
     corpus: options.Text,
     out: options.OutFile,
     sentences: options.Sentences = 100,
+    percentiles: options.Percentiles = options.NINE,
     context: options.Context = None,
     batch_size: options.BatchSize = "16",
     revision: options.Revision = "main",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
     sites: options.Sites = None,
 ) -> None:
     """Measure the activations of a set's neurons, so that `value=mean`, `max`, `p90`, ... can be used."""
@@ -129,12 +142,14 @@ def calibrate(
     from lm_eval_steering.neurons.recorder import Search
     from lm_eval_steering.resources import find_neuron_set
 
-    options.check_out(out)
+    options.check_out(out, ".safetensors")
     found = NeuronSet.load(find_neuron_set(neurons))
-    search = Search(corpus, found.languages, context=context, sentences=sentences)
-    runner = _runner(model, revision, device, dtype, sites, batch_size, context)
+    kept = options.read_percentiles(percentiles)
+    search = Search(corpus, found.languages, context=context, sentences=sentences, percentiles=kept)
+    lazy = _model(model, revision, device, device_map, dtype, trust_remote_code, sites)
+    runner = _runner(lazy, batch_size, context)
     texts = search.calibration_texts(runner.model)
-    (done,) = calibrated([found], runner, texts, search.corpora()[1].name)
+    (done,) = calibrated([found], runner, texts, search.corpora()[1].name, kept)
     if runner.ranks.first:
         _report(done, out, runner)
 
@@ -163,33 +178,40 @@ def _search(
     context: int | None,
     calibration_corpus: str | None,
     sentences: int,
+    percentiles: str = options.NINE,
 ) -> Search:
     from lm_eval_steering.neurons.recorder import Search
 
     codes = options.read_languages(languages)
     budget = options.read_budget(tokens)
-    return Search(corpus, codes, budget, rows.value, context, calibration_corpus, sentences)
+    return Search(
+        corpus, codes, budget, rows.value, context, calibration_corpus, sentences, options.read_percentiles(percentiles)
+    )
 
 
-def _runner(
-    model: str,
+def _model(
+    name: str,
     revision: str,
     device: str | None,
+    device_map: str | None,
     dtype: str,
+    trust_remote_code: bool,
     sites: str | None,
-    batch_size: str,
-    context: int | None,
-) -> Runner:
+) -> LazyModel:
     """The model's config is read here; its weights are not."""
     from lm_eval_steering.neurons.loading import LazyModel
+    from lm_eval_steering.neurons.ranks import launched
+
+    return LazyModel(name, revision, dtype, device or launched()[1], sites, device_map, trust_remote_code)
+
+
+def _runner(model: LazyModel, batch_size: str, context: int | None) -> Runner:
     from lm_eval_steering.neurons.log import Log
     from lm_eval_steering.neurons.ranks import launched
     from lm_eval_steering.neurons.runner import CONTEXT, Runner
 
-    size = options.read_batch_size(batch_size)
-    ranks, own_device = launched()
-    lazy = LazyModel(model, revision, dtype, device or own_device, sites)
-    return Runner(lazy, size, ranks, Log(show=ranks.first), context or CONTEXT)
+    ranks = launched()[0]
+    return Runner(model, options.read_batch_size(batch_size), ranks, Log(show=ranks.first), context or CONTEXT)
 
 
 def _recorder(runner: Runner, search: Search, folder: Path) -> Recorder:
@@ -201,7 +223,7 @@ def _recorder(runner: Runner, search: Search, folder: Path) -> Recorder:
 
 def _write(found: Sequence[NeuronSet], method: Method, out: Path, runner: Runner | None = None) -> None:
     for number, neuron_set in enumerate(found):
-        rate = f"{method.rates[number]:g}" if method.name == "lape" else method.name
+        rate = str(method.rates[number]) if method.name == "lape" else method.name
         _report(neuron_set, out.with_name(out.name.replace("{rate}", rate)), runner)
 
 

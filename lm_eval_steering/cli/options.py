@@ -44,6 +44,10 @@ BatchSize = Annotated[str, typer.Option(help="Rows a forward pass, or auto.")]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; a GPU by default where there is one.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights; auto takes the checkpoint's.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Such as auto: spread a model that one device cannot hold.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.")]
+Percentiles = Annotated[str, typer.Option(help="Which pNN to keep, joined by commas, or all.")]
+NINE = "1,5,10,25,50,75,90,95,99"
 Sites = Annotated[
     str | None, typer.Option(help="Where the units are in a family that is not known (docs/architectures.md).")
 ]
@@ -109,12 +113,41 @@ def read_rates(text: str, out: Path) -> tuple[float, ...]:
     return rates
 
 
-def check_out(path: Path) -> None:
+def read_percentiles(text: str) -> tuple[int, ...]:
+    """Percentiles from `5,95`, or all of 1 to 99.
+
+    Raises:
+        SteeringError: if one is no whole number.
+    """
+    if text == "all":
+        return tuple(range(1, 100))
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise SteeringError(f"--percentiles {text}: expected whole numbers joined by commas, or all")
+    return tuple(dict.fromkeys(map(int, text.split(","))))
+
+
+def check_out(path: Path, suffix: str = "") -> None:
     """Refuse a file that could not be written after the work is done.
 
     Raises:
         SteeringError: naming it.
     """
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    if path.is_dir() or not _writable(path):
         raise SteeringError(f"--out {path}: expected a file in a folder that can be written")
+    if not path.name.endswith(suffix):
+        raise SteeringError(f"--out {path}: a neuron set's name ends in {suffix}")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that could not be made or written.
+
+    Raises:
+        SteeringError: naming it.
+    """
+    if (path.exists() and not path.is_dir()) or not _writable(path):
+        raise SteeringError(f"{path}: expected a folder that can be written")
+
+
+def _writable(path: Path) -> bool:
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return os.access(place, os.W_OK) and (place.is_dir() or place == path)

@@ -37,6 +37,8 @@ def import_(
     codes = languages.split(",")
     maker = LazyModel(model, revision).maker()
     if holds_recording(files[0]):
+        if dictionary is not None:
+            raise SteeringError("--dictionary belongs to lists of neurons; a recording names its languages itself")
         import_recordings(files, codes, maker, RecordingFolder(out))
         typer.echo(f"wrote {out}; `lm-eval-steering select --recording {out}` selects from it")
         return

@@ -24,7 +24,11 @@ SHORTEST = 5  # tokens; shorter sentences are left out
 
 
 def calibrated(
-    neuron_sets: Sequence[NeuronSet], runner: Runner, sentences: Mapping[str, Rows], source: str
+    neuron_sets: Sequence[NeuronSet],
+    runner: Runner,
+    sentences: Mapping[str, Rows],
+    source: str,
+    percentiles: Sequence[int] = PERCENTILES,
 ) -> list[NeuronSet]:
     """The same sets with statistics of their neurons; all of them in one pass over the sentences.
 
@@ -33,6 +37,7 @@ def calibrated(
         runner: the model and the way to run it.
         sentences: language -> one row a sentence, at least for the languages of the sets.
         source: what to call the text in the provenance.
+        percentiles: which `pNN` to keep.
 
     Raises:
         NeuronSetError: if a set is of another model.
@@ -46,7 +51,7 @@ def calibrated(
         found.check_weights(model.sketch, model.name)
     union = union_of([found.union() for found in neuron_sets])
     with runner.log.timed("calibrate", neurons=len(union)):
-        statistics = calibrate(runner, sentences, union)
+        statistics = calibrate(runner, sentences, union, percentiles)
     text = {
         "source": source,
         "sentences": {code: len(rows) for code, rows in sentences.items()},
@@ -67,7 +72,9 @@ def calibrated(
 
 
 @torch.inference_mode()
-def calibrate(runner: Runner, sentences: Mapping[str, Rows], neurons: Neurons) -> Statistics:
+def calibrate(
+    runner: Runner, sentences: Mapping[str, Rows], neurons: Neurons, percentiles: Sequence[int] = PERCENTILES
+) -> Statistics:
     """Statistics of the given neurons at both sites, one row a sentence.
 
     `mean` is over all tokens (Gurgurov et al. 2025); `sentence_mean`, `median` (the lower of two middle values),
@@ -77,6 +84,7 @@ def calibrate(runner: Runner, sentences: Mapping[str, Rows], neurons: Neurons) -
         runner: a causal language model of transformers and the way to run it.
         sentences: language -> one row of token ids a sentence.
         neurons: (neuron, 2) sorted rows (layer, unit).
+        percentiles: which `pNN` to keep.
 
     Raises:
         CorpusError: if a language has no sentence.
@@ -91,7 +99,7 @@ def calibrate(runner: Runner, sentences: Mapping[str, Rows], neurons: Neurons) -
             if not all(np.isfinite(table).all() for table in sums.values()):
                 raise DidNotHappenError(f"{language}: activations hold infinities or NaN; load the model in bfloat16")
             for site in SITES:
-                for name, column in _summaries(sums[site], rows.lengths.astype(np.float64)).items():
+                for name, column in _summaries(sums[site], rows.lengths, percentiles).items():
                     values[site].setdefault(name, []).append(column.astype(np.float32))
             bar.update(1)
     stacked = {
@@ -138,7 +146,9 @@ def _in_order(parts: Sequence[Mapping[int, NDArray[Any]]]) -> NDArray[Any]:
     return np.stack([rows[number] for number in range(len(rows))])
 
 
-def _summaries(sums: NDArray[np.float64], lengths: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+def _summaries(
+    sums: NDArray[np.float64], lengths: NDArray[Any], percentiles: Sequence[int] = PERCENTILES
+) -> dict[str, NDArray[np.float64]]:
     """Statistic -> (neuron,), from (sentence, neuron) sums and (sentence,) token counts."""
     means = sums / lengths[:, None]
     ordered = np.sort(means, axis=0)
@@ -147,5 +157,5 @@ def _summaries(sums: NDArray[np.float64], lengths: NDArray[np.float64]) -> dict[
         "sentence_mean": means.mean(axis=0),
         "median": ordered[(len(ordered) - 1) // 2],
         "max": ordered[-1],
-        **{f"p{p:02d}": np.percentile(means, p, axis=0) for p in PERCENTILES},
+        **{f"p{p:02d}": np.percentile(means, p, axis=0) for p in percentiles},
     }

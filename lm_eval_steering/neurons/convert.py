@@ -76,6 +76,8 @@ def import_recordings(
     """
     found = [record for path in paths for record in _records(path)]
     codes = tuple(normalise(code) for code in languages)
+    if len(set(codes)) != len(codes):
+        raise NeuronSetError(f"languages {', '.join(languages)}: one is named twice")
     if len(found) != len(codes):
         raise NeuronSetError(f"{paths[0]}: {len(found)} recordings for {len(codes)} languages ({', '.join(codes)})")
     counts = [
@@ -105,8 +107,10 @@ def _counts(record: Mapping[str, Any], code: str, shape: tuple[int, int]) -> tup
     """(tokens, (layer, unit) counts) of one language, checked."""
     if "lang" in record and normalise(str(record["lang"])) != code:
         raise NeuronSetError(f"the recording says {record['lang']}, the language given in its place is {code}")
+    if "n" not in record and "num" not in record:
+        raise NeuronSetError(f"{code}: no number of tokens beside over_zero, found {', '.join(map(str, record))}")
     tokens = int(record["n"] if "n" in record else record["num"])
-    active = torch.as_tensor(record["over_zero"]).long().numpy()
+    active = _whole(record["over_zero"], f"{code}: counts")
     if active.shape != shape:
         raise NeuronSetError(
             f"{code}: counts of shape {active.shape}, the model has {shape[0]} layers of {shape[1]} units"
@@ -120,9 +124,20 @@ def _rows(layers: Sequence[torch.Tensor]) -> Neurons:
     """Sorted (layer, unit) rows; indices may be floating-point, as lang-task-neuron stores some."""
     parts = [np.zeros((0, 2), dtype=np.int64)]
     for layer, units in enumerate(layers):
-        indices = np.unique(torch.as_tensor(units).long().numpy())
+        indices = np.unique(_whole(units, f"layer {layer}: indices"))
         parts.append(np.column_stack([np.full(len(indices), layer), indices]).astype(np.int64))
     return np.concatenate(parts)
+
+
+def _whole(values: Any, what: str) -> NDArray[np.int64]:
+    """Whole numbers; a mask of booleans or a fraction would be read as other neurons than were meant."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise NeuronSetError(f"{what}: expected numbers, found {type(values).__name__}") from None
+    if tensor.dtype == torch.bool or (tensor.is_floating_point() and not torch.equal(tensor, tensor.round())):
+        raise NeuronSetError(f"{what}: expected whole numbers, found {tensor.dtype} with other values")
+    return tensor.long().numpy()
 
 
 def _check_dictionary(path: str | Path, codes: Sequence[str]) -> None:
@@ -143,5 +158,5 @@ def _load(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise NeuronSetError(f"{path}: the file holds code or unknown objects and was not opened") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         raise NeuronSetError(f"{path}: not a file of torch.save, or cut short ({str(error).splitlines()[0]})") from None

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
 from lm_eval_steering.errors import CorpusError, did_you_mean
-from lm_eval_steering.languages import spellings
-from lm_eval_steering.neurons.text_files import LocalFiles, find_files
+from lm_eval_steering.languages import normalise, spellings
+from lm_eval_steering.neurons.text_files import LocalFiles, as_text, find_files
 
 LANG = "{lang}"
 _HUB = "hf:"
@@ -46,6 +46,7 @@ class Corpus:
         config: of a dataset; may hold `{lang}`.
         split: of a dataset.
         revision: of a dataset.
+        names: how the place spells a language where no rule leads to it, `zho_Hans:zh-cn+por_Latn:pt-br`.
     """
 
     place: str
@@ -54,6 +55,7 @@ class Corpus:
     config: str = LANG
     split: str = "train"
     revision: str = "main"
+    names: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Corpus:
@@ -71,12 +73,46 @@ class Corpus:
         corpus = cls(place, **options)
         if corpus.documents not in {"line", "file"}:
             raise CorpusError(f"corpus {text!r}: documents={corpus.documents!r}, expected line or file")
+        of_datasets = {"config", "split", "revision"} & set(options)
+        if of_datasets and not corpus.is_dataset:
+            raise CorpusError(f"corpus {text!r}: {sorted(of_datasets)[0]}= belongs to hf:DATASET, this is a local text")
+        if corpus.is_dataset and LANG not in corpus.config + corpus.split + corpus.column:
+            raise CorpusError(f"corpus {text!r}: one text for every language; put {LANG} in config=, split= or column=")
+        corpus.spellings("eng_Latn")  # a mistake in names= is found here
         return corpus
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether the text is a dataset of the hub."""
+        return self.place.startswith(_HUB)
+
+    def spellings(self, language: str) -> tuple[str, ...]:
+        """How the place may spell a language: as `names` says, else by the rules.
+
+        Raises:
+            CorpusError: if `names` is not CODE:NAME joined by `+`.
+        """
+        own = {}
+        for pair in filter(None, self.names.split("+")):
+            code, colon, name = pair.partition(":")
+            if not colon or not name:
+                raise CorpusError(f"corpus {self.place}: names={self.names!r}, expected CODE:NAME joined by +")
+            own[normalise(code)] = name
+        return (own[language],) if language in own else spellings(language)
 
     @property
     def name(self) -> str:
         """What to call it in an artefact: never a path of this machine."""
-        return self.place if self.place.startswith(_HUB) else Path(self.place).name
+        return self.place if self.is_dataset else Path(self.place).name
+
+    def identity(self, language: str) -> dict[str, Any]:
+        """What tells this text from another, in values that JSON can hold, without a network or a path of the machine.
+
+        Files are hashed; a dataset is known by what was asked for.
+        """
+        if not self.is_dataset:
+            return self.source(language).identity()
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def source(self, language: str) -> Source:
         """The text of one language.
@@ -84,11 +120,12 @@ class Corpus:
         Raises:
             CorpusError: if there is none.
         """
-        columns = tuple(dict.fromkeys(self.column.replace(LANG, name) for name in spellings(language)))
-        if self.place.startswith(_HUB):
+        names = self.spellings(language)
+        columns = tuple(dict.fromkeys(self.column.replace(LANG, name) for name in names))
+        if self.is_dataset:
             return HubDataset.find(self, language, columns)
-        per_file = LANG not in self.column
-        return LocalFiles(language, find_files(self.place, language, per_file), columns, self.documents == "file")
+        files = find_files(self.place, language, names, LANG not in self.column)
+        return LocalFiles(language, files, columns, self.documents == "file")
 
 
 @dataclass(frozen=True)
@@ -99,15 +136,15 @@ class HubDataset:
         language: whose text it is.
         path: id of the dataset, or a folder that holds one.
         config: its configuration.
-        split: its split.
-        revision: branch, tag or commit.
+        splits: names that its split may have.
+        revision: the commit, where the hub can be asked for it.
         columns: names that the text's column may have.
     """
 
     language: str
     path: str
     config: str
-    split: str
+    splits: tuple[str, ...]
     revision: str
     columns: tuple[str, ...]
 
@@ -125,12 +162,15 @@ class HubDataset:
             there = datasets.get_dataset_config_names(path, revision=corpus.revision)
         except Exception as error:  # the library raises a dozen classes of its own and of its network layers
             raise CorpusError(f"corpus {corpus.place}: {_first_line(error)}") from error
-        wanted = [corpus.config.replace(LANG, name) for name in spellings(language)]
-        if LANG in corpus.column and len(there) == 1:  # parallel text: every language in one configuration
+        names = corpus.spellings(language)
+        wanted = [corpus.config.replace(LANG, name) for name in names]
+        if LANG in corpus.column + corpus.split and len(there) == 1:  # every language in one configuration
             wanted.append(there[0])
         for config in wanted:
             if config in there:
-                return cls(language, path, config, corpus.split, corpus.revision, columns)
+                splits = tuple(corpus.split.replace(LANG, name) for name in names)
+                commit = _commit(path, corpus.revision)
+                return cls(language, path, config, tuple(dict.fromkeys(splits)), commit, columns)
         hint = did_you_mean(wanted[0], there)
         raise CorpusError(f"corpus {corpus.place} for {language}: no configuration {' or '.join(wanted)}{hint}")
 
@@ -140,26 +180,36 @@ class HubDataset:
 
         where = f"corpus hf:{self.path}, configuration {self.config}"
         try:
-            rows = datasets.load_dataset(
-                self.path, self.config, split=self.split, revision=self.revision, streaming=True
-            )
-            for row in rows:
+            there = datasets.load_dataset(self.path, self.config, revision=self.revision, streaming=True)
+            split = next((name for name in self.splits if name in there), None)
+            if split is None:
+                raise CorpusError(f"{where}: no split {self.splits[0]!r}, found {', '.join(there)}")
+            for row in there[split]:
                 name = next((column for column in self.columns if column in row), None)
                 if name is None:
                     raise CorpusError(
                         f"{where}: no column {self.columns[0]!r}, found {', '.join(row)}; say which with ?column=NAME"
                     )
-                if str(row[name] or "").strip():
-                    yield str(row[name]).strip()
+                if text := as_text(row[name], where).strip():
+                    yield text
         except CorpusError:
             raise
         except Exception as error:
-            raise CorpusError(f"{where}, split {self.split}: {_first_line(error)}") from error
+            raise CorpusError(f"{where}: {_first_line(error)}") from error
 
     def identity(self) -> dict[str, Any]:
-        """Id, configuration, split and revision."""
-        own = {"dataset": self.path, "config": self.config, "split": self.split, "revision": self.revision}
-        return {**own, "columns": list(self.columns)}
+        """Id, configuration, splits and commit."""
+        return {"dataset": self.path, "config": self.config, "splits": list(self.splits), "commit": self.revision}
+
+
+def _commit(path: str, revision: str) -> str:
+    """The commit that a branch is at now, so that every language is read from the same one."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(path, revision=revision).sha or revision)
+    except Exception:  # a folder, or no network: what was asked for
+        return revision
 
 
 def _first_line(error: Exception) -> str:

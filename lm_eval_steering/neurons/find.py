@@ -43,12 +43,24 @@ class Method:
     def __post_init__(self) -> None:
         for rate in self.rates:
             check_rate("rate", rate)
+        if len(set(self.rates)) != len(self.rates):
+            raise SteeringError(f"rates {', '.join(map(str, self.rates))}: one is named twice")
+        self._check_method()
         check_rate("filter_rate", self.filter_rate)
         check_rate("bar_rate", self.bar_rate)
+
+    def _check_method(self) -> None:
         if self.name == "lape" and (self.top_k, self.bottom_k, self.threshold) != (None, None, None):
             raise SteeringError("lape takes a rate; top-k, bottom-k and threshold belong to the other methods")
         if self.name == "activated" and (self.bottom_k, self.threshold) != (None, None):
             raise SteeringError("activated takes top-k; bottom-k and threshold belong to average-precision")
+        ks = [k for k in (self.top_k, self.bottom_k) if k is not None]
+        if self.name == "average-precision" and bool(ks) == (self.threshold is not None):
+            raise SteeringError("average-precision takes top-k, bottom-k, both of them, or threshold: one of the three")
+        if any(k < 1 for k in ks):
+            raise SteeringError(f"top-k and bottom-k are numbers of neurons, 1 at least; found {min(ks)}")
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise SteeringError(f"threshold={self.threshold}: expected a number from 0 to below 1")
 
     @property
     def needs_sentences(self) -> bool:
@@ -110,8 +122,7 @@ def find_neurons(recorder: Recorder, method: Method | None = None) -> list[Neuro
     recording = recorder.record(method.needs_sentences)
     with recorder.log.timed("select", method=method.name):
         found = select_neurons(recording, method)
-    source = recorder.search.corpora()[1].name
-    return calibrated(found, recorder.runner, recorder.sentences(), source)
+    return _calibrated(found, recorder)
 
 
 def control_sets(neuron_set: NeuronSet, recorder: Recorder, seeds: Sequence[int]) -> list[NeuronSet]:
@@ -123,7 +134,13 @@ def control_sets(neuron_set: NeuronSet, recorder: Recorder, seeds: Sequence[int]
         seeds: one a control.
     """
     draws = [random_set(neuron_set, seed) for seed in seeds]
-    return calibrated(draws, recorder.runner, recorder.sentences(), recorder.search.corpora()[1].name)
+    return _calibrated(draws, recorder)
+
+
+def _calibrated(neuron_sets: Sequence[NeuronSet], recorder: Recorder) -> list[NeuronSet]:
+    search = recorder.search
+    source = search.corpora()[1].name
+    return calibrated(neuron_sets, recorder.runner, recorder.sentences(), source, search.percentiles)
 
 
 def random_set(neuron_set: NeuronSet, seed: int, disjoint: bool = True) -> NeuronSet:
@@ -141,6 +158,7 @@ def random_set(neuron_set: NeuronSet, seed: int, disjoint: bool = True) -> Neuro
         statistics=None,
         provenance=replace(
             neuron_set.provenance,
+            corpus={key: value for key, value in neuron_set.provenance.corpus.items() if key != "calibration"},
             selection={
                 "method": "random",
                 "seed": seed,

@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from lm_eval_steering.architectures import ModelSites, Shape, model_type_of, shape_of, sites_of, text_config_of
+from lm_eval_steering.architectures import (
+    ModelSites,
+    Shape,
+    model_type_of,
+    parse_sites,
+    shape_of,
+    sites_of,
+    text_config_of,
+)
 from lm_eval_steering.errors import ArchitectureError, SteeringError
 from lm_eval_steering.fingerprint import weights_sketch
 
@@ -33,6 +42,8 @@ class LazyModel:
         dtype: str = "auto",
         device: str | torch.device | None = None,
         sites: str | None = None,
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         """Read the config.
 
@@ -42,17 +53,24 @@ class LazyModel:
             dtype: of the weights.
             device: a GPU by default where there is one.
             sites: where the units are in a family that is not known (`architectures.sites_of`).
+            device_map: of accelerate, such as auto, for a model that one device cannot hold.
+            trust_remote_code: whether to run code of the model's repository.
 
         Raises:
-            SteeringError: if there is no such model; the message is transformers' first line.
+            SteeringError: if a dtype or device is not known, or there is no such model; then in transformers' words.
         """
         from transformers import AutoConfig
 
-        self._pretrained, self._revision, self._device = pretrained, revision, device
+        self._pretrained, self._revision = pretrained, revision
+        self._device, self._device_map, self._trusted = _device(device), device_map, trust_remote_code
+        if sites is not None:
+            parse_sites(sites)
         self.override = sites
         self.config = self._from_hub(AutoConfig)
         # What `auto` takes, so that a recording says what it was made in.
         self.dtype = dtype if dtype != "auto" else str(self.config.dtype or "float32").removeprefix("torch.")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise SteeringError(f"dtype {dtype!r}: expected auto, bfloat16, float16, float32 or float64")
         self._name_it(pretrained)
 
     @classmethod
@@ -70,8 +88,10 @@ class LazyModel:
 
     def _from_hub(self, kind: Any, **arguments: Any) -> Any:
         try:
-            return kind.from_pretrained(self._pretrained, revision=self._revision, **arguments)
-        except (OSError, ValueError) as error:
+            return kind.from_pretrained(
+                self._pretrained, revision=self._revision, trust_remote_code=self._trusted, **arguments
+            )
+        except (OSError, ValueError, SafetensorError) as error:
             raise SteeringError(f"model {self._pretrained!r}: {str(error).splitlines()[0]}") from error
 
     @cached_property
@@ -86,8 +106,12 @@ class LazyModel:
         """The loaded model, on its device, ready for inference."""
         from transformers import AutoModelForCausalLM
 
+        if self._device_map is not None:
+            return self._from_hub(AutoModelForCausalLM, dtype=self.dtype, device_map=self._device_map).eval()
         loaded = self._from_hub(AutoModelForCausalLM, dtype=self.dtype)
-        return loaded.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        if getattr(loaded, "hf_quantizer", None) is None:  # a quantised model is where it must be
+            loaded = loaded.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return loaded.eval()
 
     @cached_property
     def sites(self) -> ModelSites:
@@ -115,7 +139,8 @@ class LazyModel:
             content: Any = self.tokenizer.get_vocab()
         else:  # how a batch was last padded or cut is no part of it
             content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        said = {"tokenizer": content, "bos_token_id": self.tokenizer.bos_token_id}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def context(self) -> int | None:
@@ -144,6 +169,16 @@ class LazyModel:
     def description(self) -> dict[str, Any]:
         """The model's part of a provenance: nothing is loaded but the tokenizer."""
         return self.maker() | {"dtype": self.dtype, "tokenizer": self.tokenizer_sha256}
+
+
+def _device(name: str | torch.device | None) -> torch.device | None:
+    try:
+        found = None if name is None else torch.device(name)
+    except RuntimeError:
+        raise SteeringError(f"device {name!r}: expected cuda, cuda:1, cpu, mps, ...") from None
+    if found is not None and found.type == "cuda" and not torch.cuda.is_available():
+        raise SteeringError(f"device {name!r}: torch finds no CUDA device here")
+    return found
 
 
 def activation_function(config: Any) -> str:

@@ -38,7 +38,7 @@ class Log:
         """A bar with its rate and the time left; `level` 1 stands below another one and goes when it is full."""
         interval = 0.1 if sys.stderr.isatty() else _QUIET_INTERVAL
         return tqdm(
-            total=total, desc=name, unit=f" {unit}", unit_scale=unit == "tok", disable=None if not self.show else False,
+            total=total, desc=name, unit=f" {unit}", unit_scale=unit == "tok", disable=not self.show,
             position=level, leave=level == 0, mininterval=interval, dynamic_ncols=True,
         )  # fmt: skip
 

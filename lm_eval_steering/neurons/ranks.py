@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+
+from lm_eval_steering.errors import SteeringError
 
 T = TypeVar("T")
 
@@ -47,10 +50,17 @@ class Ranks:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        """Until all processes have come here."""
-        if self.size > 1:
-            torch.distributed.barrier()
+    def after_first(self, work: Callable[[], None]) -> None:
+        """Let the first process do something that the others wait for; if it fails there, all of them fail alike."""
+        failure: Exception | None = None
+        if self.first:
+            try:
+                work()
+            except SteeringError as error:
+                failure = error
+        failure = self.gather(failure)[0]
+        if failure is not None:
+            raise failure
 
 
 def launched() -> tuple[Ranks, torch.device | None]:
@@ -62,5 +72,12 @@ def launched() -> tuple[Ranks, torch.device | None]:
         return Ranks(), None
     from accelerate import PartialState
 
-    state = PartialState()
+    # gloo on processors. The first process may read text for hours while the others wait.
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    state = PartialState(cpu=cpu, timeout=timedelta(days=2))
+    if state.num_processes != int(os.environ["WORLD_SIZE"]):
+        raise SteeringError(
+            f"{os.environ['WORLD_SIZE']} processes were launched, and {state.num_processes} found each other: all of "
+            "them would do the whole work"
+        )
     return Ranks(state.process_index, state.num_processes), state.device

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lm_eval_steering.errors import CorpusError, RecordingError, SteeringError
 from lm_eval_steering.neurons import storage
-from lm_eval_steering.neurons.calibrate import SENTENCES, SHORTEST
+from lm_eval_steering.neurons.calibrate import PERCENTILES, SENTENCES, SHORTEST
 from lm_eval_steering.neurons.corpus import Corpus, Source
 from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.log import readable_seconds
@@ -33,6 +33,7 @@ class Search:
         context: tokens a row; the smaller of 2,048 and the model's own length by default.
         calibration_corpus: where the sentences to calibrate with are; by default the lines of `corpus`.
         sentences: their number for each language.
+        percentiles: which `pNN` of the neurons to keep.
     """
 
     corpus: str
@@ -42,6 +43,7 @@ class Search:
     context: int | None = None
     calibration_corpus: str | None = None
     sentences: int = SENTENCES
+    percentiles: tuple[int, ...] = PERCENTILES
 
     def __post_init__(self) -> None:
         if not self.languages:
@@ -50,6 +52,9 @@ class Search:
             raise CorpusError(f"a budget of {self.tokens} tokens: expected a number above 0")
         if self.sentences <= 0:
             raise CorpusError(f"{self.sentences} calibration sentences: expected a number above 0")
+        if wrong := [p for p in self.percentiles if not 0 < p < 100]:
+            raise SteeringError(f"percentile {wrong[0]}: expected whole numbers from 1 to 99")
+        self.corpora()
 
     def corpora(self) -> tuple[Corpus, Corpus]:
         """To record, and to calibrate with."""
@@ -117,36 +122,53 @@ class Recorder:
             RecordingError: if the folder was made with other settings, or other text.
             CorpusError: if the text of a language is missing, empty or cannot be read.
         """
-        if self._prepared:
-            return
+        if not self._prepared:
+            self.ranks.after_first(self._prepare)
+            self._warn_of_short_languages()
+            self._prepared = True
+
+    def _prepare(self) -> None:
         settings = self.settings()
         self.folder.check(settings)
-        if self.ranks.first:
-            sources = {language: self._sources(language) for language in self.search.languages}
-            for language, (_, _, identity) in sources.items():
-                if self.folder.has("tokens", language):
-                    self._check_source(language, identity)
-            self.folder.begin(settings)
-            with self.log.bar("reading text", len(sources), "language") as bar:
-                for language, source in sources.items():
-                    if not self.folder.has("tokens", language):
-                        self.folder.write_text(language, self._read(language, *source))
-                    bar.update(1)
-        self.ranks.wait()
-        self._warn_of_short_languages()
+        own, calibrating = self.search.corpora()
+        identities = {
+            language: json.loads(
+                storage.canonical({"recorded": own.identity(language), "calibrated": calibrating.identity(language)})
+            )
+            for language in self.search.languages
+        }
+        for language, identity in identities.items():
+            self._check_text(language, identity)
+        missing = [language for language in identities if not self.folder.has("tokens", language)]
+        sources = {language: (own.source(language), calibrating.source(language)) for language in missing}
+        self.folder.begin(settings)
+        with self.log.bar("reading text", len(missing), "language") as bar:
+            for language, source in sources.items():
+                self.folder.write_text(language, self._read(language, *source, identities[language]))
+                self._check_text(language, identities[language])
+                self.log.note("source", language=language, **source[0].identity())
+                bar.update(1)
+        self._refuse_equal_texts()
 
-    def _sources(self, language: str) -> tuple[Source, Source, dict[str, Any]]:
-        """The text to record, to calibrate with, and what tells both from others."""
-        own, calibrating = (corpus.source(language) for corpus in self.search.corpora())
-        identity = {"recorded": own.identity(), "calibrated": calibrating.identity()}
-        return own, calibrating, json.loads(storage.canonical(identity))
-
-    def _check_source(self, language: str, identity: Mapping[str, Any]) -> None:
-        if self.folder.tokens_and_source(language)[1] != identity:
+    def _check_text(self, language: str, identity: Mapping[str, Any]) -> None:
+        """Refuse a language whose text has changed since it was read, or was counted."""
+        if not self.folder.has("tokens", language):
+            return
+        there = self.folder.about("tokens", language)
+        counted = self.folder.about("counts", language) if self.folder.has("counts", language) else there
+        if there["source"] != identity or there["sha256"] != counted["sha256"]:
             raise RecordingError(
                 f"{self.folder.path}: the text of {language} has changed since it was read; give another --recording "
                 "folder, or remove this one"
             )
+
+    def _refuse_equal_texts(self) -> None:
+        """Two languages with the same text, to the token, are one text under two names."""
+        seen: dict[str, str] = {}
+        for language in self.search.languages:
+            other = seen.setdefault(self.folder.about("tokens", language)["sha256"], language)
+            if other != language:
+                raise CorpusError(f"{other} and {language} have the same text: the corpus does not tell them apart")
 
     def _read(self, language: str, own: Source, calibrating: Source, identity: Mapping[str, Any]) -> Text:
         length, tokenizer = self.search.length(self.model), self.model.tokenizer
@@ -160,7 +182,7 @@ class Recorder:
 
     def _warn_of_short_languages(self) -> None:
         budget = self.search.tokens
-        found = {language: self.folder.tokens_and_source(language)[0] for language in self.search.languages}
+        found = {language: self.folder.about("tokens", language)["tokens"] for language in self.search.languages}
         short = {language: tokens for language, tokens in found.items() if budget is not None and tokens < budget}
         if short:
             names = ", ".join(f"{language} ({tokens:,})" for language, tokens in short.items())
@@ -193,7 +215,7 @@ class Recorder:
             self._count(to_count)
         if to_average:
             self._average(to_average)
-        self.ranks.wait()
+        self.ranks.gather(None)  # until the first process has written the last file
         return self.folder.load(languages, with_sentences)
 
     def sentences(self) -> dict[str, Rows]:
@@ -202,11 +224,16 @@ class Recorder:
         return {language: self.folder.text(language).sentences for language in self.search.languages}
 
     def _count(self, languages: Sequence[str]) -> None:
-        tokens = {language: self.folder.tokens_and_source(language)[0] for language in languages}
+        tokens = {language: self.folder.about("tokens", language)["tokens"] for language in languages}
         self._estimate(languages[0], sum(tokens.values()))
         with self.log.bar("recording", sum(tokens.values()), "tok") as overall:
             for language in languages:
-                facts = {"language": language, "tokens": tokens[language], "batch_size": self.runner.fitting}
+                facts = {
+                    "language": language,
+                    "tokens": tokens[language],
+                    "batch_size": self.runner.fitting,
+                    "processes": self.ranks.size,
+                }
                 with self.log.timed("record", **facts), self.log.bar(language, tokens[language], "tok", level=1) as own:
                     self._count_one(language, (overall, own))
 

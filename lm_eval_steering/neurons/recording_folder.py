@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_eval_steering.errors import RecordingError
-from lm_eval_steering.fingerprint import same_weights
 from lm_eval_steering.neurons import storage
 from lm_eval_steering.neurons.neuron_set import Provenance
 from lm_eval_steering.neurons.recording import Recording
@@ -57,7 +56,10 @@ class RecordingFolder:
         """
         file = self.path / "recording.json"
         if not file.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            # What a killed process left half written is nothing.
+            if self.path.exists() and not self.path.is_dir():
+                raise RecordingError(f"{self.path}: a file, expected the folder of a recording")
+            if self.path.is_dir() and any(file.suffix != ".partial" for file in self.path.iterdir()):
                 raise RecordingError(f"{self.path}: a folder without recording.json, so not a recording")
             return {}
         try:
@@ -111,13 +113,13 @@ class RecordingFolder:
             "sentence_ids": text.sentences.ids,
             "sentence_lengths": text.sentences.lengths,
         }
-        metadata = {"source": text.source, "tokens": text.rows.tokens}
+        metadata = {"source": text.source, "tokens": text.rows.tokens, "sha256": text.rows.sha256()}
         storage.write(self._file("tokens", language), "text", metadata, tensors)
 
-    def tokens_and_source(self, language: str) -> tuple[int, Mapping[str, Any]]:
-        """How many tokens are there to record, and what they were read from; the tokens themselves are not read."""
-        metadata = storage.read_metadata(self._file("tokens", language), "text", RecordingError)
-        return metadata["tokens"], metadata["source"]
+    def about(self, part: str, language: str) -> dict[str, Any]:
+        """Metadata of a language's `tokens` or `counts`: how many tokens, of which text; they are not read."""
+        kind = {"tokens": "text", "counts": "counts"}[part]
+        return storage.read_metadata(self._file(part, language), kind, RecordingError)
 
     def text(self, language: str) -> Text:
         """What is read of a language."""
@@ -150,9 +152,10 @@ class RecordingFolder:
         Raises:
             RecordingError: naming the language that was recorded with other weights.
         """
+        # Exactly: the dtype is one of the settings, so the same weights give the same sketch.
         for language in self.languages():
-            there = storage.read_metadata(self._file("counts", language), "counts", RecordingError)["weights"]
-            if there and sketch and not same_weights(there, sketch):
+            there = self.about("counts", language)["weights"]
+            if there and sketch and list(there) != list(sketch):
                 raise RecordingError(
                     f"{self.path}: {language} was recorded with other weights than those of {name}; give another "
                     "--recording folder, or remove this one"
@@ -174,6 +177,12 @@ class RecordingFolder:
         if not settings:
             raise RecordingError(f"{self.path}: no recording; make one with `lm-eval-steering record`")
         chosen = tuple(languages) or self.languages()
+        begun = sorted({file.stem for file in (self.path / "tokens").glob("*.safetensors")} - set(self.languages()))
+        if begun and not languages:
+            raise RecordingError(
+                f"{self.path}: the recording is not finished, {', '.join(begun)} not recorded yet; run the same "
+                "`record` again, or name the languages to select among"
+            )
         missing = [language for language in chosen if not self.has("counts", language)]
         if missing or not chosen:
             raise RecordingError(
@@ -193,8 +202,9 @@ class RecordingFolder:
                 f"{self.path}: {language} has no means over sentences; record again with --sentence-means, which adds "
                 "them to what is there"
             )
-        means: NDArray[np.float32] = self._read("sentences", language, "sentence means")[1]["means"]
-        return means
+        file = self._file("sentences", language)
+        storage.read_metadata(file, "sentence means", RecordingError)
+        return storage.memory_map(file, "means")
 
     def _file(self, part: str, language: str) -> Path:
         return self.path / part / f"{language}.safetensors"

@@ -106,12 +106,14 @@ def sentence_rows(
 
 
 def tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[Row]:
-    """Token ids of each text, without special tokens."""
+    """Token ids of each text, without special tokens: those that a text spells out are text, and are not counted."""
     stream = iter(texts)
+    special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
     while chunk := list(islice(stream, _DOCUMENTS)):
         # Not `verbose`: a document longer than the model reads is cut into rows by us.
-        for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
-            yield np.asarray(ids, dtype=np.int32)
+        for ids in tokenizer(chunk, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]:
+            row = np.asarray(ids, dtype=np.int32)
+            yield row[~np.isin(row, special)]
 
 
 def sentences_of(documents: Iterable[str]) -> Iterator[str]:

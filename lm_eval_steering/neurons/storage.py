@@ -5,8 +5,10 @@ The JSON stands under one key, with sorted keys and without dates, so that the s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +34,19 @@ def write(path: Path, kind: str, metadata: Mapping[str, Any], tensors: Mapping[s
         metadata: what JSON can hold.
         tensors: name -> array.
     """
-    header = canonical({"format_version": FORMAT_VERSION, "kind": kind, **metadata})
+    said = {"format_version": FORMAT_VERSION, "kind": kind, **metadata}
+    header = canonical(said | {"metadata_sha256": _digest(said)})
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     write_bytes(path, save(whole, metadata={_HEADER_KEY: header}))
+
+
+def memory_map(path: Path, name: str) -> NDArray[Any]:
+    """A tensor of a file that stays on disk until parts of it are looked at."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        about = json.loads(file.read(length))[name]
+    dtype = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}[about["dtype"]]
+    return np.memmap(path, dtype, "r", 8 + length + about["data_offsets"][0], tuple(about["shape"]))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -49,6 +61,10 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _digest(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(metadata).encode()).hexdigest()
 
 
 def canonical(value: Any) -> str:
@@ -103,4 +119,6 @@ def _metadata(
         raise error(f"{path}: format version {metadata.get('format_version')}, this release reads {FORMAT_VERSION}")
     if metadata.get("kind") != kind:
         raise error(f"{path}: a {metadata.get('kind')}, expected a {kind}")
+    if metadata.pop("metadata_sha256", None) != _digest(metadata):
+        raise error(f"{path}: the metadata do not match their own checksum; the file was damaged or edited")
     return metadata

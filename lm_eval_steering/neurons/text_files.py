@@ -6,17 +6,17 @@ import glob
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import CorpusError
-from lm_eval_steering.languages import spellings
 
 LINES = (".txt", ".dev", ".devtest", ".test", ".train", ".valid")  # one document a line; FLORES has its own
 SUFFIXES = (*LINES, ".jsonl", ".jsonl.gz", ".parquet")
-_EDGE = 1 << 20  # bytes at each end of a file that tell it from another
 _LANG = "{lang}"
 
 
@@ -52,7 +52,7 @@ class LocalFiles:
             raise CorpusError(f"corpus for {self.language}: {self.files[0]} is empty")
 
     def identity(self) -> dict[str, Any]:
-        """Names, sizes, and a hash over the first and last mebibyte of each file."""
+        """Names and hashes of the files."""
         return {"files": [_identity(path) for path in self.files], "columns": list(self.columns), "whole": self.whole}
 
     def _read(self, path: Path) -> Iterator[str]:
@@ -74,7 +74,8 @@ class LocalFiles:
             raise CorpusError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
             raise CorpusError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
-        return str(record[self._column(list(record), f"{path}, line {number}")] or "")
+        where = f"{path}, line {number}"
+        return as_text(record[self._column(list(record), where)], where)
 
     def _parquet(self, path: Path) -> Iterator[str]:
         import pyarrow
@@ -84,7 +85,9 @@ class LocalFiles:
             file = ParquetFile(path)
             column = self._column(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(columns=[column]):
-                yield from (str(value or "") for value in batch.column(0).to_pylist())
+                yield from (as_text(value, str(path)) for value in batch.column(0).to_pylist())
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{path}: not UTF-8 ({error.reason})") from None
         except (pyarrow.ArrowException, OSError) as error:
             raise CorpusError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from None
 
@@ -97,22 +100,42 @@ class LocalFiles:
         )
 
 
-def find_files(place: str, language: str, per_file: bool) -> tuple[Path, ...]:
+def as_text(value: Any, where: str) -> str:
+    """A document; nothing is none, and what is not text is refused rather than written out.
+
+    Raises:
+        CorpusError: naming the place and the type.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise CorpusError(f"{where}: expected text, found {type(value).__name__}; another column with ?column=NAME")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{where}: not text that UTF-8 can hold ({error.reason})") from None
+    return value
+
+
+def find_files(place: str, language: str, names: Sequence[str], per_file: bool) -> tuple[Path, ...]:
     """The files that a folder, a pattern with `{lang}`, or one file for all languages has for a language.
 
     Args:
         place: folder, pattern or file.
         language: code of the form fra_Latn.
+        names: how the place may spell it, the most exact first.
         per_file: whether a file holds one language, so that `{lang}` must tell which.
 
     Raises:
         CorpusError: if there is none, it is not clear which, or none of a kind that can be read.
     """
     path = str(Path(place).expanduser())
+    if re.search(r"\{lang\}[*?\[\w]", path):
+        raise CorpusError(f"corpus {place!r}: {_LANG} needs a separator after it, or fr* would take Frisian for French")
     if Path(path).is_dir() and _LANG not in path:
-        found = _one_of([f"{glob.escape(path)}/{_LANG}{suffix}" for suffix in SUFFIXES], language)
+        found = _one_of([f"{glob.escape(path)}/{_LANG}{suffix}" for suffix in SUFFIXES], language, names)
     elif _LANG in path or not per_file:
-        found = _one_of([path], language)
+        found = _one_of([path], language, names)
     else:
         raise CorpusError(
             f"corpus {place!r}: expected a folder with a file for each language, a path with {_LANG} in it, one file "
@@ -124,9 +147,8 @@ def find_files(place: str, language: str, per_file: bool) -> tuple[Path, ...]:
     return found
 
 
-def _one_of(patterns: list[str], language: str) -> tuple[Path, ...]:
+def _one_of(patterns: list[str], language: str, names: Sequence[str]) -> tuple[Path, ...]:
     """Files of the first spelling of the language that any pattern finds."""
-    names = spellings(language)
     for name in names:
         found = {pattern: sorted(glob.glob(pattern.replace(_LANG, name))) for pattern in patterns}  # noqa: PTH207
         hits = [files for files in found.values() if files]
@@ -134,8 +156,9 @@ def _one_of(patterns: list[str], language: str) -> tuple[Path, ...]:
             raise CorpusError(
                 f"corpus for {language}: both {hits[0][0]} and {hits[1][0]} are there; name one as a path with {_LANG}"
             )
-        if hits:
-            return tuple(Path(file) for file in hits[0] if Path(file).is_file())
+        files = tuple(Path(file) for file in hits[0] if Path(file).is_file()) if hits else ()
+        if files:
+            return files
     tried = patterns[0].replace(_LANG, names[0])
     raise CorpusError(f"corpus for {language}: no file {tried} (nor {', '.join(names[1:])} for {names[0]})")
 
@@ -152,14 +175,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise CorpusError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"{path}: cannot be read ({error})") from None
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
     with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(_EDGE))
-        file.seek(max(_EDGE, size - _EDGE))
-        digest.update(file.read())
-    return {"name": path.name, "bytes": size, "sha256_of_ends": digest.hexdigest()}
+        return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -129,3 +129,10 @@ def test_counts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused({"n": 0, "over_zero": active}, r"active on more tokens \(1\) than were counted \(0\)")
     refused([{"lang": "de", "num": 5, "over_zero": active}], "the recording says de, .* in its place is fra_Latn")
     refused([1], r'expected \{"n", "over_zero"\}')
+
+
+@pytest.mark.parametrize("indices", [torch.tensor([True, False]), torch.tensor([1.7]), None, {}])
+def test_what_are_no_indices_is_refused(tmp_path: Path, indices: Any) -> None:
+    torch.save([[indices, torch.tensor([]), torch.tensor([])]], tmp_path / "lists")
+    with pytest.raises(NeuronSetError, match=r"layer 0: indices: expected (whole )?numbers, found"):
+        import_lists(tmp_path / "lists", ["fr"], TINY)

@@ -68,11 +68,14 @@ def test_a_dataset_is_streamed_from_its_configuration(tmp_path: Path) -> None:
     corpus = f"hf:{tmp_path}/data?config=2023.{{lang}}"
     assert documents(corpus) == TEXTS
     assert Corpus.parse(corpus).source("fra_Latn").identity()["config"] == "2023.fr"
+    assert documents(f"{corpus}&names=deu_Latn:de") == TEXTS
+    with pytest.raises(CorpusError, match=r"no configuration 2023\.xx"):
+        documents(f"{corpus}&names=fra_Latn:xx")
     with pytest.raises(CorpusError, match=r"for ita_Latn: no configuration 2023.ita_Latn .*; did you mean"):
         documents(corpus, "ita_Latn")
     with pytest.raises(CorpusError, match=r"no column 'body', found text, other; say which with \?column=NAME"):
         documents(f"{corpus}&column=body")
-    with pytest.raises(CorpusError, match=r"split test: "):
+    with pytest.raises(CorpusError, match=r"no split 'test', found train"):
         documents(f"{corpus}&split=test")
     with pytest.raises(CorpusError, match="nowhere"):
         documents(f"hf:{tmp_path}/nowhere")
@@ -117,6 +120,33 @@ def test_what_is_not_there_or_not_clear_is_refused(tmp_path: Path) -> None:
         Corpus.parse(f"{tmp_path}?colum=x")
     with pytest.raises(CorpusError, match=r"documents='page', expected line or file"):
         Corpus.parse(f"{tmp_path}?documents=page")
+
+
+def test_als_is_not_read_as_albanian(tmp_path: Path) -> None:
+    (tmp_path / "als.txt").write_text("Alemannisch")
+    (tmp_path / "sq.txt").write_text("Shqip")
+    assert documents(str(tmp_path), "als_Latn") == ["Shqip"]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        ("hf:org/data?config=default", r"one text for every language; put \{lang\} in config=, split= or column="),
+        ("text/{lang}*.txt", r"\{lang\} needs a separator after it"),
+        ("text?split=test", "split= belongs to hf:DATASET"),
+        ("text?names=zho_Hans", "names='zho_Hans', expected CODE:NAME"),
+    ],
+)
+def test_a_corpus_that_cannot_be_meant_is_refused(corpus: str, message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
+        documents(corpus)
+
+
+@pytest.mark.parametrize("value", ['{"fr": "bonjour"}', '["bonjour"]', "1.5", '"a\\ud83d"'])
+def test_what_is_not_text_is_refused(tmp_path: Path, value: str) -> None:
+    (tmp_path / "fra.jsonl").write_text(f'{{"text": {value}}}\n')
+    with pytest.raises(CorpusError, match=r"fra\.jsonl, line 1: (expected text, found|not text that UTF-8 can hold)"):
+        documents(str(tmp_path))
 
 
 def test_an_edited_file_is_another_text(tmp_path: Path) -> None:

@@ -124,6 +124,49 @@ def test_other_settings_text_or_weights_are_refused(text: Path, tmp_path: Path) 
     (text / "deu_Latn.txt").write_text("w1 w2 w3 w4 w5 w6")
     with pytest.raises(RecordingError, match="the text of deu_Latn has changed"):
         recorder_of(text, tmp_path / "a", tokens=50).record()
+    (tmp_path / "a" / "tokens" / "deu_Latn.safetensors").unlink()  # counted from another text than would be read now
+    with pytest.raises(RecordingError, match="the text of deu_Latn has changed"):
+        recorder_of(text, tmp_path / "a", tokens=50).record()
+
+
+def test_a_small_change_of_the_weights_or_of_bos_is_another_model(text: Path, tmp_path: Path) -> None:
+    recorder_of(text, tmp_path / "a", languages=LANGUAGES[:2]).record()
+    tuned = tiny_model("llama")
+    for parameter in tuned.parameters():
+        parameter.data.mul_(1.003)
+    with pytest.raises(RecordingError, match="was recorded with other weights"):
+        recorder_of(text, tmp_path / "a", tuned).record()
+    other = recorder_of(text, tmp_path / "a")
+    other.model.tokenizer.bos_token = None
+    with pytest.raises(RecordingError, match=r"model\.tokenizer"):
+        other.record()
+
+
+def test_an_unfinished_recording_is_not_selected_from_by_default(text: Path, tmp_path: Path) -> None:
+    recorder_of(text, tmp_path / "a").record()
+    (tmp_path / "a" / "counts" / "tur_Latn.safetensors").unlink()
+    (tmp_path / "a" / "counts" / "tur_Latn.safetensors.7.partial").touch()
+    with pytest.raises(RecordingError, match="not finished, tur_Latn not recorded yet"):
+        RecordingFolder(tmp_path / "a").load()
+    assert RecordingFolder(tmp_path / "a").load(LANGUAGES[:2]).languages == LANGUAGES[:2]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "recording.json.7.partial").touch()  # killed before it began
+    recorder_of(text, tmp_path / "b").record()
+
+
+def test_one_text_for_two_languages_is_refused(text: Path, tmp_path: Path) -> None:
+    (text / "tur_Latn.txt").write_text((text / "deu_Latn.txt").read_text())
+    with pytest.raises(CorpusError, match="deu_Latn and tur_Latn have the same text"):
+        recorder_of(text, tmp_path / "a").record()
+
+
+def test_special_tokens_that_a_text_spells_out_are_not_counted(text: Path, tmp_path: Path) -> None:
+    clean = recorder_of(text, tmp_path / "a", rows="sentences").record()
+    for file in text.iterdir():
+        file.write_text(file.read_text().replace("\n", " <s>\n"))
+    spelled = recorder_of(text, tmp_path / "b", rows="sentences").record()
+    assert 0 not in RecordingFolder(tmp_path / "b").text("fra_Latn").rows.ids
+    assert (spelled.n_tokens >= clean.n_tokens).all()
 
 
 def test_damaged_files_are_refused(text: Path, tmp_path: Path) -> None:
@@ -205,10 +248,28 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     shared = ["record", *find_arguments(tmp_path)[:-4], "--sentence-means", "--sentences", "20", "--tokens", "1500"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command(*shared, "--out", tmp_path / "one"), check=True, capture_output=True, env=environment)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    two = [*launch, *command(*shared, "--out", tmp_path / "two")[1:]]
-    subprocess.run(two, check=True, capture_output=True, env=environment)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--redirects", "3"]
+    launch += ["--log-dir", str(tmp_path / "logs")]
+    subprocess.run(
+        [*launch, *command(*shared, "--out", tmp_path / "two")[1:]], check=True, capture_output=True, env=environment
+    )
+    printed = {file.parent.name: file.read_text() for file in (tmp_path / "logs").rglob("stdout.log")}
+    assert sorted(printed) == ["0", "1"] and "wrote" in printed["0"] and not printed["1"], "not two processes at work"
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.safetensors"))
     assert len(files) == 12  # tokens, counts and sentences of four languages
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+    log = json.loads((tmp_path / "two" / "record.log.json").read_text())
+    assert {step["processes"] for step in log["steps"] if step["what"] == "record"} == {2}
+
+
+def test_a_mistake_ends_every_process_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    arguments = ["record", "--model", resources.demo_model(), "--corpus", tmp_path / "text", "--languages", "fr,de"]
+    done = subprocess.run(
+        [*launch, *command(*arguments, "--out", tmp_path / "out")[1:]],
+        check=False, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "corpus for fra_Latn: no file" in done.stderr

@@ -1,0 +1,313 @@
+"""Logit lens by language: how much probability each layer's hidden state gives to each language's tokens.
+
+The hidden state after each layer, at the chosen positions, goes through the model's own end (`lens_head`): final norm
+once, head, soft-cap and scales. Its most probable tokens are read one by one, and their probabilities are added up by
+language and by script, never renormalised. Source: Gurgurov et al. 2025, `logit_lens.py`, which normalises the last
+state twice, leaves out soft-cap and scale, and knows no steered run. Every run here checks that the last layer's lens
+is the model's own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lm_eval_steering.analysis.checks import tolerance
+from lm_eval_steering.analysis.lens_head import ModelHead
+from lm_eval_steering.analysis.prompts import Batch, Prompts, batches, placed
+from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv, write_json
+from lm_eval_steering.analysis.token_labels import TokenLabels, by_class, masses
+from lm_eval_steering.architectures import sites_of, text_config_of
+from lm_eval_steering.errors import DidNotHappenError, SteeringError
+from lm_eval_steering.metrics.language_id import LanguageIdentifier
+from lm_eval_steering.neurons.loading import LazyModel
+from lm_eval_steering.neurons.log import Log
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.steering.attach import fitting_sites, steer
+
+_STATES = 64  # hidden states that go through the head at a time: 64 x vocabulary floats
+
+
+@dataclass(frozen=True)
+class Looking:
+    """What is looked at.
+
+    Attributes:
+        positions: `last` of each prompt, or `all` (a prompt's mean over its tokens, BOS among them, counts once).
+        top_k: most probable tokens that are read, 5 as in the paper; None with `top_p`.
+        top_p: the fewest most probable tokens that hold this mass; 1 reads the whole vocabulary.
+        batch_size: prompts a batch.
+    """
+
+    positions: str = "last"
+    top_k: int | None = 5
+    top_p: float | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.positions not in {"last", "all"}:
+            raise SteeringError(f"positions={self.positions!r}: expected last or all")
+        if (self.top_k is None) == (self.top_p is None):
+            raise SteeringError("top_k and top_p: expected one of them")
+        if self.top_k is not None and self.top_k < 1:
+            raise SteeringError(f"top_k={self.top_k}: expected a number above 0")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise SteeringError(f"top_p={self.top_p}: expected a share of the mass, above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass over the prompts, unsteered or steered.
+
+    Attributes:
+        name: `unsteered` or `steered`.
+        languages: for each layer, language -> mass of its tokens among those read, mean over prompts.
+        scripts: the same by script.
+        off_by: largest |difference| between the last layer's lens and the model's own logits at the prompts' last
+            positions, as a share of the largest |logit|.
+        signature: of the intervention.
+        fingerprint: over everything that decides the numbers.
+        evidence: what the hooks did; None in the unsteered run.
+    """
+
+    name: str
+    languages: tuple[Mapping[str, float], ...]
+    scripts: tuple[Mapping[str, float], ...]
+    off_by: float
+    signature: str
+    fingerprint: str
+    evidence: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Lens:
+    """The runs, the languages whose mass is of interest, and what they were made with."""
+
+    runs: tuple[Run, ...]
+    targets: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+
+def look(
+    model: LazyModel,
+    prompts: Prompts,
+    targets: Sequence[str],
+    neurons: NeuronSet | None = None,
+    intervention: Mapping[str, Any] | None = None,
+    looking: Looking | None = None,
+    identifier: LanguageIdentifier | None = None,
+    log: Log | None = None,
+) -> Lens:
+    """The lens of the unsteered model and, where an intervention is given, of the steered one.
+
+    Args:
+        model: loaded when the first prompt is read.
+        prompts: given to the model as they are, with the special tokens that its tokenizer adds.
+        targets: languages whose mass is of interest.
+        neurons: of the model; needed for an intervention.
+        intervention: arguments of `steer`.
+        looking: positions and tokens.
+        identifier: of the tokens' languages.
+        log: shows progress.
+
+    Raises:
+        SteeringError: if an intervention has no neurons, the set belongs to another model, or a prompt is too long.
+        DidNotHappenError: if the intervention did not take place, or the last layer's lens is not the model's output.
+    """
+    if intervention and neurons is None:
+        raise SteeringError("an intervention without neurons: pass the model's neuron set")
+    looking, identifier, log = looking or Looking(), identifier or LanguageIdentifier(), log or Log(show=False)
+    override = model.override or (neurons.provenance.sites if neurons else None) or None
+    if neurons is None:
+        sites = sites_of(model.model, override)
+    else:
+        sites = fitting_sites(model.model, neurons, sites=override, sketch=model.sketch, name=model.name)
+    head = ModelHead(model.model, sites)
+    labels = TokenLabels(model.tokenizer, identifier, int(text_config_of(model.config).vocab_size))
+    rows = list(batches(model, prompts.texts, looking.batch_size))
+    provenance = made_with(model, neurons, prompts, identifier, **asdict(looking))
+    wanted: dict[str, Mapping[str, Any]] = {"unsteered": {}, **({"steered": intervention} if intervention else {})}
+    runs = []
+    with log.bar("looking", len(wanted) * len(prompts.texts), "prompt") as bar:
+        for name, arguments in wanted.items():
+            reader = _Reader(head, labels, looking, len(prompts.texts))
+            steering = None
+            if arguments and neurons is not None:
+                # That the set fits was checked above, once.
+                steering = steer(model.model, neurons, force=True, sites=override, **arguments)
+            for batch in rows:
+                with steering or nullcontext():
+                    states, own = _forward(model.model, head, batch)
+                reader.read(batch, states, own)  # unsteered, as there is no unit behind the last layer
+                bar.update(len(batch.ids))
+            evidence = None if steering is None else asdict(steering.evidence())
+            if evidence is not None and not evidence["fired"]:
+                raise DidNotHappenError("the intervention never took place: no hook fired")
+            reader.check(tolerance(model.model.dtype))
+            written = signature_of(arguments, neurons)
+            made = fingerprint_of(provenance, written)
+            runs.append(Run(name, *reader.means(), reader.off_by, written, made, evidence))
+    return Lens(tuple(runs), tuple(targets), provenance)
+
+
+@torch.no_grad()
+def _forward(model: Any, head: ModelHead, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layer, row, position, hidden) states, and the model's own logits (row, vocabulary) at the last position."""
+    kept = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    with head.states() as seen:
+        own = model(**placed(model, batch), use_cache=False, **kept).logits[:, -1]
+    if len(seen) != len(head.layers):
+        raise DidNotHappenError(f"{len(seen)} layers ran in one forward pass, expected {len(head.layers)}")
+    return torch.stack([state.to(own.device) for state in seen]), own
+
+
+class _Reader:
+    """Adds up the masses of all prompts, for each layer."""
+
+    def __init__(self, head: ModelHead, labels: TokenLabels, looking: Looking, prompts: int) -> None:
+        self.head, self.labels, self.looking, self.prompts = head, labels, looking, prompts
+        self.off_by = 0.0
+        self._sums: dict[str, dict[tuple[int, str], float]] = {"language": {}, "script": {}}
+
+    def read(self, batch: Batch, states: torch.Tensor, own: torch.Tensor) -> None:
+        """One batch.
+
+        Args:
+            batch: padded on the left.
+            states: (layer, row, position, hidden).
+            own: (row, vocabulary) logits of the model at the last position.
+        """
+        last = batch.mask.clone()
+        last[:, :-1] = 0
+        chosen = (last if self.looking.positions == "last" else batch.mask).bool()
+        # (state,) share of a prompt that this position stands for; a prompt counts once.
+        share = (chosen / chosen.sum(1, keepdim=True))[chosen].cpu().double().numpy()
+        for layer, own_states in enumerate(states[:, chosen.to(states.device)]):
+            for start in range(0, len(own_states), _STATES):
+                logits = self.head.logits(own_states[start : start + _STATES])
+                self._add(layer, logits, share[start : start + _STATES])
+        self._compare(self.head.logits(states[-1, :, -1]), own)
+
+    def _add(self, layer: int, logits: torch.Tensor, share: NDArray[np.float64]) -> None:
+        probabilities, tokens = _most_probable(logits, self.looking)
+        for row, weight in enumerate(share):
+            kept = probabilities[row] > 0
+            ids = tokens[row][kept]
+            self.labels.learn(ids)
+            for kind, codes, names in (
+                ("language", self.labels.language, self.labels.languages),
+                ("script", self.labels.script, self.labels.scripts),
+            ):
+                found = masses(codes[ids], probabilities[row][kept], len(names))
+                for name, mass in zip(names, found, strict=True):
+                    key = layer, name
+                    self._sums[kind][key] = self._sums[kind].get(key, 0.0) + float(weight * mass)
+
+    def _compare(self, lens: torch.Tensor, own: torch.Tensor) -> None:
+        one, other = lens.cpu().double(), own.cpu().double()
+        difference = (one - other).abs().nan_to_num(nan=torch.inf).max() / other.abs().max()
+        self.off_by = max(self.off_by, float(difference))
+
+    def check(self, limit: float) -> None:
+        """Refuse a lens whose last layer is not the model's output.
+
+        Raises:
+            DidNotHappenError: naming the difference.
+        """
+        if not self.off_by <= limit:
+            raise DidNotHappenError(
+                f"the lens of the last layer differs from the model's own logits by {self.off_by:.2g} of the largest "
+                f"one, expected at most {limit:.2g}: this model does more to its output than its last layer, norm and "
+                "head; no number can be trusted"
+            )
+
+    def means(self) -> tuple[tuple[dict[str, float], ...], tuple[dict[str, float], ...]]:
+        """(languages, scripts): for each layer, name -> mass, the largest first."""
+        return self._mean("language"), self._mean("script")
+
+    def _mean(self, kind: str) -> tuple[dict[str, float], ...]:
+        found: list[dict[str, float]] = [{} for _ in self.head.layers]
+        for (layer, name), mass in sorted(self._sums[kind].items(), key=lambda item: (-item[1], item[0])):
+            if mass:
+                found[layer][name] = mass / self.prompts
+        return tuple(found)
+
+
+def _most_probable(logits: torch.Tensor, looking: Looking) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(row, token) probabilities, the largest first and 0 for tokens that are not read, and the tokens' ids."""
+    probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    if looking.top_p is None:
+        values, tokens = probabilities.topk(min(looking.top_k or 1, probabilities.shape[-1]))
+        return values.cpu().double().numpy(), tokens.cpu().numpy()
+    values, tokens = probabilities.sort(descending=True)
+    numbers = values.cpu().double().numpy()
+    before = numbers.cumsum(-1) - numbers  # a token is read as long as those before it do not hold the mass
+    return np.where((before < looking.top_p) | (looking.top_p == 1), numbers, 0.0), tokens.cpu().numpy()
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def table(found: Lens) -> str:
+    """One line a layer: mass of the target languages, English, others and unknown, unsteered and steered."""
+    runs = [[by_class(masses, found.targets) for masses in run.languages] for run in found.runs]
+    kinds = list(runs[0][0])
+    head = "".join(f"  {run.name:<{8 * len(kinds) - 2}}" for run in found.runs)
+    names = "".join(f"{name:>8}" for name in kinds) * len(runs)
+    lines = [f"       {head}".rstrip(), f"  layer{names}"]
+    for layer in range(len(runs[0])):
+        numbers = "".join(f"{run[layer][kind]:>8.3f}" for run in runs for kind in kinds)
+        lines.append(f"{layer:>7}{numbers}")
+    return "\n".join(lines)
+
+
+def write(found: Lens, folder: Path) -> list[Path]:
+    """`lens.csv` (classes), `lens-labels.csv` (every language and script), `logit-lens.json` and the picture.
+
+    Returns:
+        The files.
+    """
+    from lm_eval_steering.analysis.pictures import lens_lines, write_figure
+
+    classes = {run.name: [by_class(masses, found.targets) for masses in run.languages] for run in found.runs}
+    kinds = list(classes["unsteered"][0])
+    wide = [
+        (run.name, layer, *classes[run.name][layer].values(), sum(languages.values()), run.fingerprint[:8])
+        for run in found.runs
+        for layer, languages in enumerate(run.languages)
+    ]
+    write_csv(folder / "lens.csv", ("run", "layer", *map(str.lower, kinds), "read", "fingerprint"), wide)
+    long = [
+        (run.name, layer, kind, name, mass)
+        for run in found.runs
+        for kind, layers in (("language", run.languages), ("script", run.scripts))
+        for layer, labels in enumerate(layers)
+        for name, mass in labels.items()
+    ]
+    write_csv(folder / "lens-labels.csv", ("run", "layer", "by", "label", "mass"), long)
+    content = {"made_with": found.provenance, "targets": found.targets, "runs": [asdict(run) for run in found.runs]}
+    write_json(folder / "logit-lens.json", content)
+    panels = {run.name: {kind: [layer[kind] for layer in classes[run.name]] for kind in kinds} for run in found.runs}
+    names = {"target": "+".join(found.targets), "English": "eng_Latn", "other": "other languages", "unknown": "unknown"}
+    what = _axis(found.provenance["settings"])
+    signed = "" if len(found.runs) == 1 else f"steered: {found.runs[-1].signature}"
+    pictures = write_figure(folder, "logit-lens", lambda: lens_lines(panels, names, what, signed))
+    return [folder / "lens.csv", folder / "lens-labels.csv", folder / "logit-lens.json", *pictures]
+
+
+def _axis(settings: Mapping[str, Any]) -> str:
+    if settings["top_p"] is None:
+        return f"probability of the top {settings['top_k']} tokens"
+    return (
+        "probability of all tokens"
+        if settings["top_p"] == 1
+        else f"probability of the top-{settings['top_p']:g} tokens"
+    )

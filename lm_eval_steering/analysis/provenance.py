@@ -1,0 +1,86 @@
+"""What an analysis was made with: the part that its JSON file and its fingerprint share."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lm_eval_steering.analysis.prompts import Prompts
+from lm_eval_steering.fingerprint import fingerprint, weights_digest
+from lm_eval_steering.metrics.language_id import LanguageIdentifier
+from lm_eval_steering.neurons.loading import LazyModel, versions
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.neurons.storage import write_bytes
+from lm_eval_steering.steering.intervention import from_arguments
+from lm_eval_steering.steering.plan import compile_plan
+
+
+def signature_of(arguments: Mapping[str, Any], neurons: NeuronSet | None) -> str:
+    """The intervention in its readable form, with the neuron set's codes; `none` for the unsteered model.
+
+    Raises:
+        SteeringError: if the intervention is not defined, or not for this set; no model is needed to find out.
+    """
+    intervention = from_arguments(arguments)
+    if neurons is None:
+        return intervention.signature()
+    return compile_plan(intervention, neurons).intervention.signature()
+
+
+def made_with(
+    model: LazyModel, neurons: NeuronSet | None, prompts: Prompts, identifier: LanguageIdentifier, **settings: Any
+) -> dict[str, Any]:
+    """Model, neurons, prompts, identifier, settings and versions, in values that JSON can hold.
+
+    Args:
+        model: loaded.
+        neurons: of the model, if any were used.
+        prompts: that it was given.
+        identifier: of languages.
+        settings: of the analysis.
+    """
+    return {
+        "model": model.description() | {"dtype": str(model.model.dtype).removeprefix("torch.")},
+        "device": str(model.model.device),
+        "weights": weights_digest(model.model),
+        "neurons": None if neurons is None else {"content": neurons.content_hash(), **asdict(neurons.provenance)},
+        "prompts": prompts.identity(),
+        "identifier": identifier.signature(),
+        "settings": settings,
+        "seed": None,  # nothing is drawn: decoding is greedy
+        "versions": versions(),
+    }
+
+
+def fingerprint_of(provenance: Mapping[str, Any], signature: str) -> str:
+    """Hash over everything that decides the numbers of one run; the device and the set's story are no part of it."""
+    parts = {key: provenance[key] for key in ("weights", "prompts", "identifier", "settings", "versions")}
+    neurons, model = provenance["neurons"], provenance["model"]
+    return fingerprint(
+        {
+            **parts,
+            "tokenizer": model["tokenizer"],
+            "dtype": model["dtype"],
+            "neurons": neurons["content"] if neurons and signature != "none" else None,
+            "intervention": signature,
+        }
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """One file in one step."""
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """One file in one step; numbers as Python prints them."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())

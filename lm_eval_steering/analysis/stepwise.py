@@ -1,0 +1,258 @@
+"""Languages deactivated step by step: which does the model fall back to? (Gurgurov et al. 2025, `fallbacks.py`)
+
+Step 0 is the unsteered model; in step k the neurons of the first k languages of the order are set to 0. After each step
+the same prompts are continued greedily, and the language of every continuation is identified.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lm_eval_steering import languages
+from lm_eval_steering.analysis.prompts import Batch, Prompts, batches, pad_token
+from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv, write_json
+from lm_eval_steering.errors import DidNotHappenError, NeuronSetError, SteeringError
+from lm_eval_steering.metrics.language_id import UNKNOWN, Identified, LanguageIdentifier, in_language
+from lm_eval_steering.neurons.loading import LazyModel
+from lm_eval_steering.neurons.log import Log
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.steering.attach import fitting_sites, steer
+
+EMPTY = "empty"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are generated: greedily, the model's own sampling and penalties switched off.
+
+    Attributes:
+        max_new_tokens: at most so many a prompt.
+        batch_size: prompts a batch.
+        stop: a continuation is cut before the first of these texts.
+        min_new_tokens: the model may not end before so many.
+    """
+
+    max_new_tokens: int = 64
+    batch_size: int = 16
+    stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the model answers after one more language is deactivated.
+
+    Attributes:
+        deactivated: languages, in the order in which they were; empty in step 0.
+        neurons: distinct neurons that are set to 0.
+        outputs: continuation of each prompt.
+        identified: language and confidence of each.
+        signature: of the intervention.
+        fingerprint: over everything that decides the outputs.
+        evidence: what the hooks did (`steering.attach.Evidence`); None in step 0.
+        seconds: that it took.
+    """
+
+    deactivated: tuple[str, ...]
+    neurons: int
+    outputs: tuple[str, ...]
+    identified: tuple[Identified, ...]
+    signature: str
+    fingerprint: str
+    evidence: Mapping[str, Any] | None
+    seconds: float
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Language -> number of outputs, most frequent first, codes in alphabetical order where equal.
+
+        Outputs without text, where the model ended at once, are `empty` and not `unknown`.
+        """
+        labels = zip(self.outputs, self.identified, strict=True)
+        found = Counter(one.language if text.strip() else EMPTY for text, one in labels)
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Language -> share of all outputs, in the same order; they add up to 1, `unknown` and `empty` among them."""
+        return {code: count / len(self.identified) for code, count in self.counts.items()}
+
+    @property
+    def in_off(self) -> float:
+        """Share of the outputs in languages that are deactivated."""
+        return sum(
+            share
+            for code, share in self.shares.items()
+            if code != EMPTY and any(in_language(code, off) for off in self.deactivated)
+        )
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """All steps, and what they were made with."""
+
+    steps: tuple[Step, ...]
+    provenance: Mapping[str, Any]
+
+
+def order_of(neurons: NeuronSet, text: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(languages to deactivate in their order, languages of the set left out because they have no neurons).
+
+    Args:
+        neurons: the set.
+        text: codes joined by commas; by default the set's order.
+
+    Raises:
+        UnknownLanguageError: if a named language is not in the set.
+        NeuronSetError: if a named language has no neurons, or none of the set has.
+        SteeringError: if a language is named twice.
+    """
+    if text is None:
+        order = tuple(code for code in neurons.languages if len(neurons.neurons(code)))
+        if not order:
+            raise NeuronSetError("no language of the neuron set has neurons, so there is nothing to deactivate")
+        return order, tuple(code for code in neurons.languages if code not in order)
+    order = tuple(languages.choose(code, neurons.languages, "the neuron set") for code in text.split(","))
+    if len(set(order)) != len(order):
+        raise SteeringError(f"--order {text}: a language is named twice")
+    for code in order:
+        if not len(neurons.neurons(code)):
+            raise NeuronSetError(f"--order {text}: {code} has no neurons in the set, so its step would do nothing")
+    return order, ()
+
+
+def deactivate_stepwise(
+    model: LazyModel,
+    neurons: NeuronSet,
+    prompts: Prompts,
+    order: Sequence[str],
+    decoding: Decoding | None = None,
+    identifier: LanguageIdentifier | None = None,
+    log: Log | None = None,
+) -> Fallback:
+    """Run all steps.
+
+    Args:
+        model: loaded when the first step begins.
+        neurons: of the model.
+        prompts: given to the model as they are, with the special tokens that its tokenizer adds.
+        order: languages with neurons, each once (`order_of`).
+        decoding: greedy.
+        identifier: of the outputs' languages.
+        log: shows progress, and keeps times.
+
+    Raises:
+        SteeringError: if the set belongs to another model, or a prompt is too long.
+        DidNotHappenError: if a deactivation did not take place in every forward pass.
+    """
+    decoding, identifier, log = decoding or Decoding(), identifier or LanguageIdentifier(), log or Log(show=False)
+    sites = model.override or neurons.provenance.sites or None
+    fitting_sites(model.model, neurons, sites=sites, sketch=model.sketch, name=model.name)
+    rows = list(batches(model, prompts.texts, decoding.batch_size, decoding.max_new_tokens))
+    provenance = made_with(model, neurons, prompts, identifier, order=list(order), **asdict(decoding))
+    steps = []
+    with log.bar("generating", (len(order) + 1) * len(prompts.texts), "prompt") as bar:
+        for number in range(len(order) + 1):
+            off, start = tuple(order[:number]), time.perf_counter()
+            arguments: dict[str, Any] = {"deactivate": "+".join(off)} if off else {}
+            signature = signature_of(arguments, neurons)
+            # That the set fits was checked above, once.
+            context = steer(model.model, neurons, force=True, sites=sites, **arguments) if off else nullcontext()
+            outputs: list[str] = []
+            with context as steering:
+                for batch in rows:
+                    outputs += _continue(model, batch, decoding)
+                    bar.update(len(batch.ids))
+                evidence = None if steering is None else asdict(steering.evidence())
+            if evidence is not None and not evidence["fired"]:
+                raise DidNotHappenError(f"deactivating {'+'.join(off)} never took place: no hook fired")
+            steps.append(
+                Step(
+                    off, len(neurons.union(off)), tuple(outputs), tuple(identifier.identify(outputs)), signature,
+                    fingerprint_of(provenance, signature), evidence, round(time.perf_counter() - start, 3),
+                )
+            )  # fmt: skip
+            log.note("step", number=number, deactivated=list(off), seconds=steps[-1].seconds)
+    return Fallback(tuple(steps), provenance)
+
+
+@torch.no_grad()
+def _continue(model: LazyModel, batch: Batch, decoding: Decoding) -> list[str]:
+    """Greedy continuations of a left-padded batch, without special tokens."""
+    settings = model.model.generation_config
+    ids = model.model.generate(
+        input_ids=batch.ids, attention_mask=batch.mask, max_new_tokens=decoding.max_new_tokens,
+        pad_token_id=pad_token(model), eos_token_id=settings.eos_token_id,
+        # A checkpoint's own settings may sample, search or penalise; penalties also count the padding of a row.
+        do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0,
+        no_repeat_ngram_size=0, min_new_tokens=decoding.min_new_tokens, use_cache=True,
+    )  # fmt: skip
+    texts = model.tokenizer.batch_decode(ids[:, batch.ids.shape[1] :], skip_special_tokens=True)
+    return [_cut(text, decoding.stop) for text in texts]
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    places = [place for place in (text.find(mark) for mark in stop) if place >= 0]
+    return text[: min(places, default=len(text))]
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def table(found: Fallback) -> str:
+    """One line a step: the language deactivated last, neurons, and the outputs' languages.
+
+    `in off` is the share of the outputs in languages that are deactivated; the most frequent languages follow.
+    """
+    width = max(len(step.deactivated[-1]) + 2 if step.deactivated else 7 for step in found.steps)
+    lines = [f"step  {'off':<{width}}  neurons  in off  unknown  empty  most frequent"]
+    for number, step in enumerate(found.steps):
+        name = f"+ {step.deactivated[-1]}" if step.deactivated else "nothing"
+        shares = [f"{code} {share:.2f}" for code, share in step.shares.items() if code not in {UNKNOWN, EMPTY}]
+        more = f"  and {len(shares) - 4} more" if len(shares) > 4 else ""
+        unknown, empty = (step.shares.get(label, 0.0) for label in (UNKNOWN, EMPTY))
+        start = f"{number:>4}  {name:<{width}}  {step.neurons:>7,}  {step.in_off:>6.2f}  {unknown:>7.2f}  {empty:>5.2f}"
+        lines.append(f"{start}  {'  '.join(shares[:4])}{more}")
+    return "\n".join(lines)
+
+
+def write(found: Fallback, folder: Path) -> list[Path]:
+    """`steps.csv` (a row a step and language), `stepwise.json` (outputs, evidence, provenance) and the picture.
+
+    Returns:
+        The files.
+    """
+    from lm_eval_steering.analysis.pictures import stacked_steps, write_figure
+
+    header = ("step", "deactivated_last", "languages_off", "neurons", "language", "outputs", "share", "fingerprint")
+    rows = [
+        (
+            number, step.deactivated[-1] if step.deactivated else "", len(step.deactivated), step.neurons,
+            code, count, count / len(step.identified), step.fingerprint[:8],
+        )
+        for number, step in enumerate(found.steps)
+        for code, count in step.counts.items()
+    ]  # fmt: skip
+    write_csv(folder / "steps.csv", header, rows)
+    steps = [
+        {
+            "step": number,
+            **{key: value for key, value in asdict(step).items() if key not in {"outputs", "identified", "seconds"}},
+            "most_common": next(iter(step.counts)),
+            "shares": step.shares,
+            "in_off": step.in_off,
+            "outputs": [{"text": text, **asdict(one)} for text, one in zip(step.outputs, step.identified, strict=True)],
+        }
+        for number, step in enumerate(found.steps)
+    ]
+    write_json(folder / "stepwise.json", {"made_with": found.provenance, "steps": steps})
+    pictures = write_figure(folder, "stepwise", lambda: stacked_steps(found.steps))
+    return [folder / "steps.csv", folder / "stepwise.json", *pictures]
