@@ -64,7 +64,7 @@ def test_other_methods_from_the_same_recording(recording: Path, method: list[str
 
 
 def test_calibrate_adds_statistics_to_a_set_without(neuron_set: Path, tmp_path: Path) -> None:
-    assert NeuronSet.load(neuron_set).statistics is None
+    assert NeuronSet.load(neuron_set).calibrated is None
     run(
         "calibrate",
         neuron_set,
@@ -75,7 +75,7 @@ def test_calibrate_adds_statistics_to_a_set_without(neuron_set: Path, tmp_path: 
         tmp_path / "calibrated.safetensors",
     )
     found = NeuronSet.load(tmp_path / "calibrated.safetensors")
-    assert found.statistics is not None and found.statistics.languages == tuple(sorted(CODES.split(",")))
+    assert found.calibrated is not None and found.calibrated.languages == tuple(sorted(CODES.split(",")))
     log = json.loads((tmp_path / "calibrated.log.json").read_text())
     assert {"command", "started", "seconds", "platform"} <= set(log)
     assert [step["what"] for step in log["steps"]] == ["load model", "calibrate"]

@@ -131,7 +131,7 @@ def empty_set(bench: Bench) -> Finding:
     """A language without neurons gives the same bits."""
     plain, code = bench.logits(bench.row), bench.languages[0]
     nothing = replace(
-        bench.neurons, languages=(code,), assignments={code: np.zeros((0, 2), dtype=np.int64)}, statistics=None
+        bench.neurons, languages=(code,), assignments={code: np.zeros((0, 2), dtype=np.int64)}, calibrated=None
     )
     with steer(bench.model, nothing, code, allow_empty=True, force=True, sites=bench.override, **STRONG):
         worst = difference(bench.logits(bench.row), plain)
@@ -185,7 +185,7 @@ def nothing_else_changes(bench: Bench) -> Finding:
 
 def _operations(bench: Bench) -> list[dict[str, Any]]:
     """Scale, add and set by numbers, and add of the calibrated mean where the set holds it."""
-    statistics = bench.neurons.statistics
+    statistics = bench.neurons.calibrated
     calibrated = statistics is not None and all("mean" in statistics.values.get(site, {}) for site in SITES)
     return [*_OPERATIONS, *([{"op": "add", "value": "mean", "factor": 2.0}] if calibrated else [])]
 
@@ -203,8 +203,8 @@ def _around(
 def _chosen(bench: Bench, site: str, arguments: dict[str, Any]) -> list[tuple[int, int, float]]:
     """(layer, unit, value) of each neuron of the first language."""
     neurons, value = bench.neurons.neurons(bench.languages[0]), arguments.get("value", 1.0)
-    if isinstance(value, str) and bench.neurons.statistics is not None:
-        values = bench.neurons.statistics.lookup(neurons, bench.languages[0], site, value).tolist()
+    if isinstance(value, str) and bench.neurons.calibrated is not None:
+        values = bench.neurons.calibrated.lookup(neurons, bench.languages[0], site, value).tolist()
     else:
         values = [float(value)] * len(neurons)
     return [(int(layer), int(unit), v) for (layer, unit), v in zip(neurons.tolist(), values, strict=True)]

@@ -128,5 +128,5 @@ def _save(found: NeuronSet, out: Path) -> None:
     found.save(out)
     for code in found.languages:
         typer.echo(f"{code}  {len(found.neurons(code))} neurons")
-    statistics = "with statistics" if found.statistics is not None else "without statistics (`calibrate` adds them)"
+    statistics = "with statistics" if found.calibrated is not None else "without statistics (`calibrate` adds them)"
     typer.echo(f"wrote {out}, {statistics}")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from lm_eval_steering import languages
 from lm_eval_steering.architectures import model_type_of, parse_sites, shape_of
-from lm_eval_steering.errors import InterventionError, NeuronSetError, did_you_mean
+from lm_eval_steering.errors import ArchitectureError, InterventionError, NeuronSetError, SteeringError, did_you_mean
+from lm_eval_steering.harness.scoring.choose import check_setting
+from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.resources import find_neuron_set
 from lm_eval_steering.steering.intervention import ARGUMENTS, from_arguments
@@ -33,16 +37,26 @@ class SteeringArguments:
         neurons: path of a neuron set, or the name of one that ships.
         language: whose neurons to steer; several are joined by `+`.
         op: `scale`, `add` or `set`.
-        value: number or calibrated statistic for `add` and `set`.
+        value: number, calibrated or live statistic for `add` and `set`.
         factor: any finite number.
-        site: `activation` or `product`.
-        deactivate: languages whose neurons are set to 0, or `others`.
-        layers: ranges such as `0-3+28-31`.
+        preset: a paper's name for op, value and scope.
+        deactivate: languages whose neurons are silenced, or `others`.
+        deactivate_to: what they are set to, 0 by default; or `negate`, `mask`, `random`, `noise`.
         keep_shared: False lets a deactivation silence neurons that are steered too.
+        site: `activation` or `product`.
+        layers: ranges such as `0-3+28-31`.
+        positions: `all`, `prompt`, `generated`, `last`, or a window.
+        scope: of a live statistic, `token` or `sequence`.
+        seed: of random numbers.
+        intervention: path of a YAML file with a list of steps, instead of the arguments above.
         target_language: what `lfs` counts in a run that steers to no language.
+        lid: what identifies the language of outputs: a name (`lid.176`, `glotlid`, ...) or the path of a model file.
+        lid_threshold: confidence below which an output's language is `unknown`.
+        lid_letters: number of letters below which it is.
         allow_empty: accept a language without neurons.
         force: use a neuron set of another model.
         sites: where the units are in a family that is not known (`architectures.sites_of`).
+        scoring: `auto`, `shared` or `plain`: how log-likelihoods are computed (`harness.scoring`).
     """
 
     neurons: str | None = None
@@ -50,19 +64,30 @@ class SteeringArguments:
     op: str | None = None
     value: float | str | None = None
     factor: float | str | None = None
-    site: str | None = None
+    preset: str | None = None
     deactivate: str | None = None
-    layers: str | None = None
+    deactivate_to: float | str | None = None
     keep_shared: bool | None = None
+    site: str | None = None
+    layers: str | int | None = None
+    positions: str | None = None
+    scope: str | None = None
+    seed: int | None = None
+    intervention: Any = None
     target_language: str | None = None
+    lid: str = DEFAULT
+    lid_threshold: float = THRESHOLD
+    lid_letters: int = LETTERS
     allow_empty: bool = False
     force: bool = False
     sites: str | None = None
+    scoring: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("allow_empty", "force"):
             if not isinstance(getattr(self, name), bool):
                 raise InterventionError(f"{name}={getattr(self, name)!r}: expected True or False")
+        check_setting(self.scoring)
         if self.sites is not None:
             parse_sites(self.sites)
         wants = [name for name in ARGUMENTS if getattr(self, name) is not None]
@@ -72,17 +97,27 @@ class SteeringArguments:
             )
         if self.neurons is not None and not wants:
             raise InterventionError(
-                "neurons= without language= or deactivate=: nothing to intervene on; leave neurons= out for an "
-                "unsteered run"
+                "neurons= without language=, deactivate= or intervention=: nothing to intervene on; leave "
+                "neurons= out for an unsteered run"
             )
 
     def targets(self) -> tuple[str, ...]:
         """Languages whose share of outputs `lfs` counts: the argument, else the steered ones."""
         if self.target_language is not None:
             return tuple(languages.normalise(code) for code in str(self.target_language).split("+"))
-        return from_arguments(self.intervention()).steered
+        return from_arguments(self.steps()).steered
 
-    def intervention(self) -> dict[str, Any]:
+    def identifier(self) -> LanguageIdentifier:
+        """What identifies the language of outputs.
+
+        Raises:
+            SteeringError: if the model file is not there, or is another one than its name says.
+        """
+        identifier = LanguageIdentifier.named(self.lid, self.lid_threshold, self.lid_letters)
+        identifier.signature()  # reads the file
+        return identifier
+
+    def steps(self) -> dict[str, Any]:
         """The arguments that describe the intervention."""
         return {name: getattr(self, name) for name in ARGUMENTS}
 
@@ -101,7 +136,14 @@ def split(given: Mapping[str, Any], parent: type, config: Any) -> tuple[Steering
         if key not in known and not key.startswith("bnb_4bit_") and not hasattr(config, key):
             hint = did_you_mean(key, sorted(own | parents))
             raise InterventionError(f"unknown model argument {key!r}{hint}")
-    return SteeringArguments(**{key: value for key, value in given.items() if key in own}), rest
+    found = SteeringArguments(**{key: value for key, value in given.items() if key in own})
+    for key in ("tp_plan", "tp_size"):
+        if found.neurons is not None and rest.get(key):
+            raise ArchitectureError(
+                f"{key}={rest[key]!r}: tensor parallelism splits every layer's units over devices, which steering "
+                "cannot follow; use parallelize=True, which keeps layers whole, or one process a device"
+            )
+    return found, rest
 
 
 def refuse_other_name(neuron_set: NeuronSet, pretrained: str) -> None:
@@ -123,7 +165,7 @@ def plan_before_loading(arguments: SteeringArguments, config: Any) -> tuple[Neur
     Raises:
         SteeringError: for anything that would make the score wrong.
     """
-    intervention = from_arguments(arguments.intervention())
+    intervention = from_arguments(arguments.steps())
     arguments.targets()
     if arguments.neurons is None:
         return None, None
@@ -131,3 +173,16 @@ def plan_before_loading(arguments: SteeringArguments, config: Any) -> tuple[Neur
     shape = shape_of(config)
     neuron_set.check_model(shape.layers, shape.units, model_type_of(config), arguments.force)
     return neuron_set, compile_plan(intervention, neuron_set, arguments.allow_empty)
+
+
+def read_config(pretrained: Any, arguments: dict[str, Any]) -> Any:
+    """The config of a loaded model, or of one still on disk or on the hub: a few kilobytes."""
+    if not isinstance(pretrained, str):
+        return pretrained.config
+    names = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "gguf_file")
+    chosen = {name: arguments[name] for name in names if arguments.get(name)}
+    read: Callable[..., Any] = AutoConfig.from_pretrained
+    try:
+        return read(pretrained, **chosen)
+    except (OSError, ValueError) as error:
+        raise SteeringError(f"pretrained={pretrained!r}: {str(error).splitlines()[0]}") from error

@@ -8,6 +8,8 @@ from typing import Any
 
 from lm_eval.api.model import CacheHook
 
+from lm_eval_steering.metrics.likelihood import Score
+
 Decorate = Callable[[str, Iterable[Any], Any], Any]
 
 
@@ -47,3 +49,27 @@ class DecoratingCacheHook(CacheHook):
         decorated = self._decorate(attr, req, res)
         if decorated is not None:
             super().add_partial(attr, req, decorated)
+
+
+class PartialAnswers:
+    """Makes partial answers of a `SteeredHFLM` what they would be at the end."""
+
+    def __init__(self, lm: Any) -> None:
+        self._lm = lm
+        self._tokens: dict[tuple[str, ...], int] = {}  # (context, continuation) in hand -> tokens of the latter
+
+    def expect(self, requests: Iterable[Any]) -> None:
+        """Log-likelihood requests, tokenised, whose answers come next."""
+        self._tokens = {request[0]: len(request[2]) for request in requests if request[0]}
+
+    def __call__(self, kind: str, request: Iterable[Any], answer: Any) -> Any:
+        """The whole answer, or None where it cannot stand alone yet, or must not."""
+        if kind == "loglikelihood" and self._lm.sizes.twice:
+            return None
+        if self._lm.steering is not None and self._lm.steering.overflowed():
+            return None
+        if kind == "generate_until":
+            return self._lm.identify(answer)
+        if kind == "loglikelihood":
+            return Score(answer, tokens=self._tokens[tuple(request)], targets=self._lm.targets)
+        return answer

@@ -145,7 +145,7 @@ def _result(
         },
     )
     languages = tuple(assignments)
-    statistics = _merged([own.statistics for own in sources if own.statistics is not None])
+    statistics = _merged([own.calibrated for own in sources if own.calibrated is not None])
     return NeuronSet(languages, assignments, provenance, _covering(statistics, languages, assignments))
 
 

@@ -60,7 +60,7 @@ def calibrated(
     return [
         replace(
             found,
-            statistics=statistics.restrict(found.union()),
+            calibrated=statistics.restrict(found.union()),
             provenance=replace(
                 found.provenance,
                 weights=found.provenance.weights or model.sketch,

@@ -155,7 +155,7 @@ def random_set(neuron_set: NeuronSet, seed: int, disjoint: bool = True) -> Neuro
     return replace(
         neuron_set,
         assignments=random_control(neuron_set.assignments, neuron_set.languages, units, seed, disjoint),
-        statistics=None,
+        calibrated=None,
         provenance=replace(
             neuron_set.provenance,
             corpus={key: value for key, value in neuron_set.provenance.corpus.items() if key != "calibration"},

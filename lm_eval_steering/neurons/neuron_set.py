@@ -79,13 +79,15 @@ class Statistics:
         `diffmean` is the language's mean minus the average of the other languages' means (Gurgurov et al. 2025).
 
         Raises:
-            NeuronSetError: if the statistic or a neuron is absent.
+            NeuronSetError: if the statistic, the language or a neuron is absent.
         """
         table = self.values.get(site, {})
         source = "mean" if name == "diffmean" else name
         if source not in table:
             hint = did_you_mean(name, [*table, *(["diffmean"] if "mean" in table else [])])
             raise NeuronSetError(f"statistic {name!r} at site {site!r} is not in the neuron set{hint}")
+        if language not in self.languages:
+            raise NeuronSetError(f"the neuron set has statistics of {'+'.join(self.languages)}, not of {language}")
         values = table[source][self._rows(neurons)].astype(np.float64)
         column = self.languages.index(language)
         if name != "diffmean":
@@ -120,13 +122,13 @@ class NeuronSet:
         languages: codes in the order of selection; a language without neurons is listed too.
         assignments: language -> (neuron, 2) sorted rows of (layer, unit).
         provenance: model, selection, corpus.
-        statistics: calibrated activations, or None where none were measured.
+        calibrated: activation statistics of the chosen neurons, or None where none were measured.
     """
 
     languages: tuple[str, ...]
     assignments: Mapping[str, Neurons]
     provenance: Provenance
-    statistics: Statistics | None = None
+    calibrated: Statistics | None = None
 
     def __post_init__(self) -> None:
         if set(self.languages) != set(self.assignments) or len(set(self.languages)) != len(self.languages):
@@ -155,6 +157,23 @@ class NeuronSet:
         """Sorted rows (layer, unit) of one language; any code that names it will do."""
         return self.assignments[languages.choose(language, self.languages, "the neuron set")]
 
+    def statistics(self, language: str, name: str = "mean", site: str = "activation") -> NDArray[np.float32]:
+        """One calibrated statistic of a language's own neurons, (neuron,), in the order of `neurons(language)`.
+
+        Args:
+            language: any code that names it.
+            name: `mean` (over all tokens), `sentence_mean`, `median`, `max`, `p10` ... (over the sentences' means), or
+                `diffmean`.
+            site: `activation` or `product`.
+
+        Raises:
+            NeuronSetError: if the set holds no statistics, or not this one.
+        """
+        code = languages.choose(language, self.languages, "the neuron set")
+        if self.calibrated is None:
+            raise NeuronSetError("the neuron set holds no calibrated statistics; `lm-eval-steering calibrate` adds them")
+        return self.calibrated.lookup(self.assignments[code], code, site, name)
+
     def union(self, chosen: Sequence[str] | None = None) -> Neurons:
         """Distinct neurons of the given languages, all by default."""
         return union_of([self.neurons(language) for language in (self.languages if chosen is None else chosen)])
@@ -170,7 +189,7 @@ class NeuronSet:
 
     @cached_property
     def _content_hash(self) -> str:
-        columns = self.statistics.languages if self.statistics else ()
+        columns = self.calibrated.languages if self.calibrated else ()
         digest = hashlib.sha256(json.dumps([self.languages, list(self.shape), columns]).encode())
         for name, tensor in sorted(self._tensors().items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
@@ -186,9 +205,9 @@ class NeuronSet:
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
         tensors: dict[str, NDArray[Any]] = {f"neurons/{k}": self.assignments[k] for k in self.languages}
-        if self.statistics is not None:
-            tensors["statistics/neurons"] = self.statistics.neurons
-            for site, tables in self.statistics.values.items():
+        if self.calibrated is not None:
+            tensors["statistics/neurons"] = self.calibrated.neurons
+            for site, tables in self.calibrated.values.items():
                 tensors |= {f"statistics/{site}/{name}": table for name, table in tables.items()}
         return tensors
 
@@ -197,7 +216,7 @@ class NeuronSet:
         metadata = {
             "languages": list(self.languages),
             "provenance": asdict(self.provenance),
-            "statistics_languages": list(self.statistics.languages) if self.statistics else None,
+            "statistics_languages": list(self.calibrated.languages) if self.calibrated else None,
             "content_sha256": self.content_hash(),
         }
         storage.write(Path(path), _KIND, metadata, self._tensors())

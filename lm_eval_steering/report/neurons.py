@@ -266,9 +266,9 @@ def _contents(neuron_set: NeuronSet) -> list[str]:
 
 
 def _statistics(neuron_set: NeuronSet) -> list[str]:
-    if neuron_set.statistics is None:
+    if neuron_set.calibrated is None:
         return [_line("statistics", "none, so value= takes numbers only")]
-    found = neuron_set.statistics
+    found = neuron_set.calibrated
     sites: dict[str, list[str]] = {}
     for site, tables in found.values.items():
         sites.setdefault(" ".join(sorted(tables)), []).append(site)

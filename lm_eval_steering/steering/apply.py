@@ -10,6 +10,7 @@ from lm_eval_steering.architectures import check_width
 from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.neurons.neuron_set import SITES
 from lm_eval_steering.steering.compose import Affine, Source, Term
+from lm_eval_steering.steering.evidence import LargestChange
 from lm_eval_steering.steering.fields import NORMAL
 from lm_eval_steering.steering.live import normal, statistic
 from lm_eval_steering.steering.plan import Edit
@@ -51,7 +52,7 @@ class _Tensors:
 
 
 class EditAtWork:
-    """One edit of a plan, called with a layer's units in each forward pass; it keeps counters, and no activation."""
+    """One edit of a plan, called with a layer's units in each forward pass; it keeps no activation."""
 
     def __init__(self, edit: Edit, width: int) -> None:
         """Prepare; tensors go to a device when a layer there runs for the first time."""
@@ -61,14 +62,15 @@ class EditAtWork:
         self._width = width
         self._index: dict[torch.device, torch.Tensor] = {}
         self._tensors: dict[torch.device, tuple[_Tensors, ...]] = {}
-        self._largest: dict[torch.device, torch.Tensor] = {}
+        self._sourced = any(each.all_terms for each in edit.maps)
 
-    def __call__(self, units: torch.Tensor, rows: ForwardRows | None) -> torch.Tensor:
+    def __call__(self, units: torch.Tensor, rows: ForwardRows | None, changes: LargestChange) -> torch.Tensor:
         """A new tensor (..., unit) with the chosen units edited at the chosen positions, every other one bit-identical.
 
         Args:
             units: (row, position, unit), or (row * position, unit) where the family flattens them.
             rows: of the forward pass; None where a layer runs by itself.
+            changes: counts the largest.
         """
         check_width(units, self._width, self.edit.layer)
         rows = ForwardRows.all_prompt(units) if rows is None else rows
@@ -79,15 +81,16 @@ class EditAtWork:
             )
         maps = self._on(units.device)
         index = self._index[units.device]
-        before = units.index_select(-1, index)
         # One rounding, at the end: half precision is computed in float32, double precision in its own.
-        wide = before.to(torch.promote_types(units.dtype, torch.float32))
-        sources = self._sources(units, wide.dtype, rows)
+        wide = units.index_select(-1, index).to(torch.promote_types(units.dtype, torch.float32))
+        sources = self._sources(units, wide.dtype, rows) if self._sourced else {}
         after = wide
         for each, tensors in zip(self.edit.maps, maps, strict=True):
             after = self._map(each, tensors, after, sources, rows)
         after = after.to(units.dtype)
-        self._count(before, after)
+        self.fired_in_forward += 1
+        self.fired += 1
+        changes.add(wide.detach(), after.detach())
         return units.index_copy(-1, index, after)
 
     def _map(
@@ -158,23 +161,3 @@ class EditAtWork:
             tuple(torch.tensor(term.coefficients, device=device) for term in each.terms),
             tuple(chosen(term) for term in each.all_terms),
         )
-
-    # --- evidence -----------------------------------------------------------------------------------------------
-
-    def _count(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        self.fired_in_forward += 1
-        self.fired += 1
-        # In float32, where a difference of two halves cannot overflow; what was infinite before is no change of ours.
-        change = (after.detach().float() - before.detach().float()).abs()
-        change = torch.where(before.isfinite(), change, 0).amax()
-        previous = self._largest.get(before.device)
-        self._largest[before.device] = change if previous is None else torch.maximum(previous, change)
-
-    def largest_change(self) -> float:
-        """Largest |a' - a| over finite a; reads the device."""
-        return max((float(change) for change in self._largest.values()), default=0.0)
-
-    def reset(self) -> None:
-        """Set the counters to zero."""
-        self.fired = self.fired_in_forward = 0
-        self._largest.clear()

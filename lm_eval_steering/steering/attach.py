@@ -2,98 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lm_eval_steering.architectures import ModelSites, check_width, model_type_of, sites_of
-from lm_eval_steering.errors import DidNotHappenError, InterventionError
+from lm_eval_steering.architectures import LayerSites, ModelSites, model_type_of, sites_of
+from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError
 from lm_eval_steering.fingerprint import weights_sketch
 from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.steering.apply import EditAtWork
+from lm_eval_steering.steering.evidence import Counters, Evidence
 from lm_eval_steering.steering.intervention import from_arguments
-from lm_eval_steering.steering.plan import Edit, Plan, compile_plan
+from lm_eval_steering.steering.plan import Plan, compile_plan
+from lm_eval_steering.steering.rows import Declared, ForwardRows, RowReader
 
+__all__ = ["Evidence", "Steering", "fitting_sites", "steer"]
 
-@dataclass(frozen=True)
-class Evidence:
-    """What happened since the counters were last reset.
-
-    Attributes:
-        forwards: forward passes of the decoder while the intervention was on.
-        modules: modules with a hook.
-        fired: calls of those hooks.
-        positions: positions of the tensors that were edited, summed over forwards; right padding of a scoring
-            batch is among them, since it cannot reach a real token.
-        neurons: neurons edited at each position.
-        largest_change: largest |a' - a| over finite a, in units of the activation; infinite where a' overflowed.
-        finite: whether the decoder's last hidden state stayed finite at the last position of every row.
-    """
-
-    forwards: int
-    modules: int
-    fired: int
-    positions: int
-    neurons: int
-    largest_change: float
-    finite: bool
-
-
-class _LiveEdit:
-    """One edit with its tensors on the device where the layer runs."""
-
-    def __init__(self, edit: Edit, width: int) -> None:
-        self.edit = edit
-        self.width = width
-        self.fired_in_forward = 0
-        self.fired = 0
-        self.positions = 0
-        self._tensors: dict[torch.device, tuple[torch.Tensor, ...]] = {}
-        self._largest: dict[torch.device, torch.Tensor] = {}
-        self._scales = bool((edit.scale != 1).any())
-        self._shifts = bool((edit.shift != 0).any())
-        self._writes = bool(edit.written.any())
-
-    def __call__(self, units: torch.Tensor) -> torch.Tensor:
-        """A new tensor (..., unit) with the chosen units edited and every other one bit-identical."""
-        check_width(units, self.width, self.edit.layer)
-        index, scale, shift, written = self._on(units.device)
-        before = units.index_select(-1, index)
-        # One rounding, at the end: half precision is computed in float32, double precision in its own.
-        wide = before.to(torch.promote_types(units.dtype, torch.float32))
-        after = wide * scale if self._scales else wide
-        after = after + shift if self._shifts else after
-        after = torch.where(written, shift.to(wide.dtype), after) if self._writes else after
-        after = after.to(units.dtype)
-        self._count(units, before, after)
-        return units.index_copy(-1, index, after)
-
-    def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        if device not in self._tensors:
-            parts = (self.edit.units, self.edit.scale, self.edit.shift, self.edit.written)
-            self._tensors[device] = tuple(torch.from_numpy(part.copy()).to(device) for part in parts)
-        return self._tensors[device]
-
-    def _count(self, units: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
-        self.fired_in_forward += 1
-        self.fired += 1
-        self.positions += units.numel() // units.shape[-1]
-        # In float32, where a difference of two halves cannot overflow; what was infinite before is no change of ours.
-        change = (after.detach().float() - before.detach().float()).abs()
-        change = torch.where(before.isfinite(), change, 0).amax()
-        previous = self._largest.get(units.device)
-        self._largest[units.device] = change if previous is None else torch.maximum(previous, change)
-
-    def largest_change(self) -> float:
-        return max((float(change) for change in self._largest.values()), default=0.0)
-
-    def reset(self) -> None:
-        self.fired = self.fired_in_forward = self.positions = 0
-        self._largest.clear()
+_Place = tuple[int, str]  # layer and site
 
 
 class Steering:
@@ -110,13 +41,21 @@ class Steering:
             sites: where the model's units are (`architectures.sites_of`, `fitting_sites`).
             plan: compiled for this model's shape.
         """
-        self.plan = plan
         self._sites = sites
-        self._edits = [_LiveEdit(edit, self._sites.shape.units) for edit in plan.edits]
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[_Place, RemovableHandle] = {}
+        self._around: list[RemovableHandle] = []
         self._on = True
-        self._forwards = 0
-        self._broken: torch.Tensor | None = None  # on the device: whether a hidden state was not finite
+        self._reader = RowReader(sites.decoder)
+        self._rows: ForwardRows | None = None  # of the forward pass in progress
+        self._take(plan)
+
+    def _take(self, plan: Plan) -> None:
+        self.plan = plan
+        self._edits = {(edit.layer, edit.site): EditAtWork(edit, self._sites.shape.units) for edit in plan.edits}
+        self._kinds = {edit.positions for edit in plan.edits}
+        self._needs = plan.needs_rows, plan.lookahead
+        self._counters = Counters()
+        self._checked, self._overflowed = 0, False  # at which number of forward passes the device was asked last
 
     def attach(self) -> Self:
         """Put the hooks in place.
@@ -124,24 +63,42 @@ class Steering:
         Raises:
             InterventionError: if they are in place already.
         """
-        if self._handles:
+        if self._around:
             raise InterventionError("this intervention is attached already")
+        forget_compiled()
         decoder = self._sites.decoder
-        self._handles.append(decoder.register_forward_pre_hook(self._before_forward))
-        for live in self._edits:
-            site = self._sites.layers[live.edit.layer]
-            if live.edit.site == "activation":
-                self._handles.append(site.activation.register_forward_hook(self._output_hook(live)))
-            else:
-                self._handles.append(site.down.register_forward_pre_hook(self._input_hook(live)))
-        self._handles.append(decoder.register_forward_hook(self._after_forward))
+        self._around = [
+            decoder.register_forward_pre_hook(_eager(self._before_forward), with_kwargs=True),
+            decoder.register_forward_hook(_eager(self._after_forward)),
+        ]
+        self._hook_layers()
         return self
+
+    def _hook_layers(self) -> None:
+        """Hooks where the plan edits, and nowhere else; those that stay are not touched."""
+        if self._handles.keys() != self._edits.keys():
+            forget_compiled()
+        for place in self._handles.keys() - self._edits.keys():
+            self._handles.pop(place).remove()
+        for layer, site in sorted(self._edits.keys() - self._handles.keys()):
+            self._handles[layer, site] = self._hook(self._sites.layers[layer], (layer, site))
 
     def detach(self) -> None:
         """Remove every hook; the model computes what it did before."""
-        for handle in self._handles:
+        for handle in [*self._around, *self._handles.values()]:
             handle.remove()
+        self._around.clear()
         self._handles.clear()
+        forget_compiled()
+
+    def change(self, plan: Plan) -> None:
+        """Replace the plan on the attached model: tensors are swapped, hooks stay where both plans edit.
+
+        The counters start anew.
+        """
+        self._take(plan)
+        if self._around:
+            self._hook_layers()
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -158,60 +115,122 @@ class Steering:
         finally:
             self._on = before
 
+    @property
+    def active(self) -> bool:
+        """Whether forward passes are steered at the moment."""
+        return bool(self._around) and self._on
+
+    def rows(self, real: torch.Tensor, prompt: torch.Tensor | None = None) -> AbstractContextManager[None]:
+        """Say what the batch of the forward passes inside is, where the model is not given an attention mask.
+
+        Args:
+            real: (row, position) bool of the first forward pass, False for pads; every later position is real.
+            prompt: (row,) number of prompt tokens of each row; by default all real tokens of the first pass.
+        """
+        return self._reader.declaring(Declared(real.bool(), None if prompt is None else prompt.long().reshape(-1, 1)))
+
+    # --- evidence -----------------------------------------------------------------------------------------------
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the decoder since the counters were last reset; asks nothing of the device."""
+        return self._counters.forwards
+
     def evidence(self) -> Evidence:
         """What the hooks did; reads the counters from the device.
 
         Raises:
             DidNotHappenError: if hooks fired outside forward passes of the decoder, which nothing could check.
         """
-        if not self._forwards and any(live.fired for live in self._edits):
+        edits = list(self._edits.values())
+        if not self.forwards and any(edit.fired for edit in edits):
             raise DidNotHappenError("layers ran outside a forward pass of their decoder, so nothing could be checked")
+        nonfinite = self._counters.nonfinite
         return Evidence(
-            forwards=self._forwards,
-            modules=len(self._edits),
-            fired=sum(live.fired for live in self._edits),
-            positions=max((live.positions for live in self._edits), default=0),
+            forwards=self.forwards,
+            modules=len(edits),
+            fired=sum(edit.fired for edit in edits),
+            positions=self._counters.positions,
             neurons=self.plan.neurons,
-            largest_change=max((live.largest_change() for live in self._edits), default=0.0),
-            finite=self._broken is None or not bool(self._broken),
+            largest_change=self._counters.largest.value(),
+            nonfinite=nonfinite,
+            finite=not nonfinite,
         )
+
+    def overflowed(self) -> bool:
+        """Whether an activation was not finite after an edit, or a hidden state; asks the device once a forward."""
+        if self._checked != self.forwards:
+            evidence = self.evidence()
+            self._checked, self._overflowed = self.forwards, not evidence.finite or math.isinf(evidence.largest_change)
+        return self._overflowed
 
     def reset_evidence(self) -> None:
         """Set the counters to zero."""
-        self._forwards, self._broken = 0, None
-        for live in self._edits:
-            live.reset()
+        self._counters = Counters()
+        self._checked, self._overflowed = 0, False
+        for edit in self._edits.values():
+            edit.fired = edit.fired_in_forward = 0
 
-    def _before_forward(self, _module: nn.Module, _inputs: Any) -> None:
-        for live in self._edits:
-            live.fired_in_forward = 0
+    # --- hooks --------------------------------------------------------------------------------------------------
 
-    def _after_forward(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._on:
             return
-        self._forwards += 1
-        # The last position is real in generation, which pads left; scoring is checked by its scores too.
-        broken = ~output[0][:, -1].detach().isfinite().all()
-        self._broken = broken if self._broken is None else self._broken | broken.to(self._broken.device)
-        for live in self._edits:
-            if live.fired_in_forward != 1:
+        for edit in self._edits.values():
+            edit.fired_in_forward = 0
+        self._rows = self._reader.read(args, kwargs, *self._needs)
+
+    def _after_forward(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        rows, self._rows = self._rows, None
+        if not self._on or rows is None:
+            return
+        self._counters.add(rows, self._kinds, output[0])
+        for (layer, site), edit in self._edits.items():
+            if edit.fired_in_forward != 1:
                 raise DidNotHappenError(
-                    f"the intervention at {live.edit.site} of layer {live.edit.layer} took place "
-                    f"{live.fired_in_forward} times in one forward pass, expected once: something bypasses or "
-                    "repeats that module (a fused kernel, gradient checkpointing), and no score can be trusted"
+                    f"the intervention at {site} of layer {layer} took place {edit.fired_in_forward} times in one "
+                    "forward pass, expected once: something bypasses or repeats that module (a fused kernel, gradient "
+                    "checkpointing), and no score can be trusted"
                 )
 
-    def _output_hook(self, live: _LiveEdit) -> Callable[..., torch.Tensor | None]:
-        def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-            return live(output) if self._on else None
+    def _hook(self, site: LayerSites, place: _Place) -> RemovableHandle:
+        # The edit is looked up in each call, so that a changed plan needs no other hook.
+        def output_hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+            return self._edits[place](output, self._rows, self._counters.largest) if self._on else None
 
-        return hook
+        def input_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+            if not self._on:
+                return None
+            return (self._edits[place](inputs[0], self._rows, self._counters.largest), *inputs[1:])
 
-    def _input_hook(self, live: _LiveEdit) -> Callable[..., tuple[torch.Tensor, ...] | None]:
-        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-            return (live(inputs[0]), *inputs[1:]) if self._on else None
+        if place[1] == "activation":
+            return site.activation.register_forward_hook(_eager(output_hook))
+        return site.down.register_forward_pre_hook(_eager(input_hook))
 
-        return hook
+
+def forget_compiled() -> None:
+    """Make torch.compile look at the modules again: what it compiled before knows no hook."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, which torch.compile leaves as it is: its counters and checks are Python's."""
+    return torch.compiler.disable(hook)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse tensor parallelism, in which each device holds a part of every layer's units.
+
+    Raises:
+        ArchitectureError: naming a split parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
+            raise ArchitectureError(
+                f"{name} is split over devices (tensor parallelism), so a unit's number means another neuron on each; "
+                "load the model without tp_plan, whole or with parallelize=True"
+            )
 
 
 def fitting_sites(
@@ -222,6 +241,7 @@ def fitting_sites(
     force: bool = False,
     sketch: Sequence[float] | None = None,
     name: str = "this model",
+    found: ModelSites | None = None,
 ) -> ModelSites:
     """Where the model's units are, if the neuron set is of this model.
 
@@ -232,12 +252,14 @@ def fitting_sites(
         force: accept a set of other weights, or of another model that has all of the neurons.
         sketch: of the model's weights, if it is known already.
         name: of the model, for the message.
+        found: where the units are, if it was found out before.
 
     Raises:
         NeuronSetError: if the set belongs to another model.
-        ArchitectureError: if the units are not found.
+        ArchitectureError: if the units are not found, or are split over devices.
     """
-    found = sites_of(model, sites or neurons.provenance.sites or None)
+    refuse_sharded(model)
+    found = found or sites_of(model, sites or neurons.provenance.sites or None)
     neurons.check_model(found.shape.layers, found.shape.units, model_type_of(model.config), force)
     if not force:
         neurons.check_weights(weights_sketch(model) if sketch is None else sketch, name)
@@ -263,7 +285,7 @@ def steer(
         allow_empty: accept a language without neurons.
         force: use a neuron set that was found in other weights.
         sites: where the units are, if neither the family is known nor the set says it.
-        **arguments: `op`, `value`, `factor`, `site`, `deactivate`, `layers`, `keep_shared` as on the command line.
+        **arguments: those of `intervention.ARGUMENTS` (`op`, `value`, `deactivate`, ...), as on the command line.
 
     Raises:
         SteeringError: if the intervention is not defined or the set belongs to another model.

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.neurons.neuron_set import Neurons
 from lm_eval_steering.steering.fields import NORMAL, is_live
-from lm_eval_steering.steering.intervention import Step
 from lm_eval_steering.steering.positions import ALL
+from lm_eval_steering.steering.schema import Step
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Source:
     Attributes:
         name: of the live statistic without `live_`, or `normal`.
         sequence: over the row's whole forward pass rather than one position.
-        step: number of the step, where it matters: the random numbers and the chosen units of `mad` are each step's own.
+        step: number of the step where each has its own: the random numbers, and the chosen units of `mad`.
         seed: of `normal`.
     """
 
@@ -33,7 +33,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Term:
-    """A source and what it is multiplied with, (unit,) float32; for `mad` also (unit,) bool, the units it is taken of."""
+    """A source and what it is multiplied with, (unit,) float32; for `mad` (unit,) bool too, whose distances count."""
 
     source: Source
     coefficients: NDArray[np.float32]

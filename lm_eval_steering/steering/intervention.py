@@ -1,232 +1,211 @@
-"""What the user asks for: an intervention is a list of steps, each one operation on the neurons of some languages."""
+"""How a user writes an intervention: flat arguments, a preset with a paper's name, or a YAML file of steps.
+
+The schema that all of them are held to is in `schema`; it is exported here too.
+"""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+import yaml
 
-from lm_eval_steering import languages
 from lm_eval_steering.errors import InterventionError, did_you_mean
+from lm_eval_steering.steering.fields import NORMAL, is_live, read_value
+from lm_eval_steering.steering.schema import Intervention, Step, build
 
-OPERATIONS = ("scale", "add", "set")
-STATISTICS = ("mean", "median", "max", "diffmean", "sentence_mean")
-OTHERS = "others"
-ARGUMENTS = ("language", "op", "value", "factor", "site", "deactivate", "layers", "keep_shared")
-_PERCENTILE = re.compile(r"p\d\d")
-_RANGES = re.compile(r"\d+(-\d+)?(\+\d+(-\d+)?)*")
+__all__ = ["ARGUMENTS", "DEACTIVATIONS", "PRESETS", "Intervention", "Step", "build", "from_arguments"]
 
+STEP_ARGUMENTS = (
+    "language", "op", "value", "factor", "preset", "deactivate", "deactivate_to", "keep_shared", "site", "layers",
+    "positions", "scope", "seed",
+)  # fmt: skip
+ARGUMENTS = (*STEP_ARGUMENTS, "intervention")
 
-def _one_of(name: str, known: tuple[str, ...]) -> BeforeValidator:
-    def check(found: Any) -> Any:
-        if found not in known:
-            raise ValueError(f"{name}={found!r}: expected one of {', '.join(known)}{did_you_mean(str(found), known)}")
-        return found
-
-    return BeforeValidator(check)
-
-
-def _finite(found: Any) -> float:
-    try:
-        number = float(found)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or isinstance(found, bool):
-        raise ValueError(f"factor={found!r}: expected a finite number")
-    return number
-
-
-def _value(found: Any) -> float | str | None:
-    """A finite number, the name of a calibrated statistic, or nothing."""
-    if found is None or (isinstance(found, str) and (found in STATISTICS or _PERCENTILE.fullmatch(found))):
-        return found
-    try:
-        number = float(found)
-    except (TypeError, ValueError):
-        names = (*STATISTICS, "pNN")
-        raise ValueError(
-            f"value={found!r}: expected a number or one of {', '.join(names)}{did_you_mean(str(found), names)}"
-        ) from None
-    if not math.isfinite(number):
-        raise ValueError(f"value={found!r}: expected a finite number")
-    return number
-
-
-def _layers(found: Any) -> str | None:
-    text = None if found is None else str(found)
-    if text is not None and not _RANGES.fullmatch(text):
-        raise ValueError(f"layers={text!r}: expected ranges such as 0-3+28-31")
-    return text
-
-
-class Step(BaseModel):
-    """One operation on the union of the neurons of some languages.
-
-    Attributes:
-        op: `scale` (a' = factor * a), `add` (a' = a + factor * value) or `set` (a' = factor * value).
-        languages: whose neurons; `others` alone means all languages that no steering step names.
-        value: a number, or a calibrated statistic of the language; 1 by default, none for `scale`.
-        factor: any finite number.
-        site: `activation` (after the activation function) or `product` (input of the last linear layer).
-        layers: ranges such as `0-3+28-31`; all by default.
-        deactivation: whether the step silences languages rather than steering to them. By default such a step leaves
-            out the neurons that a later steering step of the same intervention uses.
-        keep_shared: False composes a deactivation literally, shared neurons included.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    op: Annotated[Literal["scale", "add", "set"], _one_of("op", OPERATIONS)]
-    languages: tuple[str, ...]
-    value: Annotated[float | str | None, BeforeValidator(_value)] = None
-    factor: Annotated[float, BeforeValidator(_finite)] = 1.0
-    site: Annotated[Literal["activation", "product"], _one_of("site", ("activation", "product"))] = "activation"
-    layers: Annotated[str | None, BeforeValidator(_layers)] = None
-    deactivation: bool = False
-    keep_shared: bool = True
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Step:
-        if not self.languages:
-            raise ValueError("a step needs at least one language")
-        if OTHERS in self.languages and (not self.deactivation or len(self.languages) > 1):
-            raise ValueError("others: stands alone, in deactivate= only; name the languages to steer")
-        if self.op == "scale" and self.value is not None:
-            raise ValueError(f"value={self.value!r}: op=scale takes none; use factor=")
-        return self
-
-    @property
-    def amount(self) -> float | str:
-        """The value with its default."""
-        return 1.0 if self.value is None else self.value
-
-    def chosen_layers(self, total: int) -> frozenset[int]:
-        """Numbers of the layers that the step acts on.
-
-        Raises:
-            InterventionError: if a range is empty or beyond the model's last layer.
-        """
-        if self.layers is None:
-            return frozenset(range(total))
-        chosen: set[int] = set()
-        for part in self.layers.split("+"):
-            first, _, last = part.partition("-")
-            span = range(int(first), int(last or first) + 1)
-            if not span or span[-1] >= total:
-                raise InterventionError(f"layers={self.layers!r}: {part} is not a range within 0-{total - 1}")
-            chosen.update(span)
-        return frozenset(chosen)
-
-    def signature(self) -> str:
-        """`op:add|value:mean|factor:4|lang:fra_Latn|site:product|layers:all`."""
-        parts = {
-            "op": self.op,
-            "value": _short(self.amount) if self.op != "scale" else None,
-            "factor": _short(self.factor),
-            "deactivate" if self.deactivation else "lang": "+".join(self.languages),
-            "site": self.site,
-            "layers": self.layers or "all",
-            "keep_shared": None if self.keep_shared else "false",
-        }
-        return "|".join(f"{key}:{text}" for key, text in parts.items() if text is not None)
-
-
-class Intervention(BaseModel):
-    """Steps that compose in the order written; no steps is the unsteered model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: tuple[Step, ...] = ()
-
-    @property
-    def steered(self) -> tuple[str, ...]:
-        """Languages that the intervention steers to, deactivated ones left out, in the order written."""
-        return tuple(dict.fromkeys(code for step in self.steps if not step.deactivation for code in step.languages))
-
-    def resolve(self, available: tuple[str, ...]) -> Intervention:
-        """The same with the codes as a neuron set spells them, and `others` spelled out.
-
-        Raises:
-            UnknownLanguageError: if a language is not available; the message names the closest.
-        """
-        where = "the neuron set"
-        steered = {languages.choose(code, available, where) for code in self.steered if code != OTHERS}
-
-        def codes(step: Step) -> tuple[str, ...]:
-            if step.languages == (OTHERS,):
-                return tuple(code for code in available if code not in steered)
-            return tuple(dict.fromkeys(languages.choose(code, available, where) for code in step.languages))
-
-        return Intervention(steps=tuple(step.model_copy(update={"languages": codes(step)}) for step in self.steps))
-
-    def signature(self) -> str:
-        """Readable form, meant for a paper; `none` for the unsteered model."""
-        return " ; ".join(step.signature() for step in self.steps) or "none"
+# Deactivations by the name that Gurgurov et al. 2025 give them (fallbacks.py), as an operation on the activation.
+DEACTIVATIONS: dict[str, dict[str, Any]] = {
+    "negate": {"op": "scale", "factor": -1.0},
+    "mask": {"op": "scale", "factor": -0.1},
+    "random": {"op": "set", "value": NORMAL, "factor": 0.1},
+    "noise": {"op": "add", "value": NORMAL, "factor": 5.0},
+}
+# Rahmanisa et al. 2025 (p_max, p_median, =max, +max, =0, =P10) and Gurgurov et al. 2025 (the others).
+PRESETS: dict[str, dict[str, Any]] = {
+    "p_max": {"op": "set", "value": "max"},
+    "p_median": {"op": "set", "value": "median"},
+    "=max": {"op": "set", "value": "live_max", "scope": "sequence"},
+    "+max": {"op": "add", "value": "live_max", "scope": "sequence"},
+    "=0": {"op": "set", "value": 0.0},
+    "=P10": {"op": "set", "value": "live_p10", "scope": "sequence"},
+    "additive": {"op": "add", "value": "mean"},
+    "replacement": {"op": "set", "value": "mean"},
+    "diffmean": {"op": "add", "value": "diffmean"},
+    "deactivate": {"op": "set", "value": 0.0, "deactivation": True},
+}
+# For shells and files in which a sign would have to be quoted.
+_ALIASES = {"set_max": "=max", "add_max": "+max", "set_0": "=0", "set_p10": "=P10"}
+# The scripts' grammar, with numbers that need not be whole: an operation, then a number or a live statistic.
+_OPERAND = re.compile(r"([=+*])(?:(max|mean|median|min|std|iqr|mad|P\d\d)|(-?\d+(?:\.\d+)?))")
+_OPERATIONS = {"=": "set", "+": "add", "*": "scale"}
+_SAID: tuple[str, ...] = ("op", "value", "factor", "deactivate")
+_COMMON = ("site", "layers", "positions")
 
 
 def from_arguments(arguments: Mapping[str, Any]) -> Intervention:
-    """The intervention that flat model arguments describe.
+    """The intervention that model arguments describe; arguments that are None count as absent.
 
     Args:
-        arguments: of the names in ARGUMENTS; lists are written `a+b`. `keep_shared=False` lets a deactivation silence
-            neurons that the steering step uses too.
+        arguments: of the names in ARGUMENTS; lists are written `a+b`. `intervention` is the path of a YAML file with
+            a list of steps, each a mapping of STEP_ARGUMENTS, or that list itself; it stands alone.
 
     Raises:
-        InterventionError: one line that names the argument, what was found and what was expected.
+        SteeringError: one line that names the argument, what was found and what was expected.
     """
     given: dict[str, Any] = {key: value for key, value in arguments.items() if value is not None}
     if unknown := sorted(given.keys() - set(ARGUMENTS)):
         raise InterventionError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], ARGUMENTS)}")
-    if "keep_shared" in given and "deactivate" not in given:
-        raise InterventionError("keep_shared= without deactivate=: it says what a deactivation leaves out")
-    common: dict[str, Any] = {key: given[key] for key in ("site", "layers") if key in given}
+    if "intervention" not in given:
+        return build({"steps": _steps(given)})
+    if len(given) > 1:
+        other = next(key for key in given if key != "intervention")
+        raise InterventionError(f"{other}= beside intervention=: the file holds every step; write it there")
+    return _from_list(given["intervention"])
+
+
+def _from_list(found: Any) -> Intervention:
+    """Steps of a file, or of a list that stands for one; errors say in which step."""
+    where = "intervention"
+    if isinstance(found, str | Path):
+        where, found = f"intervention={found}", _read(Path(found))
+    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+        raise InterventionError(f"{where}: expected a list of steps, each a mapping such as language: fra_Latn")
     steps: list[dict[str, Any]] = []
-    if "deactivate" in given:
-        codes = _list(given.pop("deactivate"))
-        kept = {"keep_shared": given.pop("keep_shared")} if "keep_shared" in given else {}
-        steps.append({"op": "set", "value": 0, "languages": codes, "deactivation": True, **kept, **common})
-    if "language" in given:
-        if "op" not in given:
-            raise InterventionError("language= without op=: expected op=scale, op=add or op=set")
-        own: dict[str, Any] = {key: given[key] for key in ("op", "value", "factor") if key in given}
-        steps.append({"languages": _list(given["language"]), **own, **common})
-    elif wrong := [key for key in ("op", "value", "factor") if key in given]:
-        raise InterventionError(f"{wrong[0]}= without language=: say whose neurons, such as language=fra_Latn")
-    elif common and not steps:
-        raise InterventionError(f"{next(iter(common))}= without language= or deactivate=: nothing to intervene on")
+    for number, item in enumerate(found, start=1):
+        here = f"{where}, step {number}"
+        if not isinstance(item, Mapping):
+            raise InterventionError(f"{here}: expected a mapping such as language: fra_Latn, found {item!r}")
+        if unknown := [str(key) for key in item if key not in STEP_ARGUMENTS]:
+            raise InterventionError(f"{here}: unknown key {unknown[0]!r}{did_you_mean(unknown[0], STEP_ARGUMENTS)}")
+        try:
+            own = _steps({key: value for key, value in item.items() if value is not None})
+            build({"steps": own})  # each by itself, so that the message can say where
+        except InterventionError as error:
+            raise InterventionError(f"{here}: {error}") from None
+        if not own:
+            raise InterventionError(f"{here}: neither language nor deactivate: it would do nothing")
+        steps += own
     return build({"steps": steps})
 
 
-def build(description: Mapping[str, Any]) -> Intervention:
-    """An intervention from plain data, with errors of one line.
+class _Strict(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML keeps the last without a word."""
 
-    Raises:
-        InterventionError: for the first thing that is wrong.
-    """
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.YAMLError(f"the key {key!r} is written twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> Any:
     try:
-        return Intervention.model_validate(description)
-    except ValidationError as failure:
-        raise InterventionError(_one_line(failure)) from None
+        return yaml.load(path.read_text(encoding="utf-8"), _Strict)
+    except OSError as error:
+        raise InterventionError(f"intervention={path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InterventionError(f"intervention={path}: not a YAML file: {' '.join(str(error).split())}") from None
 
 
-def _one_line(failure: ValidationError) -> str:
-    error = failure.errors(include_url=False)[0]
-    if error["type"] == "extra_forbidden":
-        key = str(error["loc"][-1])
-        return f"unknown key {key!r} in an intervention step{did_you_mean(key, Step.model_fields)}"
-    cause = error.get("ctx", {}).get("error")
-    return str(cause) if cause else f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
+def _steps(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Fields of the steps that flat arguments describe: the deactivation first, then the steering step."""
+    given = _with_preset(dict(given))
+    _refuse_idle(given)
+    common = {key: given[key] for key in _COMMON if key in given}
+    steps: list[dict[str, Any]] = []
+    if "deactivate" in given:
+        own = _deactivation(given.get("deactivate_to", 0.0))
+        kept = {"keep_shared": given["keep_shared"]} if "keep_shared" in given else {}
+        steps.append({**own, "languages": given["deactivate"], "deactivation": True, **kept, **common})
+    if "language" in given:
+        own = {key: given[key] for key in ("op", "value", "factor") if key in given}
+        steps.append({"languages": given["language"], **own, **common})
+    _give(steps, given, "scope", is_live, "a live_ statistic as value= or deactivate_to=")
+    _give(steps, given, "seed", lambda value: value == NORMAL, "value=normal, or deactivate_to=random or noise")
+    return steps
 
 
-def _list(found: Any) -> tuple[str, ...]:
-    parts = [str(part) for part in found] if isinstance(found, list | tuple) else str(found).split("+")
-    if any(not part.strip() for part in parts):
-        raise InterventionError(f"{found!r}: expected languages joined by +, such as fra_Latn+ind_Latn")
-    return tuple(part if part == OTHERS else languages.normalise(part) for part in parts)
+def _refuse_idle(given: Mapping[str, Any]) -> None:
+    """Arguments that nothing would read."""
+    if "keep_shared" in given and "deactivate" not in given:
+        raise InterventionError("keep_shared= without deactivate=: it says what a deactivation leaves out")
+    if "deactivate_to" in given and "deactivate" not in given:
+        raise InterventionError("deactivate_to= without deactivate=: say whose neurons, such as deactivate=eng_Latn")
+    if "language" in given:
+        if "op" not in given:
+            raise InterventionError("language= without op=: expected op=scale, op=add or op=set, or a preset=")
+        return
+    if wrong := [key for key in ("op", "value", "factor") if key in given]:
+        raise InterventionError(f"{wrong[0]}= without language=: say whose neurons, such as language=fra_Latn")
+    if "deactivate" not in given and (idle := [key for key in (*_COMMON, "scope", "seed") if key in given]):
+        raise InterventionError(f"{idle[0]}= without language= or deactivate=: nothing to intervene on")
 
 
-def _short(number: float | str) -> str:
-    return number if isinstance(number, str) else f"{number:.10g}"
+def _give(steps: list[dict[str, Any]], given: Mapping[str, Any], key: str, takes: Any, wanted: str) -> None:
+    """Hand an argument to the steps whose value it speaks of."""
+    if key not in given or not steps:
+        return
+    fitting = [step for step in steps if takes(step.get("value"))]
+    if not fitting:
+        raise InterventionError(f"{key}={given[key]!r}: it speaks of {wanted}, and there is none")
+    for step in fitting:
+        step[key] = given[key]
+
+
+def _deactivation(to: Any) -> dict[str, Any]:
+    if isinstance(to, str) and to in DEACTIVATIONS:
+        return DEACTIVATIONS[to]
+    try:
+        return {"op": "set", "value": read_value(to, "deactivate_to", tuple(DEACTIVATIONS))}
+    except ValueError as error:
+        raise InterventionError(str(error)) from None
+
+
+def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with a preset's name replaced by what it stands for."""
+    if "preset" not in given:
+        return given
+    name = given.pop("preset")
+    own = dict(_preset(name))
+    if "language" not in given:
+        raise InterventionError(f"preset={name} without language=: say whose neurons, such as language=fra_Latn")
+    if own.pop("deactivation", False):
+        if wrong := [key for key in _SAID if key in given]:
+            raise InterventionError(f"{wrong[0]}= beside preset={name}: it sets the language's neurons to 0")
+        given["deactivate"] = given.pop("language")
+        return given
+    if wrong := [key for key in map(str, own) if key in given]:
+        raise InterventionError(f"{wrong[0]}= beside preset={name}, which says it: leave one of the two out")
+    if own["op"] == "scale" and not is_live(own.get("value")) and "value" in given:
+        raise InterventionError(f"value= beside preset={name}, which says it: leave one of the two out")
+    return given | own
+
+
+def _preset(found: Any) -> dict[str, Any]:
+    name = _ALIASES.get(str(found), str(found))
+    if name in PRESETS:
+        return PRESETS[name]
+    operand = _OPERAND.fullmatch(name) if isinstance(found, str) else None
+    if operand is None:
+        known = (*PRESETS, *_ALIASES)
+        hint = did_you_mean(found, known) if isinstance(found, str) else "; a sign before a number needs quotes: '+2'"
+        raise InterventionError(
+            f"preset={found!r}: expected one of {', '.join(known)}, or =, + or * with a number or a live statistic "
+            f"such as +std{hint}"
+        )
+    op, statistic, number = _OPERATIONS[operand[1]], operand[2], operand[3]
+    if statistic:
+        return {"op": op, "value": f"live_{statistic.lower()}", "scope": "sequence"}
+    return {"op": op, "factor": float(number)} if op == "scale" else {"op": op, "value": float(number)}

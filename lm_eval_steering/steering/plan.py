@@ -1,8 +1,8 @@
 """What an intervention comes to on one model, compiled once: for each layer and site a few affine maps.
 
-Every operation is affine in the activation and in the values that are known only in the forward pass, so steps compose:
-a' = gain * (scale * a) + shift + sum of coefficient * source. Steps that act on the same positions fold into one map;
-a neuron that a `set` step has reached is written, not multiplied, so that an infinite activation cannot turn into a NaN.
+Every operation is affine in the activation and in the values that only the forward pass knows, so steps compose:
+a' = gain * scale * a + shift + sum of coefficient * source. Steps that act on the same positions fold into one map; a
+neuron that a `set` step has reached is written, not multiplied, so that an infinite activation cannot become a NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, union_of
 from lm_eval_steering.steering.compose import Affine, Maps, positions_of, source_of
-from lm_eval_steering.steering.intervention import Intervention, Step
+from lm_eval_steering.steering.schema import Intervention, Step
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ class Plan:
     def needs_rows(self) -> bool:
         """Whether it matters which positions are prompt, or where a token stands in its row."""
         return any(each.needs_rows for edit in self.edits for each in edit.maps)
-
-    @property
-    def request_bound(self) -> bool:
-        """Whether equal tokens may come out differently because their context ends elsewhere."""
-        return self.lookahead or any(kind != "all" for edit in self.edits for kind in edit.positions)
 
 
 def compile_plan(intervention: Intervention, neuron_set: NeuronSet, allow_empty: bool = False) -> Plan:
@@ -153,9 +148,9 @@ def _values(step: Step, neurons: Neurons, language: str, neuron_set: NeuronSet) 
         return np.ones(len(neurons))
     if not isinstance(step.amount, str):
         return np.full(len(neurons), step.amount)
-    if neuron_set.statistics is None:
+    if neuron_set.calibrated is None:
         raise InterventionError(f"value={step.amount}: the neuron set holds no calibrated statistics")
-    return neuron_set.statistics.lookup(neurons, language, step.site, step.amount).astype(np.float64)
+    return neuron_set.calibrated.lookup(neurons, language, step.site, step.amount).astype(np.float64)
 
 
 def _refuse_turned_sites(parts: Sequence[_Part]) -> None:

@@ -62,15 +62,15 @@ def test_the_set_that_ships_is_the_one_that_the_demo_finds(figures: Figures, out
     numbers = {"method": "lape", "rate": RATE, "filter_rate": 0.95, "bar_rate": 0.95}
     assert {name: shipped.provenance.selection[name] for name in numbers} == numbers
     assert shipped.provenance.corpus["sha256"] == found.provenance.corpus["sha256"]
-    assert shipped.statistics is not None and found.statistics is not None
+    assert shipped.calibrated is not None and found.calibrated is not None
     # Another processor may round an activation near 0 the other way: nearly all neurons must agree, not all.
     own, other = ({tuple(row) for row in one.union().tolist()} for one in (shipped, found))
     assert len(own & other) >= 0.98 * len(own)
     both = np.array(sorted(own & other))
     for code in LANGUAGES:
         assert np.allclose(
-            shipped.statistics.lookup(both, code, "product", "mean"),
-            found.statistics.lookup(both, code, "product", "mean"),
+            shipped.calibrated.lookup(both, code, "product", "mean"),
+            found.calibrated.lookup(both, code, "product", "mean"),
             atol=1e-3,
         )
 

@@ -17,7 +17,8 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.harness.arguments import refuse_other_name, split
 from lm_eval_steering.harness.model import SteeredHFLM
 from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score
-from lm_eval_steering.metrics.output_language import IdentifiedText, lfs
+from lm_eval_steering.metrics.output_language import IdentifiedText
+from lm_eval_steering.metrics.registered import lfs
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import make_set, tiny_model, tiny_tokenizer
 

@@ -29,7 +29,7 @@ def calibrated(assignments: dict[str, Neurons], languages: tuple[str, ...] = COD
 
 def whole(lists: dict[str, set[tuple[int, int]]]) -> NeuronSet:
     plain = make_set({code: sorted(own) for code, own in lists.items()}, calibrated=False)
-    return replace(plain, statistics=calibrated(dict(plain.assignments)))
+    return replace(plain, calibrated=calibrated(dict(plain.assignments)))
 
 
 def contents(neuron_set: NeuronSet) -> dict[str, set[tuple[int, int]]]:
@@ -38,7 +38,7 @@ def contents(neuron_set: NeuronSet) -> dict[str, set[tuple[int, int]]]:
 
 def has_its_own_values(found: NeuronSet) -> bool:
     expected = calibrated(dict(found.assignments))
-    statistics = found.statistics
+    statistics = found.calibrated
     return (
         statistics is not None
         and np.array_equal(statistics.neurons, expected.neurons)
@@ -127,19 +127,19 @@ def test_the_result_says_what_it_was_made_of() -> None:
 
 def test_statistics_that_do_not_belong_together_are_dropped() -> None:
     first = whole({"fra_Latn": {(0, 1)}, "deu_Latn": {(2, 2)}})
-    values = {site: {"mean": first.statistics.values[site]["mean"] + 1} for site in SITES}
-    recalibrated = replace(first, statistics=replace(first.statistics, values=values))
-    renamed = {site: {"median": first.statistics.values[site]["mean"]} for site in SITES}
-    uncalibrated = replace(whole({"fra_Latn": {(1, 1)}, "deu_Latn": set()}), statistics=None)
-    fewer = replace(first, statistics=calibrated(dict(first.assignments), CODES[:2]))
-    for other in (recalibrated, replace(first, statistics=replace(first.statistics, values=renamed)), fewer):
-        assert intersect([first, other]).statistics is None
-        assert union([first, other]).statistics is None
-        assert subtract(first, [other]).statistics is not None
-    assert union([first, uncalibrated]).statistics is None, "a neuron that nobody calibrated"
+    values = {site: {"mean": first.calibrated.values[site]["mean"] + 1} for site in SITES}
+    recalibrated = replace(first, calibrated=replace(first.calibrated, values=values))
+    renamed = {site: {"median": first.calibrated.values[site]["mean"]} for site in SITES}
+    uncalibrated = replace(whole({"fra_Latn": {(1, 1)}, "deu_Latn": set()}), calibrated=None)
+    fewer = replace(first, calibrated=calibrated(dict(first.assignments), CODES[:2]))
+    for other in (recalibrated, replace(first, calibrated=replace(first.calibrated, values=renamed)), fewer):
+        assert intersect([first, other]).calibrated is None
+        assert union([first, other]).calibrated is None
+        assert subtract(first, [other]).calibrated is not None
+    assert union([first, uncalibrated]).calibrated is None, "a neuron that nobody calibrated"
     assert has_its_own_values(intersect([first, uncalibrated]))
     turkish = make_set({"tur_Latn": [(0, 1)]}, calibrated=False)
-    assert union([first, turkish]).statistics is None, "a language that nobody calibrated"
+    assert union([first, turkish]).calibrated is None, "a language that nobody calibrated"
 
 
 def test_sets_of_different_models_are_refused() -> None:

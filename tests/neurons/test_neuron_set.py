@@ -89,7 +89,7 @@ def test_a_set_of_another_model_is_refused() -> None:
 
 
 def test_statistics_are_looked_up_by_neuron_and_language() -> None:
-    found = make_set(PAIRS).statistics
+    found = make_set(PAIRS).calibrated
     assert found is not None
     table = found.values["product"]["mean"]
     rows = [[0, 1], [2, 3]]
@@ -99,8 +99,21 @@ def test_statistics_are_looked_up_by_neuron_and_language() -> None:
     assert np.allclose(found.lookup(np.array(rows), "deu_Latn", "product", "diffmean"), table[[0, 2], 1] - other)
 
 
+def test_a_language_has_the_statistics_of_its_own_neurons() -> None:
+    found = make_set(PAIRS)
+    assert found.calibrated is not None
+    for site in ("activation", "product"):
+        expected = found.calibrated.lookup(found.neurons("deu_Latn"), "deu_Latn", site, "median")
+        assert np.array_equal(found.statistics("de", "median", site), expected)
+    assert len(found.statistics("deu_Latn")) == len(found.neurons("deu_Latn"))
+    with pytest.raises(NeuronSetError, match="holds no calibrated statistics; `lm-eval-steering calibrate`"):
+        make_set(PAIRS, calibrated=False).statistics("deu_Latn")
+    with pytest.raises(NeuronSetError, match="has statistics of .*, not of spa_Latn"):
+        found.calibrated.lookup(np.array([[0, 1]]), "spa_Latn", "activation", "mean")
+
+
 def test_an_absent_statistic_is_named_with_the_closest() -> None:
-    found = make_set(PAIRS).statistics
+    found = make_set(PAIRS).calibrated
     assert found is not None
     with pytest.raises(NeuronSetError, match=r"statistic 'p11' at site 'activation' is not.*did you mean 'p10'"):
         found.lookup(np.array([[0, 1]]), "deu_Latn", "activation", "p11")

@@ -71,8 +71,8 @@ def test_random_controls_match_and_are_calibrated_on_the_same_text(text: Path, t
     (control,) = control_sets(found, recorder, [7])
     assert control.provenance.selection["matched_to"] == found.content_hash()
     assert control.provenance.corpus["calibration"] == found.provenance.corpus["calibration"]
-    assert control.statistics is not None
-    assert np.array_equal(control.statistics.neurons, control.union())
+    assert control.calibrated is not None
+    assert np.array_equal(control.calibrated.neurons, control.union())
     for code in found.languages:
         assert len(control.neurons(code)) == len(found.neurons(code))
     # The verb that calibrates on its own gives the same values.

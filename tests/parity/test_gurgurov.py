@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics
 from lm_eval_steering.steering.attach import Steering
-from lm_eval_steering.steering.intervention import build
+from lm_eval_steering.steering.intervention import build, from_arguments
 from lm_eval_steering.steering.plan import compile_plan
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "gurgurov_mlp_interventions.json").read_text())
@@ -73,8 +73,6 @@ CASES = {
     "none": [],
     "fallback_zero": [deactivate(0)],
     "fallback_negative": [deactivate(-1.5)],
-    "fallback_mask": [{"op": "scale", "factor": -0.1, "languages": ["deu_Latn"]}],
-    "fallback_invert": [{"op": "scale", "factor": -1, "languages": ["deu_Latn"]}],
     "gen_activate_additive": [activate("add", 2.5)],
     "gen_activate_replacement": [activate("set")],
     "gen_activate_diffmean": [activate("add")],  # the golden values are the differences already
@@ -92,6 +90,25 @@ def test_outputs_are_the_published_ones(name: str, key: str) -> None:
         assert key == "3d"  # the published run has two-dimensional outputs alone for this method
         return
     assert torch.allclose(run(GOLDEN[name], CASES[name], key), torch.tensor(GOLDEN[name][key]), atol=2e-6)
+
+
+@pytest.mark.parametrize("key", ["2d", "3d"])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("fallback_zero", {"deactivate": "de"}),
+        ("fallback_negative", {"deactivate": "de", "deactivate_to": -1.5}),
+        ("fallback_mean", {"deactivate": "de", "deactivate_to": "live_mean"}),  # over all units of the same token
+        ("fallback_mask", {"deactivate": "de", "deactivate_to": "mask"}),
+        ("fallback_invert", {"deactivate": "de", "deactivate_to": "negate"}),
+        ("gen_activate_additive", {"language": "fr", "preset": "additive", "factor": 2.5}),
+        ("gen_activate_replacement", {"language": "fr", "preset": "replacement"}),
+    ],
+)
+def test_the_papers_names_are_the_published_operations(name: str, arguments: dict[str, Any], key: str) -> None:
+    if key in GOLDEN[name]:
+        steps = [step.model_dump() for step in from_arguments(arguments).steps]
+        assert torch.allclose(run(GOLDEN[name], steps, key), torch.tensor(GOLDEN[name][key]), atol=2e-6)
 
 
 def test_diffmean_is_the_published_one() -> None:

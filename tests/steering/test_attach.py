@@ -77,7 +77,7 @@ def test_a_calibrated_value_is_the_sets(model: torch.nn.Module, neuron_set: Neur
     rows = neuron_set.neurons("deu_Latn")
     with steer(model, neuron_set, "deu_Latn", op="add", value="mean", factor=2, site="product"):
         after = units(model, "product")
-    value = neuron_set.statistics.lookup(rows, "deu_Latn", "product", "mean")[0]
+    value = neuron_set.calibrated.lookup(rows, "deu_Latn", "product", "mean")[0]
     layer, unit = rows[0]
     assert torch.allclose(after[layer, ..., unit], before[layer, ..., unit] + 2 * value, rtol=1e-6)
 

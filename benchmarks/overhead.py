@@ -1,0 +1,150 @@
+"""What steering costs: steered against unsteered forward passes (8 x 128 tokens) and generation (8 rows, 32 tokens).
+
+    python -m benchmarks.overhead            # a Llama of 8 layers on a CPU, of 8B shape on a GPU
+    python -m benchmarks.overhead --quick --json overhead.json
+
+Interleaved rounds; prints the medians, the median of the ratios in each round, and peak memory. `again` is the
+unsteered model once more: its ratio shows the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.measure import interleaved, ratio, report
+from lm_eval_steering import steer
+from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance, Statistics, union_of
+
+SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+STEERED = 1 / 32  # share of the units that are steered in each layer
+INTERVENTIONS: dict[str, dict[str, Any]] = {
+    "scale": {"op": "scale", "factor": 3.0},
+    "add": {"op": "add", "value": "mean", "factor": 3.0},
+    "set": {"op": "set", "value": "mean"},
+    "live_max": {"op": "add", "value": "live_max"},
+}
+LIMITS = {"forward": 1.03, "generate": 1.05}
+
+
+def build(quick: bool) -> tuple[Any, NeuronSet]:
+    """A random Llama, and a random neuron set of it."""
+    gpu = torch.cuda.is_available()
+    shape = LARGE if gpu and not quick else SMALL
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=8192, max_position_embeddings=512, **shape)
+    with torch.device("cuda" if gpu else "cpu"):
+        model = LlamaForCausalLM(config).eval()
+    model = model.bfloat16() if gpu else model
+    generator = np.random.default_rng(0)
+    units, layers = shape["intermediate_size"], shape["num_hidden_layers"]
+    rows = np.array([
+        [layer, unit]
+        for layer in range(layers)
+        for unit in np.sort(generator.choice(units, int(units * STEERED), replace=False))
+    ])  # fmt: skip
+    table = generator.normal(size=(len(rows), 1)).astype(np.float32)
+    known = Statistics(union_of([rows]), ("fra_Latn",), {"activation": {"mean": table}})
+    provenance = Provenance("made up", "", "llama", layers, units)
+    return model, NeuronSet(("fra_Latn",), {"fra_Latn": rows}, provenance, known)
+
+
+def tasks(model: Any) -> dict[str, Callable[[], Any]]:
+    """The two things that are timed."""
+    ids = torch.randint(0, 8192, (8, 128), device=model.device)
+    prompt = ids[:, :32]
+    settings = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(ids)
+
+    @torch.no_grad()
+    def generate() -> None:
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+
+    return {"forward": forward, "generate": generate}
+
+
+def timed(model: Any, neurons: NeuronSet, rounds: int) -> dict[str, Any]:
+    """Milliseconds and ratios of both tasks, unsteered and under each intervention."""
+    found: dict[str, Any] = {}
+    for name, task in tasks(model).items():
+
+        def under(arguments: dict[str, Any], task: Callable[[], Any] = task) -> Callable[[], Any]:
+            steering = steer(model, neurons, "fra_Latn", **arguments)
+
+            def work() -> None:
+                with steering:
+                    task()
+
+            return work
+
+        works = {"none": task, "again": task} | {kind: under(each) for kind, each in INTERVENTIONS.items()}
+        seconds = interleaved(works, rounds)
+        found[name] = {
+            "milliseconds": {kind: round(1000 * statistics.median(own), 2) for kind, own in seconds.items()},
+            "ratio": {kind: round(ratio(seconds, kind, "none"), 4) for kind in works if kind != "none"},
+            "limit": LIMITS[name],
+        }
+    return found
+
+
+def peak(kind: str) -> int:
+    """Peak memory in bytes of this process (on a GPU: of its tensors) for three forward passes of one kind."""
+    model, neurons = build(quick=True)
+    task = tasks(model)["forward"]
+    task()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    steering = steer(model, neurons, "fra_Latn", **INTERVENTIONS["scale"])
+    for _ in range(3):
+        if kind == "none":
+            task()
+        else:
+            with steering:
+                task()
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def memory() -> dict[str, Any]:
+    """Peak megabytes with and without steering, each in a process of its own."""
+    bytes_of = {
+        kind: int(subprocess.check_output([sys.executable, "-m", "benchmarks.overhead", "--peak", kind]).split()[-1])
+        for kind in ("none", "scale")
+    }
+    megabytes = {kind: round(own / 2**20, 1) for kind, own in bytes_of.items()}
+    return {"peak_megabytes": megabytes, "ratio": round(bytes_of["scale"] / bytes_of["none"], 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds of a small model")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--rounds", type=int, help="timed rounds; 27 by default, 5 with --quick")
+    parser.add_argument("--peak", choices=("none", "scale"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print(peak(options.peak))
+        return
+    model, neurons = build(options.quick)
+    rounds = options.rounds or (5 if options.quick else 27)
+    result = {"rounds": rounds, "steered_share": STEERED, **timed(model, neurons, rounds), "memory": memory()}
+    report(result, options.json)
+
+
+if __name__ == "__main__":
+    main()
