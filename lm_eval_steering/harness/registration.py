@@ -19,9 +19,23 @@ from lm_eval_steering.errors import DidNotHappenError, SteeringError
 from lm_eval_steering.resources import tasks_folder
 
 MODELS = {"steered-hf": "lm_eval_steering.harness.model:SteeredHFLM"}
-METRICS = {"lfs": ("lm_eval_steering.metrics.output_language:lfs", True, "mean")}
+# Name -> where it is, whether more is better, and how the values of the items become one.
+METRICS = {
+    "lfs": ("lm_eval_steering.metrics.registered:lfs", True, "mean"),
+    "lang_expected": ("lm_eval_steering.metrics.registered:lang_expected", True, "mean"),
+    "output_language": ("lm_eval_steering.metrics.registered:counted_language", True, "language_counts"),
+    "lang_confidence": ("lm_eval_steering.metrics.registered:lang_confidence", True, "mean"),
+    "lang_unknown": ("lm_eval_steering.metrics.registered:lang_unknown", False, "mean"),
+    "lpr": ("lm_eval_steering.metrics.registered:lpr", True, "mean"),
+    "lpr_skipped": ("lm_eval_steering.metrics.registered:lpr_skipped", False, "mean"),
+    "wpr": ("lm_eval_steering.metrics.registered:wpr", True, "mean"),
+    "lcpr": ("lm_eval_steering.metrics.registered:lcpr", True, "lcpr"),
+    "script_share": ("lm_eval_steering.metrics.registered:script_share", True, "mean"),
+    "degenerate": ("lm_eval_steering.metrics.registered:degenerate", False, "mean"),
+}
 AGGREGATIONS = {
     "language_counts": "lm_eval_steering.metrics.output_language:language_counts",
+    "lcpr": "lm_eval_steering.metrics.pass_rates:harmonic_mean",
     "token_perplexity": "lm_eval_steering.metrics.likelihood:token_perplexity",
     "nats_per_token": "lm_eval_steering.metrics.likelihood:nats_per_token",
 }
@@ -63,6 +77,7 @@ def _register_metrics(_module: ModuleType) -> None:
 
 
 def _register_tasks(module: Any) -> None:
+    _score_with_documents()
     manager = module.TaskManager
     if getattr(manager.__init__, "_lm_eval_steering", False):
         return
@@ -81,6 +96,17 @@ def _register_tasks(module: Any) -> None:
 
     init._lm_eval_steering = True  # type: ignore[attr-defined]
     manager.__init__ = init
+
+
+def _score_with_documents() -> None:
+    from lm_eval_steering.harness.expected import score_ours
+
+    try:
+        from lm_eval.api.task import ConfigurableTask
+
+        score_ours(ConfigurableTask)
+    except (ImportError, AttributeError) as error:  # whatever lm-eval has become, the rest works on
+        print(f"lm-eval-steering could not score by documents: {error!r}", file=sys.stderr)
 
 
 def _with_our_tasks(arguments: BoundArguments) -> BoundArguments | None:

@@ -7,17 +7,17 @@ language is steered.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.harness.families.parallel import joint
+from lm_eval_steering.harness.sources import as_dataset
 from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score, preference_shift
-from lm_eval_steering.metrics.output_language import IdentifiedText, forced
 from lm_eval_steering.resources import demo_sentences
 
-UNSPACED = ("jpn_Jpan", "zho_Hans")  # no blank between sentences or clauses
 CHOOSE = range(20)  # items to choose a factor on
 REPORT = range(20, 60)  # items to report on
 
@@ -33,14 +33,9 @@ def demo_languages() -> tuple[str, ...]:
     return tuple(_sentences()[0])
 
 
-def glue(left: str, right: str) -> str:
-    """The blank between two languages' text, none where both are written without."""
-    return "" if left in UNSPACED and right in UNSPACED else " "
-
-
 def sentence(number: int, language: str) -> str:
     """One whole sentence of the demo."""
-    return glue(language, language).join(_sentences()[number][language])
+    return joint(language, language).join(_sentences()[number][language])
 
 
 def _ids(items: str) -> Sequence[int]:
@@ -48,12 +43,6 @@ def _ids(items: str) -> Sequence[int]:
     if items not in parts:
         raise SteeringError(f"items={items!r}: expected one of {', '.join(parts)}")
     return parts[items]
-
-
-def _dataset(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    from datasets import Dataset
-
-    return {"test": Dataset.from_list([dict(document) for document in documents])}
 
 
 def steered_language(settings: Mapping[str, Any], task: str) -> str:
@@ -86,12 +75,12 @@ def continuation_documents(evaluated: str, items: str = "all", **_: Any) -> dict
         return {
             "id": number,
             # The blank ends the prompt, so that no request here equals one of LSS, which stores more in a cache.
-            "prompt": everything[number][evaluated][0] + glue(evaluated, evaluated),
+            "prompt": everything[number][evaluated][0] + joint(evaluated, evaluated),
             "choices": choices,
             "label": label,
         }
 
-    return _dataset(document(place, number) for place, number in enumerate(ids))
+    return as_dataset(document(place, number) for place, number in enumerate(ids))
 
 
 # --- perplexity -----------------------------------------------------------------------------------------------------
@@ -99,7 +88,7 @@ def continuation_documents(evaluated: str, items: str = "all", **_: Any) -> dict
 
 def perplexity_documents(evaluated: str, items: str = "all", **_: Any) -> dict[str, Any]:
     """Whole sentences of one language."""
-    return _dataset({"id": number, "text": sentence(number, evaluated)} for number in _ids(items))
+    return as_dataset({"id": number, "text": sentence(number, evaluated)} for number in _ids(items))
 
 
 def perplexity_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
@@ -130,13 +119,13 @@ def lss_documents(base: str, items: str = "report", **settings: Any) -> dict[str
             {
                 "id": number,
                 "prompt": own[0],
-                "choices": [glue(base, base) + own[1], glue(base, target) + other[1]],
+                "choices": [joint(base, base) + own[1], joint(base, target) + other[1]],
                 "base": base,
                 MADE_FOR: [target],
                 UNSTEERED_TWIN: True,
             }
         )
-    return _dataset(documents)
+    return as_dataset(documents)
 
 
 def lss_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
@@ -168,7 +157,7 @@ def forcing_documents(items: str = "report", **settings: Any) -> dict[str, Any]:
     named = settings.get("target_language") or settings.get("language")
     targets = {languages.normalise(code) for code in str(named).split("+")} if named else set()
     others = [code for code in demo_languages() if code not in targets]
-    return _dataset(
+    return as_dataset(
         {
             "id": number,
             "language": others[number % len(others)],
@@ -181,25 +170,4 @@ def forcing_documents(items: str = "report", **settings: Any) -> dict[str, Any]:
 
 def open_documents(samples: int = 40, **_: Any) -> dict[str, Any]:
     """Empty prompts, for text from an open start; sampled, so each is another text."""
-    return _dataset({"id": number, "prompt": ""} for number in range(samples))
-
-
-def forcing_metrics(_document: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Language of the output with its confidence, and whether it is the steered one."""
-    (text,) = results
-    if not isinstance(text, IdentifiedText):
-        from lm_eval_steering.metrics.language_id import LanguageIdentifier
-
-        found = _identifier(LanguageIdentifier).identify([text])[0]
-        text = IdentifiedText(text, found.language, found.confidence)
-    success = forced(text)
-    return {
-        "output_language": text.language,
-        "language_confidence": text.confidence,
-        **({} if success is None else {"lfs": success}),
-    }
-
-
-@cache
-def _identifier(kind: Any) -> Any:
-    return kind()
+    return as_dataset({"id": number, "prompt": ""} for number in range(samples))

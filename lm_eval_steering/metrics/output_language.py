@@ -1,22 +1,35 @@
-"""Language of generated text, and whether it is the steered one.
+"""Language of generated text, and whether it is the steered one, or the one that the item expects.
 
-The channel from model to metric is the text itself. `steered-hf` returns each output as an `IdentifiedText`, a `str`
-that knows its identified language and the languages it was steered to. Nothing is stored outside the output, so two
-models in one process cannot see each other's target, a cached output keeps its own, and there is nothing to clear.
-A filter that makes a new string takes the knowledge away: the metric is then left out, with a warning, and never 0.
+What an output was steered to comes with the text itself. `steered-hf` returns each output as an `IdentifiedText`, a
+`str` that knows its identified language and the languages it was steered to. Nothing is stored outside the output, so
+two models in one process cannot see each other's target, a cached output keeps its own, and there is nothing to clear.
+A filter that makes a new string takes the knowledge away: `lfs` is then left out, with a warning, and never 0.
+
+What an item expects comes with the item (`harness.expected`): it cannot come with the text, because lm-eval's cache
+returns one text for two items with the same prompt.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
-from lm_eval_steering.languages import same_language
+from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.metrics import degenerate, pass_rates
+from lm_eval_steering.metrics.language_id import UNKNOWN, Identified, LanguageIdentifier, in_language
+from lm_eval_steering.metrics.text import script_share
 
 _log = logging.getLogger("lm_eval.steering")
-_warned = False
+_warned: set[str] = set()
+
+# Value of a metric for one output, as lm-eval's aggregations take it.
+Value = float | str | tuple[float, float | None]
+
+EXPECTED, TARGET = "expected", "target"
 
 
 class IdentifiedText(str):
@@ -26,22 +39,111 @@ class IdentifiedText(str):
         language: our code, or `unknown`.
         confidence: the identifier's probability for its best guess, 0 to 1.
         targets: codes of the languages steered to; empty where no target is known.
+        identifier: what identified it; the default one where that is not known.
     """
 
     language: str
     confidence: float
     targets: tuple[str, ...]
+    identifier: LanguageIdentifier
 
     def __new__(
-        cls, text: str = "", language: str = "unknown", confidence: float = 0.0, targets: Sequence[str] = ()
+        cls,
+        text: str = "",
+        language: str = UNKNOWN,
+        confidence: float = 0.0,
+        targets: Sequence[str] = (),
+        identifier: LanguageIdentifier | None = None,
     ) -> Self:
         """A text with what is known about it; one argument alone makes a text of unknown language."""
         made = super().__new__(cls, text)
         made.language, made.confidence, made.targets = language, confidence, tuple(targets)
+        made.identifier = identifier or LanguageIdentifier()
         return made
 
+    @classmethod
+    def of(cls, text: str, identifier: LanguageIdentifier, targets: Sequence[str] = ()) -> Self:
+        """A text, identified now."""
+        (found,) = identifier.identify([text])
+        return cls(text, found.language, found.confidence, targets, identifier)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.language, self.confidence, self.targets)
+        return type(self), (str(self), self.language, self.confidence, self.targets, self.identifier)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output, and everything that its metrics depend on.
+
+    Attributes:
+        text: what the model wrote.
+        identified: its language.
+        identifier: what identified it, and is asked about its lines.
+        targets: codes of the languages steered to; empty where none is known.
+        expected: code of the language that the item expects; None where it expects none.
+        about: whether the metrics that need a wanted language are about the `expected` one (or the targets, where
+            nothing is expected) or about the `target`.
+    """
+
+    text: str
+    identified: Identified
+    identifier: LanguageIdentifier
+    targets: tuple[str, ...] = ()
+    expected: str | None = None
+    about: str = EXPECTED
+
+    def __post_init__(self) -> None:
+        if self.about not in (EXPECTED, TARGET):
+            raise SteeringError(f"about={self.about!r}: expected {EXPECTED} or {TARGET}")
+
+    @classmethod
+    def of(
+        cls,
+        text: str,
+        targets: Sequence[str] | None = None,
+        expected: str | None = None,
+        identifier: LanguageIdentifier | None = None,
+        about: str = EXPECTED,
+    ) -> Output:
+        """An output, with what the text itself knows where nothing else is said.
+
+        Args:
+            text: plain, or an `IdentifiedText`.
+            targets: None takes the text's own.
+            expected: code of the language that the item expects.
+            identifier: None takes the text's own, or the default one.
+            about: see `Output`.
+        """
+        own = text if isinstance(text, IdentifiedText) else None
+        if own is None or (identifier is not None and identifier != own.identifier):
+            own = IdentifiedText.of(text, identifier or LanguageIdentifier(), own.targets if own is not None else ())
+        named = own.targets if targets is None else tuple(targets)
+        return cls(str(own), Identified(own.language, own.confidence), own.identifier, named, expected, about)
+
+    @cached_property
+    def wanted(self) -> tuple[str, ...]:
+        """Codes of the languages that the output may be in; empty where none is known, or the model knows none."""
+        if self.about == EXPECTED and self.expected is not None:
+            return self.known((self.expected,))
+        return self.known(self.targets)
+
+    def known(self, codes: Sequence[str]) -> tuple[str, ...]:
+        """The codes, if the identifier can answer any of them: a share that must be 0 is left out, with a warning."""
+        if codes and not any(self.identifier.knows(code) for code in codes):
+            name = self.identifier.file.name
+            warn_once(f"{name} does not know {'+'.join(codes)}: metrics about that language are left out")
+            return ()
+        return tuple(codes)
+
+    @cached_property
+    def passes(self) -> pass_rates.Passes:
+        """Line- and word-level judgement, about the wanted languages."""
+        return pass_rates.passes(self.text, self.wanted, self.identifier)
+
+
+def _is_in(output: Output, codes: Sequence[str]) -> float | None:
+    known = output.known(codes)
+    return float(any(in_language(output.identified.language, code) for code in known)) if known else None
 
 
 def forced(text: str) -> float | None:
@@ -49,27 +151,140 @@ def forced(text: str) -> float | None:
 
     `unknown` is not a success and stays in the denominator.
     """
-    if not isinstance(text, IdentifiedText) or not text.targets:
-        return None
-    return float(any(same_language(text.language, target) for target in text.targets if text.language != "unknown"))
+    return _is_in(Output.of(text), text.targets) if isinstance(text, IdentifiedText) else None
 
 
-def lfs(references: Sequence[str], predictions: Sequence[str], **_: Any) -> dict[str, float]:
-    """Language forcing success: 1 where the output is identified as the target language (Gurgurov et al. 2025).
+def lfs(output: Output) -> float | None:
+    """Language forcing success: 1 where the output is identified as a target language; `unknown` is none.
 
-    Without a target (an unsteered run without `target_language=`, another model type) the metric is absent.
+    Source: Gurgurov et al. 2025. The target is the steered language, or `target_language=` in an unsteered run;
+    without one the metric is absent.
     """
-    global _warned  # noqa: PLW0603  (one warning a process)
-    success = forced(predictions[0])
-    if success is None:
-        if not _warned:
-            _log.warning("lfs is left out: the outputs carry no target language (see docs/output-language.md)")
-            _warned = True
-        return {}
-    return {"lfs": success}
+    return _is_in(output, output.targets)
+
+
+def lang_expected(output: Output) -> float | None:
+    """1 where the output is identified as the language that the item expects; `unknown` is none. Source: our own."""
+    return _is_in(output, (output.expected,)) if output.expected is not None else None
+
+
+def output_language(output: Output) -> str:
+    """The identified language, or `unknown`, to be counted by `language_counts`. Source: our own."""
+    return output.identified.language
+
+
+def lang_confidence(output: Output) -> float:
+    """The identifier's probability for its best guess, 0 to 1, also where the output is `unknown`. Source: our own."""
+    return output.identified.confidence
+
+
+def lang_unknown(output: Output) -> float:
+    """1 where the language is `unknown`: below the identifier's threshold, or too few letters. Source: our own."""
+    return float(output.identified.language == UNKNOWN)
+
+
+def lpr(output: Output) -> float | None:
+    """Line-level pass rate: 1 where every line of five tokens or more is in the wanted language (`pass_rates`).
+
+    Source: Marchisio et al. 2024. An output without such a line is left out, as there; `lpr_skipped` counts those.
+    """
+    return _number(output.passes.lines) if output.wanted else None
+
+
+def lpr_skipped(output: Output) -> float | None:
+    """1 where `lpr` leaves the output out, because no line has five tokens. Source: our own, so that it shows."""
+    return float(output.passes.lines is None) if output.wanted else None
+
+
+def wpr(output: Output) -> float | None:
+    """Word-level pass rate: of the outputs that pass by their lines, 1 where no English word is in them.
+
+    Source: Marchisio et al. 2024. Absent for outputs that fail by their lines, and for languages in Latin letters. The
+    standard error takes the number of outputs that passed by their lines as given.
+    """
+    return _number(output.passes.words) if output.wanted else None
+
+
+def lcpr(output: Output) -> tuple[float, float | None] | None:
+    """Language confusion pass rate, the harmonic mean of LPR and WPR, from both judgements of each output.
+
+    Source: Marchisio et al. 2024. Defined over all outputs only, so lm-eval gives no standard error for it.
+    """
+    if not output.wanted or output.passes.lines is None or not pass_rates.has_word_rate(output.wanted):
+        return None
+    return float(output.passes.lines), _number(output.passes.words)
+
+
+def degenerate_output(output: Output) -> float:
+    """1 where the output is empty or repeats itself (`degenerate.degenerate` has the rule). Source: our own."""
+    return float(degenerate.degenerate(output.text))
+
+
+def script_share_of(output: Output) -> float | None:
+    """Share of letters in the script of the wanted language, 0 to 1; an output without letters has 0.
+
+    Source: our own, over Unicode's property Script. Of several wanted languages the best one counts.
+    """
+    shares = [script_share(output.text, code.split("_")[1]) for code in output.wanted]
+    return max(shares) if shares else None
+
+
+def _number(passed: bool | None) -> float | None:
+    return None if passed is None else float(passed)
+
+
+METRICS: Mapping[str, Callable[[Output], Value | None]] = {
+    "lfs": lfs,
+    "lang_expected": lang_expected,
+    "output_language": output_language,
+    "lang_confidence": lang_confidence,
+    "lang_unknown": lang_unknown,
+    "lpr": lpr,
+    "lpr_skipped": lpr_skipped,
+    "wpr": wpr,
+    "lcpr": lcpr,
+    "script_share": script_share_of,
+    "degenerate": degenerate_output,
+}
+
+
+def output_metrics(
+    text: str,
+    *,
+    targets: Sequence[str] | None = None,
+    expected: str | None = None,
+    identifier: LanguageIdentifier | None = None,
+    about: str = EXPECTED,
+) -> dict[str, Value]:
+    """All metrics of one output that are defined for it.
+
+    Every value is a number for lm-eval's `mean`, but `output_language` (for `language_counts`) and `lcpr` (a pair, for
+    the aggregation `lcpr`).
+
+    Args:
+        text: what the model wrote; an `IdentifiedText` brings its identifier and targets along.
+        targets: codes of the languages steered to; None takes the text's own.
+        expected: code of the language that the item expects; None leaves `lang_expected` out.
+        identifier: None takes the text's own, or the default one.
+        about: what `lpr`, `wpr`, `lcpr` and `script_share` are about: `expected` (or the targets, where the item
+            expects none) or `target`.
+
+    Raises:
+        SteeringError: if `about` is something else, or the identifier's model is missing.
+    """
+    output = Output.of(text, targets, expected, identifier, about)
+    values = {name: metric(output) for name, metric in METRICS.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def language_counts(labels: Sequence[str]) -> str:
     """Aggregation of identified languages: `fra_Latn:31 eng_Latn:7 unknown:2`, most frequent first."""
     ordered = sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))
     return " ".join(f"{label}:{count}" for label, count in ordered)
+
+
+def warn_once(message: str) -> None:
+    """Log a warning, once a process."""
+    if message not in _warned:
+        _warned.add(message)
+        _log.warning(message)

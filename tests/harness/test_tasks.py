@@ -7,6 +7,7 @@ import pytest
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.harness import tasks
+from lm_eval_steering.harness.families.outputs import language_metrics
 from lm_eval_steering.metrics.likelihood import Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
 
@@ -86,7 +87,7 @@ def test_forcing_prompts_are_never_in_the_steered_language_and_halves_do_not_mee
 
 
 def test_forcing_metrics_keep_label_and_confidence_with_each_sample() -> None:
-    found = tasks.forcing_metrics({}, [IdentifiedText("x", "fra_Latn", 0.9, ("fra_Latn",))])
-    assert found == {"output_language": "fra_Latn", "language_confidence": 0.9, "lfs": 1.0}
-    plain = tasks.forcing_metrics({}, ["Das ist ein schöner Tag im Park."])
+    found = language_metrics({}, [IdentifiedText("x", "fra_Latn", 0.9, ("fra_Latn",))])
+    assert (found["output_language"], found["lang_confidence"], found["lfs"]) == ("fra_Latn", 0.9, 1.0)
+    plain = language_metrics({}, ["Das ist ein schöner Tag im Park."])
     assert plain["output_language"] == "deu_Latn" and "lfs" not in plain

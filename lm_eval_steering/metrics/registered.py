@@ -1,0 +1,109 @@
+"""The output-language metrics as lm-eval calls them: `metric: lpr` in a task's list.
+
+lm-eval gives a metric the answer and the reference and nothing else, so what the item expects is added by
+`harness.expected`, which scores our metrics with the item in hand. A task can also say it beside the metric:
+
+    metric_list:
+      - {metric: lang_expected, expected: fra_Latn}
+
+Options of each metric: `expected`, a code that goes before what the item says; `about`, `lid`, `lid_threshold` and
+`lid_letters`, as for `output_metrics` and `LanguageIdentifier`. A text that knows what identified it needs no `lid`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_eval_steering.errors import SteeringError, did_you_mean
+from lm_eval_steering.languages import normalise
+from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
+from lm_eval_steering.metrics.output_language import EXPECTED, METRICS, TARGET, Output, Value, warn_once
+
+_LID = ("lid", "lid_threshold", "lid_letters")
+OPTIONS = ("expected", "about", *_LID)
+
+_ABSENT = {
+    "lfs": "the outputs carry no target language",
+    "lang_expected": "the item names no language that it expects",
+}
+_NO_LANGUAGE = "no language is expected, and none is steered to"
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of a metric that cannot be, before anything is generated.
+
+    Raises:
+        SteeringError: naming the metric and the option.
+    """
+    for option in options:
+        if option not in OPTIONS:
+            raise SteeringError(f"metric {name}: unknown option {option!r}{did_you_mean(option, OPTIONS)}")
+    if options.get("about", EXPECTED) not in (EXPECTED, TARGET):
+        raise SteeringError(f"metric {name}: about={options['about']!r}: expected {EXPECTED} or {TARGET}")
+    if "expected" in options:
+        normalise(str(options["expected"]))
+    identifier = _identifier(options)
+    if identifier is not None:
+        identifier.signature()
+
+
+def value_of(name: str, text: Any, options: Mapping[str, Any], expected: str | None = None) -> Value | None:
+    """One metric of one output; None, and a warning, where it is undefined.
+
+    Args:
+        name: of `METRICS`.
+        text: what the model wrote, as the task's filter left it.
+        options: beside the metric in the task's list.
+        expected: code of the language that the item expects.
+    """
+    if not isinstance(text, str):
+        warn_once(f"{name} is left out: the task's filter turns an answer into {type(text).__name__}, not a text")
+        return None
+    said = options.get("expected")
+    output = Output.of(
+        text,
+        expected=normalise(str(said)) if said else expected,
+        identifier=_identifier(options),
+        about=options.get("about", EXPECTED),
+    )
+    value = METRICS[name](output)
+    if value is None and (name in _ABSENT or not output.wanted):
+        warn_once(f"{name} is left out: {_ABSENT.get(name, _NO_LANGUAGE)} (see docs/output-language.md)")
+    return value
+
+
+def _identifier(options: Mapping[str, Any]) -> LanguageIdentifier | None:
+    if not set(_LID) & set(options):
+        return None
+    return LanguageIdentifier.named(
+        str(options.get("lid", DEFAULT)),
+        float(options.get("lid_threshold", THRESHOLD)),
+        int(options.get("lid_letters", LETTERS)),
+    )
+
+
+class Metric:
+    """What lm-eval calls, and `harness.expected` recognises."""
+
+    def __init__(self, name: str) -> None:
+        self.name = self.__name__ = name
+        self.__doc__ = METRICS[name].__doc__
+
+    def __call__(self, references: Sequence[Any], predictions: Sequence[Any], **options: Any) -> dict[str, Value]:
+        """Value of one output under the metric's name; nothing where it is undefined."""
+        value = value_of(self.name, predictions[0], options)
+        return {} if value is None else {self.name: value}
+
+
+lfs = Metric("lfs")
+lang_expected = Metric("lang_expected")
+counted_language = Metric("output_language")
+lang_confidence = Metric("lang_confidence")
+lang_unknown = Metric("lang_unknown")
+lpr = Metric("lpr")
+lpr_skipped = Metric("lpr_skipped")
+wpr = Metric("wpr")
+lcpr = Metric("lcpr")
+script_share = Metric("script_share")
+degenerate = Metric("degenerate")
