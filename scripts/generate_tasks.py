@@ -1,9 +1,14 @@
-"""Write the task files that differ in one word: `python scripts/generate_tasks.py` (a test says when to run it)."""
+"""Write the task files that differ in a few words: `python scripts/generate_tasks.py` (a test says when to run it).
+
+Each family's module under lm_eval_steering/harness/families says which files it has (`generated_files()`); the shared
+templates, whose names begin with an underscore, are written by hand.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from lm_eval_steering.harness import families
 from lm_eval_steering.harness.tasks import demo_languages
 
 TASKS = Path(__file__).parents[1] / "tasks"
@@ -11,8 +16,7 @@ TASKS = Path(__file__).parents[1] / "tasks"
 DEMO = {"continuation": "evaluated", "perplexity": "evaluated", "lss": "base"}
 
 
-def files() -> dict[Path, str]:
-    """Path and content of every generated file."""
+def demo_files() -> dict[Path, str]:
     return {
         TASKS / "demo" / f"{family}_{code}.yaml": (
             f"include: _{family}.yaml\ntask: steering_demo_{family}_{code}\ndataset_kwargs: {{{argument}: {code}}}\n"
@@ -22,6 +26,12 @@ def files() -> dict[Path, str]:
     }
 
 
+def files() -> dict[Path, str]:
+    """Path and content of every generated file."""
+    return demo_files() | {TASKS / path: text for path, text in families.generated_files().items()}
+
+
 if __name__ == "__main__":
     for path, text in files().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

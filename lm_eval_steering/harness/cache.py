@@ -72,4 +72,6 @@ class PartialAnswers:
             return self._lm.identify(answer)
         if kind == "loglikelihood":
             return Score(answer, tokens=self._tokens[tuple(request)], targets=self._lm.targets)
+        if kind == "loglikelihood_rolling":
+            return self._lm.rolling_score(*request, answer)
         return answer

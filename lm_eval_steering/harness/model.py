@@ -27,9 +27,10 @@ from lm_eval_steering.harness.batches import BatchSizes, RowBook, parts, refuse_
 from lm_eval_steering.harness.cache import DecoratingCacheHook, PartialAnswers, salt
 from lm_eval_steering.harness.identity import identity_of
 from lm_eval_steering.harness.report import refuse_nothing, report_of, signature_of
+from lm_eval_steering.harness.scoring.encode import Encoded
 from lm_eval_steering.harness.scoring.rolling import rolling
 from lm_eval_steering.harness.scoring.scorer import GivenRows, Scorer
-from lm_eval_steering.metrics.likelihood import Score
+from lm_eval_steering.metrics.likelihood import RollingScore, Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.attach import Steering, fitting_sites
@@ -64,6 +65,7 @@ class SteeredHFLM(HFLM):
         self._partial = PartialAnswers(self)
         self.book: RowBook | GivenRows | None = None  # of the scoring batches in hand
         self.scorer = Scorer(self, own.scoring)
+        self._encoded = Encoded(self)
         self._sites = own.sites
         self._found: dict[str, ModelSites] = {}
         self._attach(neuron_set, plan, own.targets(), own.force)
@@ -119,6 +121,13 @@ class SteeredHFLM(HFLM):
                 self.steering, self._found = Steering(sites, plan).attach(), {override: sites}
         self.neuron_set, self.targets = neuron_set, targets
         self.fingerprint = self._fingerprint()
+
+    # --- tokens -------------------------------------------------------------------------------------------------
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """As lm-eval's, of which many are known ahead."""
+        known = None if args or kwargs else self._encoded.get(string)
+        return super().tok_encode(string, *args, **kwargs) if known is None else known
 
     # --- forward passes -----------------------------------------------------------------------------------------
 
@@ -178,7 +187,7 @@ class SteeredHFLM(HFLM):
         twins = [number for number, request in enumerate(requests) if wants_twin(request)]
         others = sorted(set(range(len(requests))) - set(twins))
         scores: dict[int, Score] = {}
-        with self._proven():
+        with self._proven(), self._encoded.ahead(requests):
             if others:
                 plain = super().loglikelihood([requests[i] for i in others], disable_tqdm=disable_tqdm)
                 scores |= dict(zip(others, plain, strict=True))
@@ -190,11 +199,16 @@ class SteeredHFLM(HFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts; every token is prompt."""
         with self._proven():
-            if self.scorer.way.shared:
-                scores = rolling(self, requests, disable_tqdm)
-            else:
+            if self.scorer.setting == "plain":
                 scores = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-        return self._finite(scores)
+            else:
+                scores = rolling(self, requests, disable_tqdm)
+        pairs = zip(requests, self._finite(scores), strict=True)
+        return [self.rolling_score(request.args[0], score) for request, score in pairs]
+
+    def rolling_score(self, text: str, score: float) -> RollingScore:
+        """A whole text's score with its number of tokens, each of which was predicted once."""
+        return RollingScore(score, len(self.tok_encode(text)))
 
     def _score_twice(self, requests: list[Instance], disable_tqdm: bool) -> list[Score]:
         with self.sizes.scoring_twice():

@@ -112,7 +112,7 @@ def test_bare_lm_eval_steers_and_proves_it_and_a_second_run_comes_from_the_cache
     samples = next(p for p in (tmp_path / "one").rglob("*") if p.name.startswith("samples_steering_demo_forcing"))
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     assert len(rows) == 40
-    assert {"lfs", "output_language", "language_confidence"} <= set(rows[0])
+    assert {"lfs", "output_language", "lang_confidence"} <= set(rows[0])
     assert scores["steering_demo_forcing"]["lfs,none"] == sum(row["lfs"] for row in rows) / 40
 
 

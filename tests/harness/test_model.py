@@ -40,8 +40,8 @@ def folder(tmp_path: Path, neurons: NeuronSet) -> Path:
     return tmp_path
 
 
-def loaded(batch_size: int = 2) -> SteeredHFLM:
-    return SteeredHFLM(tiny_model("llama"), tokenizer=tiny_tokenizer(), batch_size=batch_size)
+def loaded(batch_size: int = 2, **arguments: Any) -> SteeredHFLM:
+    return SteeredHFLM(tiny_model("llama"), tokenizer=tiny_tokenizer(), batch_size=batch_size, **arguments)
 
 
 def scoring(twin: bool = False) -> list[Instance]:
@@ -60,6 +60,7 @@ def test_factor_one_is_bit_equal_to_hf(folder: Path) -> None:
         ours = SteeredHFLM(
             str(folder / "model"), device="cpu", batch_size=batch_size,
             neurons=str(folder / "neurons.safetensors"), language="fra_Latn", op="scale", factor=1,
+            scoring="plain",
         )  # fmt: skip
         plain.batch_size_per_gpu = batch_size
         assert [tuple(score) for score in ours.loglikelihood(scoring())] == plain.loglikelihood(scoring())
@@ -135,7 +136,7 @@ def test_the_cache_keeps_plain_hf_apart(neurons: NeuronSet, tmp_path: Path) -> N
 
 
 def test_an_interrupted_run_leaves_whole_answers_in_the_cache(neurons: NeuronSet, tmp_path: Path) -> None:
-    lm = loaded(batch_size=1)
+    lm = loaded(batch_size=1, scoring="plain")
     lm.intervene(neurons, **STRONG)
     cached = CachingLM(lm, str(tmp_path / "cache.db"))
     real, calls = lm._model_call, []
@@ -351,7 +352,7 @@ def test_both_passes_of_a_twin_use_the_batches_that_were_detected_once(
 ) -> None:
     sizes = iter([3, 1, 2, 2])
     monkeypatch.setattr(HFLM, "_detect_batch_size", lambda *_args, **_kwargs: next(sizes))
-    lm = SteeredHFLM(tiny_model("llama"), tokenizer=tiny_tokenizer(), batch_size="auto")
+    lm = SteeredHFLM(tiny_model("llama"), tokenizer=tiny_tokenizer(), batch_size="auto", scoring="plain")
     lm.intervene(neurons, language="fra_Latn", op="scale", factor=1)
     seen: list[int] = []
     real = lm._model_call

@@ -101,7 +101,7 @@ def rows_scored(lm: SteeredHFLM, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_requests_share_a_row_only_where_tokens_and_context_lengths_agree(
     neurons: NeuronSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = loaded(batch_size=64)
+    lm = loaded(batch_size=64, scoring="plain")
     for arguments in (FREE[0], BOUND[0], BOUND[4]):
         lm.intervene(neurons, **arguments)
         assert rows_scored(lm, monkeypatch) == len(PAIRS) - 1  # the two one-token options alone
@@ -119,7 +119,7 @@ def test_equal_tokens_with_contexts_of_other_lengths_get_their_own_scores() -> N
 
 
 def test_evidence_counts_real_positions_alone(neurons: NeuronSet) -> None:
-    lm = loaded(batch_size=64)
+    lm = loaded(batch_size=64, scoring="plain")
     lm.intervene(neurons, **FREE[0])
     lm.loglikelihood(scoring(pairs=[("w1 w2 w3", " w4"), ("w1", " w2")]))
     evidence = lm.steering_report()["evidence"]
@@ -218,7 +218,7 @@ def test_context_lengths_survive_truncation(neurons: NeuronSet) -> None:
 def test_counters_are_read_once_a_batch_and_not_once_an_answer(
     neurons: NeuronSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = loaded(batch_size=64)
+    lm = loaded(batch_size=64, scoring="plain")
     lm.intervene(neurons, **FREE[0])
     assert lm.steering is not None
     reads: list[int] = []

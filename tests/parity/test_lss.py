@@ -1,4 +1,4 @@
-"""LSS against the published matrix (Rahmanisa et al. 2025)."""
+"""LSS against the published matrix (Rahmanisa et al. 2025), end to end: rows in a file, our task, its evaluator."""
 
 from __future__ import annotations
 
@@ -6,35 +6,68 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 
-from lm_eval_steering.metrics.likelihood import Score, lss, preference_shift
+from lm_eval_steering.harness import registration
+from lm_eval_steering.languages import normalise
+from lm_eval_steering.metrics.likelihood import Score, lss
+from lm_eval_steering.resources import tasks_folder
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "lss_matrix.json").read_text())
-NAMES = {"en": "intv_eng_Latn", "id": "intv_ind_Latn", "zh": "intv_zho_Hans"}
-PAIRS = [(base, target) for base in GOLDEN["langs"] for target in GOLDEN["langs"] if base != target]
+LANGUAGES: list[str] = GOLDEN["langs"]
+registration.register_all()
 
 
-def prompt(row: dict[str, str], base: str) -> str:
-    # The published prompt is the template up to [Y], where that stands at the end; for zh it does not, and stays.
-    return row["template"].replace("[X]", row[f"sub_{base}"]).removesuffix(" [Y]")
+class Table(LM):
+    """Answers from the published table of log-probabilities, with and without the intervention for one language."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target = target
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        return [self.score(*request.args) for request in requests]
+
+    def score(self, prompt: str, continuation: str) -> Score:
+        assert continuation.startswith(" ")
+        table, index = GOLDEN["logprob_table"], GOLDEN["target_index_of_lang"][self.target]
+        steered, unsteered = (table.get(f"{row}|{prompt}|{continuation[1:]}", -9.0) for row in (index, None))
+        return Score((steered, False), 1, unsteered=unsteered, targets=(normalise(self.target),))
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        raise NotImplementedError
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        raise NotImplementedError
 
 
-def score(steered: Any, text: str, continuation: str) -> Score:
-    table = GOLDEN["logprob_table"]
-    unsteered = table[f"None|{text}|{continuation}"]
-    return Score((table[f"{steered}|{text}|{continuation}"], False), tokens=1, unsteered=unsteered)
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "mlama").mkdir()
+    for base in LANGUAGES:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in GOLDEN["rows"][base])
+        (folder / "mlama" / f"{base}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
 
 
-@pytest.mark.parametrize(("base", "target"), PAIRS)
-def test_the_matrix_is_the_published_one(base: str, target: str) -> None:
-    steered = GOLDEN["target_index_of_lang"][target]
-    shifts = []
-    for row in GOLDEN["rows"][base]:
-        own, other = (score(steered, prompt(row, base), row[f"obj_{code}"]) for code in (base, target))
-        shifts.append(preference_shift(own, other))
-    row_of = GOLDEN["matrix"]["lang"].index(base)
-    assert lss(shifts) == pytest.approx(GOLDEN["matrix"][NAMES[target]][row_of])
+@pytest.mark.parametrize("target", LANGUAGES)
+def test_the_matrix_is_the_published_one_and_its_diagonal_is_blank(target: str, rows: Path) -> None:
+    settings = {"language": target, "data_dir": str(rows)}
+    manager = TaskManager(include_path=str(tasks_folder() / "lss"), include_defaults=False, metadata=settings)
+    names = {base: f"steering_lss_{normalise(base)}_mlama_paper" for base in LANGUAGES}
+    found = lm_eval.simple_evaluate(Table(target), tasks=list(names.values()), task_manager=manager)["results"]
+    published = dict(zip(GOLDEN["matrix"]["lang"], GOLDEN["matrix"][f"intv_{normalise(target)}"], strict=True))
+    for base, name in names.items():
+        if base == target:
+            assert published[base] == 0
+            assert not [key for key in found[name] if key.startswith("lss")]
+        else:
+            assert found[name]["lss,none"] == pytest.approx(published[base])
 
 
 @pytest.mark.parametrize(("steered", "baseline", "expected"), GOLDEN["eval_dod_examples"])

@@ -1,0 +1,1 @@
+"""Log-likelihoods by the least work: common prefixes run once, the head only where a token is scored."""

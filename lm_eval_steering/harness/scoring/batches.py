@@ -1,0 +1,64 @@
+"""Rows in batches: sorted by length, as many as fit a budget of tokens and of scored positions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lm_eval_steering.harness.scoring.tree import Row
+
+# Logits in hand at once, in numbers: 128 MB in float32.
+LOGITS = 2**25
+# Pads of a batch, in tokens, at which a forward pass more costs less.
+PADS = {"cpu": 48}
+PADS_ELSEWHERE = 1024
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one forward pass may hold; a single row may be more.
+
+    Attributes:
+        tokens: padded ones.
+        positions: at which logits are made.
+        pads: among the tokens.
+    """
+
+    tokens: int
+    positions: int
+    pads: int
+
+    @classmethod
+    def like(cls, batch_size: int, longest: int, vocabulary: int, device: str) -> Budget:
+        """The tokens that lm-eval's own first batch would hold: `batch_size` rows of the longest request."""
+        return cls(batch_size * longest, max(1, LOGITS // vocabulary), PADS.get(device, PADS_ELSEWHERE))
+
+    @classmethod
+    def unlimited(cls) -> Budget:
+        """For requests that are few."""
+        return cls(sys.maxsize, sys.maxsize, sys.maxsize)
+
+    @classmethod
+    def half_of(cls, batch: Sequence[Row]) -> Budget:
+        """Half of what a batch holds."""
+        tokens = len(batch) * max(len(row.tokens) for row in batch) // 2
+        return cls(tokens, max(1, sum(row.positions for row in batch) // 2), tokens)
+
+
+def batches(rows: Iterable[Row], budget: Budget) -> list[list[Row]]:
+    """Batches of rows of similar length, longest first; rows that branch, and need a mask, are kept apart."""
+    rows = sorted(rows, key=lambda row: (row.branches, -len(row.tokens)))
+    found: list[list[Row]] = []
+    positions = pads = 0
+    for row in rows:
+        own = row.positions
+        if found and found[-1][0].branches == row.branches:
+            longest = len(found[-1][0].tokens)
+            tokens, positions, pads = (len(found[-1]) + 1) * longest, positions + own, pads + longest - len(row.tokens)
+            if tokens <= budget.tokens and positions <= budget.positions and pads <= budget.pads:
+                found[-1].append(row)
+                continue
+        found.append([row])
+        positions, pads = own, 0
+    return found

@@ -1,0 +1,278 @@
+"""Where a family's rows come from: files of the user's own first, then the hub, in a stated order.
+
+A folder of files is named by `--metadata '{"data_dir": "DIR"}'` or the environment variable STEERING_DATA. In it the
+rows of one language and split are looked for as (LANGUAGE also in the hub's spelling, then in shorter ones)
+
+    DIR/FAMILY/LANGUAGE.SPLIT.jsonl     the layout that `lm-eval-steering fetch-data --out DIR` writes
+    DIR/FAMILY/LANGUAGE/SPLIT.jsonl     the layout of most repositories on the hub
+    DIR/FAMILY/LANGUAGE.jsonl           where there is only one split
+
+each also as .parquet; FAMILY is also tried as the last part of the hub id (`flores200` for `Muennighoff/flores200`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lm_eval_steering import languages
+from lm_eval_steering.errors import SteeringError, UnknownLanguageError
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "STEERING_DATA"
+ENDINGS = (".jsonl", ".parquet")
+CONVERTED = "refs/convert/parquet"  # the branch on which the hub keeps every data set as parquet, scripts included
+Rows = list[dict[str, Any]]
+
+
+class DataError(SteeringError):
+    """Rows that cannot be had, or are not what their family needs."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """One place on the hub, in the words of `datasets.load_dataset`."""
+
+    path: str
+    name: str | None = None
+    split: str = "test"
+    revision: str | None = None
+    data_files: str | None = None
+
+    def __str__(self) -> str:
+        parts = [self.path, self.name or "", self.data_files or "", f"split {self.split}"]
+        return " ".join(part for part in parts if part) + (f" at {self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one family, language and split.
+
+    Attributes:
+        family: Folder of local files.
+        language: A FLORES code, or a pair `eng_Latn-fra_Latn`.
+        split: In the hub's words.
+        columns: What every row must have.
+        hub: Where to look where there is no local file, in this order.
+        skip_incomplete: Leave rows out, with a warning, whose value in a column is null; refused otherwise.
+    """
+
+    family: str
+    language: str
+    split: str
+    columns: tuple[str, ...]
+    hub: tuple[Hub, ...] = ()
+    skip_incomplete: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.language} {self.split}"
+
+    def at_split(self, split: str | None) -> Source:
+        """The same rows of another split (`--metadata '{"split": "validation"}'`)."""
+        if split is None or split == self.split:
+            return self
+        return replace(self, split=split, hub=tuple(_hub_at(hub, self.split, split) for hub in self.hub))
+
+
+def _hub_at(hub: Hub, old: str, new: str) -> Hub:
+    files = hub.data_files.replace(old, new) if hub.data_files else None
+    return replace(hub, split=new, data_files=files)
+
+
+def hub_places(path: str, name: str, split: str, *copies: str) -> tuple[Hub, ...]:
+    """The usual order: the repository as it is, its parquet conversion, then other copies."""
+    return (
+        Hub(path, name, split),
+        Hub(path, split=split, revision=CONVERTED, data_files=f"{name}/{split}/*.parquet"),
+        *(Hub(copy, name, split) for copy in copies),
+    )
+
+
+def load_rows(source: Source, settings: Mapping[str, Any]) -> Rows:
+    """The rows, each with at least the source's columns.
+
+    Args:
+        source: Which rows.
+        settings: lm-eval's metadata and model arguments, as a `custom_dataset` function gets them; `data_dir` names
+            the user's own folder, `split` another split.
+
+    Raises:
+        DataError: if no place has them (the message names all that were tried and the file to provide), or if the
+            first place that has them lacks a column.
+    """
+    source = source.at_split(settings.get("split"))
+    folder = data_folder(settings)
+    path = find_file(folder, source) if folder else None
+    if path is not None:
+        found, where = read_file(path), str(path)
+    else:
+        found, where = _first_on_hub(source, folder)
+    found = checked_rows(found, source, where)
+    log.info("%s: %d rows from %s", source, len(found), where)
+    for seen in _observers:
+        seen.append((source, found))
+    return found
+
+
+_observers: list[list[tuple[Source, Rows]]] = []
+
+
+@contextmanager
+def observed() -> Iterator[list[tuple[Source, Rows]]]:
+    """Sees what is loaded meanwhile, so that `fetch-data` needs to know nothing of any family."""
+    seen: list[tuple[Source, Rows]] = []
+    _observers.append(seen)
+    try:
+        yield seen
+    finally:
+        _observers.remove(seen)
+
+
+def data_folder(settings: Mapping[str, Any]) -> Path | None:
+    """The user's own folder: `data_dir` of the settings before the environment's STEERING_DATA."""
+    for said, value in (("data_dir", settings.get("data_dir")), (VARIABLE, os.environ.get(VARIABLE))):
+        if value:
+            folder = Path(str(value)).expanduser()
+            if not folder.is_dir():
+                raise DataError(f"{said}={value}: no such folder")
+            return folder
+    return None
+
+
+def file_names(source: Source) -> Iterator[str]:
+    """Where the rows may lie inside a folder, without the ending, the most exact first."""
+    families = dict.fromkeys([source.family, *(hub.path.rsplit("/", maxsplit=1)[-1] for hub in source.hub)])
+    names = dict.fromkeys([source.language, *(hub.name for hub in source.hub if hub.name), *_short(source.language)])
+    for pattern in ("{}/{}.{}", "{}/{}/{}", "{}/{}"):
+        for family in families:
+            for name in names:
+                yield pattern.format(family, name, source.split)
+
+
+def _short(language: str) -> tuple[str, ...]:
+    try:
+        return languages.spellings(language)
+    except (UnknownLanguageError, ValueError):  # a pair
+        return ()
+
+
+def find_file(folder: Path, source: Source) -> Path | None:
+    """The first file of a folder that holds the rows."""
+    candidates = (folder / f"{name}{ending}" for name in file_names(source) for ending in ENDINGS)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_file(path: Path) -> Rows:
+    """All rows of a JSON-lines or parquet file."""
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    rows: Rows = []
+    with path.open(encoding="utf-8") as lines:  # not splitlines(): text may hold U+2028
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+            rows.append(row)
+    return rows
+
+
+def _read_parquet(path: Path) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return list(parquet.read_table(path).to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a parquet file ({error})") from None
+
+
+def checked_rows(rows: Rows, source: Source, where: str) -> Rows:
+    """The rows that have every column; refuses no rows at all, and a row without a column."""
+    if not rows:
+        raise DataError(f"{where}: no rows for {source}")
+    incomplete = {number: row for number, row in enumerate(rows, start=1) if _missing(row, source)}
+    for number, row in incomplete.items():
+        if not source.skip_incomplete or any(column not in row for column in source.columns):
+            raise DataError(
+                f"{where}, row {number}: no {' and no '.join(map(repr, _missing(row, source)))}, which "
+                f"{source.family} needs; columns found: {', '.join(key for key in row if row[key] is not None)}"
+            )
+    if len(incomplete) == len(rows):
+        raise DataError(f"{where}: no row for {source} has all of {', '.join(source.columns)}")
+    if incomplete:
+        numbers = ", ".join(map(str, incomplete))
+        log.warning("%s: left out %d of %d rows that lack a value: %s", where, len(incomplete), len(rows), numbers)
+    return [row for number, row in enumerate(rows, start=1) if number not in incomplete]
+
+
+def _missing(row: Mapping[str, Any], source: Source) -> list[str]:
+    return [column for column in source.columns if row.get(column) is None]
+
+
+def _first_on_hub(source: Source, folder: Path | None) -> tuple[Rows, str]:
+    tried = [f"{folder}/{source.family} (no file of that name)" if folder else f"no local folder ({VARIABLE} not set)"]
+    for hub in source.hub:
+        try:
+            return [dict(row) for row in _from_hub(hub)], str(hub)
+        except Exception as error:  # whatever the hub or its client answers, the next place may have the rows
+            tried.append(f"{hub} ({type(error).__name__}: {_first_line(error)})")
+    offline = " (offline: HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set)" if _offline() else ""
+    raise DataError(
+        f"no rows for {source}{offline}. Tried: {'; '.join(tried)}. To provide them: put "
+        f"{source.family}/{source.language}.{source.split}.jsonl with the fields {', '.join(source.columns)} in a "
+        f"folder and name it by {VARIABLE} or --metadata '{{\"data_dir\": ...}}'; where there is a network, "
+        f"`lm-eval-steering fetch-data --tasks ... --out DIR` writes it"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else "no message"
+
+
+def _offline() -> bool:
+    return any(os.environ.get(name, "0").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE)
+
+
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+@lru_cache(maxsize=8)  # tasks that share their rows (the domains of INCLUDE) follow one another
+def _from_hub(hub: Hub) -> tuple[dict[str, Any], ...]:
+    from datasets import load_dataset
+
+    if hub.data_files:  # a pattern alone would be called split `train`
+        files = {hub.split: hub.data_files}
+        return tuple(load_dataset(hub.path, data_files=files, split=hub.split, revision=hub.revision))
+    return tuple(load_dataset(hub.path, hub.name, split=hub.split, revision=hub.revision))
+
+
+def write_rows(folder: Path, source: Source, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write rows where `load_rows` finds them first; complete or not at all."""
+    path = folder / source.family / f"{source.language}.{source.split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+    part.replace(path)
+    return path
+
+
+def as_dataset(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What lm-eval wants of a `custom_dataset` function, always under the split name `test`."""
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list([dict(document) for document in documents])}
