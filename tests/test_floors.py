@@ -15,7 +15,7 @@ FLOORS = [
     {"languages", "language_families", "architectures", "resources", "fingerprint"},
     {"neurons"},
     {"metrics", "steering"},
-    {"harness"},
+    {"harness", "export"},
     {"analysis"},
     {"sweep"},
     {"report"},
@@ -33,6 +33,7 @@ WITHOUT_LM_EVAL = {
     "neurons",
     "metrics",
     "steering",
+    "export",
 }
 
 

@@ -1,0 +1,1 @@
+"""A static intervention written into weights: a plain checkpoint or a LoRA that any engine runs without us."""

@@ -1,0 +1,142 @@
+"""A scaling as a LoRA on the last linear layer of each MLP: A picks the chosen units, B holds their columns.
+
+The layer adds `lora_alpha / r * B A p`. With one factor for all units B is the columns W[:, i] themselves and the rest
+is one number, lora_alpha = r * (factor - 1), so that adapters of several factors share their weights. Every layer has
+the same rank r, filled up with rows of zeros, since vLLM knows no rank of single layers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, TaskType
+from safetensors.torch import save_file
+
+from lm_eval_steering.architectures import FAMILIES, model_type_of
+from lm_eval_steering.errors import InterventionError
+from lm_eval_steering.export.algebra import LayerMap, uniform_scale
+from lm_eval_steering.export.families import layout_of, place_of
+from lm_eval_steering.export.source import Source
+
+LARGEST_RANK = 512  # vllm/config/lora.py: what max_lora_rank can be
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter is made of.
+
+    Attributes:
+        source: the model's checkpoint.
+        maps: layer -> what is made of its units; they scale only.
+        rank: of every layer.
+        scale: the one factor of all units; None where they differ.
+    """
+
+    source: Source
+    maps: Mapping[int, LayerMap]
+    rank: int
+    scale: float | None
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha` of this adapter."""
+        return self.rank * (self.scale - 1) if self.scale is not None else float(self.rank)
+
+
+def plan_adapter(source: Source, maps: dict[int, LayerMap], largest_rank: int) -> Adapter:
+    """Refuse what an adapter cannot say; nothing is read.
+
+    Raises:
+        InterventionError: if a unit is added to, there is nothing to scale, or a layer needs too high a rank.
+    """
+    if not maps:
+        raise InterventionError("no neuron is edited, so there is nothing to write into an adapter")
+    if any(not each.scales_only for each in maps.values()):
+        raise InterventionError(
+            "a LoRA can scale units and not add to them: set (but to 0) and add need a bias; export it --as checkpoint"
+        )
+    above = {layer: len(each.units) for layer, each in maps.items() if len(each.units) > largest_rank}
+    if above:
+        listed = ", ".join(f"layer {layer} needs {count}" for layer, count in sorted(above.items()))
+        raise InterventionError(
+            f"a LoRA's rank is the number of a layer's units, at most {largest_rank} (vLLM knows none above "
+            f"{LARGEST_RANK}): {listed}; export it --as checkpoint, or raise --max-rank for peft alone"
+        )
+    rank = max(len(each.units) for each in maps.values())
+    return Adapter(source, maps, rank, uniform_scale(maps))
+
+
+def write_weights(adapter: Adapter, path: Path, dtype: torch.dtype) -> None:
+    """Write A (rank, unit) and B (hidden, rank) of each layer."""
+    axis = 0 if layout_of(adapter.source.lazy.config).transposed else 1
+    written: dict[str, torch.Tensor] = {}
+    with adapter.source.reading() as tensors:
+        for layer, module in _modules(adapter).items():
+            weight = tensors[adapter.source.names[f"{module}.weight"]]
+            written |= _matrices(adapter, adapter.maps[layer], module, weight, axis, dtype)
+        save_file(written, path, metadata={"format": "pt"})
+
+
+def _matrices(
+    adapter: Adapter, own: LayerMap, module: str, weight: torch.Tensor, axis: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    units = torch.from_numpy(own.units)
+    columns = weight.index_select(axis, units).to(dtype)
+    columns = columns.T if axis == 0 else columns  # (hidden, unit)
+    if adapter.scale is None:
+        columns = (columns.double() * torch.from_numpy(own.product - 1)).to(dtype)
+    picks = torch.zeros(adapter.rank, weight.shape[axis], dtype=dtype)
+    picks[torch.arange(len(units)), units] = 1
+    filled = torch.zeros(columns.shape[0], adapter.rank, dtype=dtype)
+    filled[:, : len(units)] = columns
+    return {
+        f"base_model.model.{module}.lora_A.weight": picks,
+        f"base_model.model.{module}.lora_B.weight": filled,
+    }
+
+
+def _modules(adapter: Adapter) -> dict[int, str]:
+    """Layer -> name of its last linear layer, of the layers that are edited."""
+    family = FAMILIES[model_type_of(adapter.source.lazy.config)]
+    places = {name: place_of(name, family) for name in adapter.source.names}
+    return {
+        place.layer: name.removesuffix(".weight")
+        for name, place in places.items()
+        if place is not None and (place.path, place.kind) == (family.down, "weight") and place.layer in adapter.maps
+    }
+
+
+def write_config(adapter: Adapter, folder: Path) -> None:
+    """Write adapter_config.json: the one thing that tells the factors of a folder apart."""
+    config = LoraConfig(
+        base_model_name_or_path=adapter.source.pretrained,
+        revision=adapter.source.lazy.revision or None,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # peft divides it by r, whole or not
+        target_modules=list(_modules(adapter).values()),
+        fan_in_fan_out=layout_of(adapter.source.lazy.config).transposed,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    path = folder / CONFIG
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["target_modules"] = sorted(said["target_modules"])  # peft keeps a set
+    path.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def share_weights(first: Path, others: Sequence[Path]) -> None:
+    """Give other folders the first one's weights: by a hard link, or by a copy where the disk knows none."""
+    for folder in others:
+        try:
+            os.link(first / WEIGHTS, folder / WEIGHTS)
+        except OSError:
+            shutil.copy2(first / WEIGHTS, folder / WEIGHTS)
