@@ -40,6 +40,11 @@ def demo_calibration() -> Path:
     return _PACKAGE / "demo" / "data" / "corpus"
 
 
+def demo_plan() -> Path:
+    """The small sweep of the demo model."""
+    return _PACKAGE / "demo" / "plan.yaml"
+
+
 def find_neuron_set(name: str | Path) -> Path:
     """Path of a neuron-set file: a path as it is, or the name of one that ships (`demo`)."""
     path = Path(name).expanduser()

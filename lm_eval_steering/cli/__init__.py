@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lm_eval_steering.cli import analysis, finding, sets
+from lm_eval_steering.cli import analysis, export, finding, report, rescore, sets, sweep, tasks
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ class Place(StrEnum):
     DEMO_NEURONS = "demo-neurons"
     DEMO_LANGUAGES = "demo-languages"
     DEMO_TASK = "demo-task"
+    DEMO_PLAN = "demo-plan"
     TASKS = "tasks"
     NEURON_SETS = "neuron-sets"
 
@@ -72,16 +73,17 @@ def where(name: Annotated[Place, typer.Argument(help="What to look up.")]) -> No
         Place.DEMO_MODEL: resources.demo_model,
         Place.DEMO_NEURONS: lambda: resources.find_neuron_set("demo"),
         Place.DEMO_TASK: lambda: "steering_demo_continuation_fra_Latn",
+        Place.DEMO_PLAN: resources.demo_plan,
         Place.TASKS: resources.tasks_folder,
         Place.NEURON_SETS: resources.neuron_sets_folder,
     }
     typer.echo(answers[name]())
 
 
-for verb in (finding.find, finding.record, finding.select, finding.calibrate, sets.inspect):
+for verb in (finding.find, finding.record, finding.select, finding.calibrate, sets.inspect, rescore.rescore):
     app.command()(verb)
 app.command("import")(sets.import_)
-for name, analyse in analysis.VERBS.items():
+for name, analyse in (analysis.VERBS | sweep.VERBS | tasks.VERBS | export.VERBS | report.VERBS).items():
     app.command(name)(analyse)
 app.add_typer(sets.neurons, name="neurons")
 

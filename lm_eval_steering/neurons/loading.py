@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -190,4 +190,9 @@ def activation_function(config: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide a number."""
-    return {name: importlib.metadata.version(name) for name in ("lm-eval-steering", "torch", "transformers", "numpy")}
+    return {name: _version(name) for name in ("lm-eval-steering", "torch", "transformers", "numpy")}
+
+
+@cache
+def _version(name: str) -> str:
+    return importlib.metadata.version(name)

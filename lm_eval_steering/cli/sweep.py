@@ -1,0 +1,135 @@
+"""Verbs of sweeps: sweep, status, merge."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lm_eval_steering.errors import SteeringError
+
+_INTERRUPTED = "interrupted; run the same command again to go on"
+Folder = Annotated[Path, typer.Argument(help="Folder of a sweep.")]
+
+
+class Launcher(StrEnum):
+    """Where the parts of a plan run."""
+
+    NONE = "none"
+    LOCAL = "local"
+    SUBMITIT = "submitit"
+
+
+def sweep(
+    plan: Annotated[Path, typer.Argument(help="YAML file of the plan (docs/sweep.md).")],
+    out: Annotated[Path, typer.Option(help="Folder for the cells; run again, it goes on where it was.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override of the plan, such as controls.random=5; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the cells, what is done, and an estimate.")] = False,
+    shard: Annotated[str | None, typer.Option(help="Run a part of the plan, such as 2/8.")] = None,
+    launcher: Annotated[Launcher, typer.Option(help="Deal the plan to jobs.")] = Launcher.NONE,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of those jobs.")] = None,
+    retry_failed: Annotated[bool, typer.Option(help="Try failed cells again.")] = False,
+) -> None:
+    """Run every factor x language x task of a plan: what is missing of it. Exit code 1 where a cell failed."""
+    os.environ["TQDM_DISABLE"] = "1"  # read by tqdm once, when it is imported
+    from lm_eval_steering.neurons.ranks import launched
+    from lm_eval_steering.sweep.runner import Shard, be_quiet, run_sweep
+    from lm_eval_steering.sweep.schema import read_plan
+
+    found = read_plan(plan, set_ or ())
+    part = Shard.parse(shard) if shard else None
+    from lm_eval_steering.sweep.cells import spell_out
+
+    if launcher is not Launcher.NONE and part is not None:
+        raise SteeringError("--shard beside --launcher, which deals the shards itself: leave one of the two out")
+    be_quiet()
+    ranks = launched()[0]
+    grid = spell_out(found)
+    if launcher is not Launcher.NONE and not dry_run:
+        _stop_on_sigterm()
+        _launch(grid, out, launcher, workers, retry_failed)
+        return
+    if dry_run:
+        if ranks.first:
+            from lm_eval_steering.sweep.status import describe
+
+            typer.echo(describe(grid, out))
+        return
+    _stop_on_sigterm()
+    outcome = run_sweep(grid, out, part, retry_failed)
+    if ranks.first:
+        _report(outcome, out)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
+def status(out: Folder) -> None:
+    """Print what is done, running, failed and missing; write missing.csv."""
+    from lm_eval_steering.sweep.status import status as read_status
+
+    typer.echo(read_status(out))
+
+
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of sweeps.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")],
+    items: Annotated[bool, typer.Option(help="One row an item too.")] = False,
+) -> None:
+    """Make one table, parquet and CSV, of any number of sweeps: one row a cell and metric."""
+    from lm_eval_steering.sweep.merge import merge as make
+
+    paths, notes = make(folders, out, items)
+    for line in [*notes, *(f"wrote {path}" for path in paths)]:
+        typer.echo(line)
+
+
+def _launch(grid: Any, out: Path, launcher: Launcher, workers: int | None, retry_failed: bool) -> None:
+    from lm_eval_steering.sweep.launch import launch_local, launch_slurm
+    from lm_eval_steering.sweep.status import describe
+
+    typer.echo(describe(grid, out))  # and refuses here what every job would refuse
+    plan = grid.plan
+    if launcher is Launcher.SUBMITIT:
+        found = launch_slurm(plan, out, workers, retry_failed)
+        typer.echo(f"submitted {', '.join(found.jobs)}; scripts and logs are in {found.folder}")
+        return
+    if not workers:
+        raise SteeringError("--launcher local: say how many, --workers 2")
+    try:
+        found = launch_local(plan, out, workers, retry_failed)
+    except KeyboardInterrupt:
+        typer.echo(_INTERRUPTED)
+        raise typer.Exit(130) from None
+    typer.echo(f"{workers} workers ended; logs are in {found.folder}")
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
+
+
+def _report(outcome: Any, out: Path) -> None:
+    typer.echo(f"{outcome.done} cells done, {outcome.ran} of them now; results are in {out}/cells")
+    for line in outcome.waiting:
+        typer.echo(f"waiting for {line}; run again when they are done")
+    if outcome.failed:
+        typer.echo(
+            f"{len(outcome.failed)} cells failed; `lm-eval-steering status {out}` says why, --retry-failed retries"
+        )
+    if outcome.interrupted:
+        typer.echo(_INTERRUPTED)
+
+
+def _stop_on_sigterm() -> None:
+    """A scheduler's signal ends a run as Ctrl-C does: the cell in hand is dropped, all others are whole."""
+    import signal
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+VERBS: dict[str, Any] = {"sweep": sweep, "status": status, "merge": merge}

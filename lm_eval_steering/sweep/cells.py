@@ -1,0 +1,238 @@
+"""Cells: one intervention on one task. A plan is spelled out into cells before any model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lm_eval_steering import resources
+from lm_eval_steering.fingerprint import fingerprint
+from lm_eval_steering.harness.arguments import read_config
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.sweep.schema import Plan, PlanError
+from lm_eval_steering.sweep.tasks import TaskBook
+from lm_eval_steering.sweep.variants import Variant, variants_of
+
+ALL, CHOOSE, REPORT = "all", "choose", "report"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+_NO_PART = {"batch_size", "max_batch_size", "device", "parallelize", "max_memory_per_gpu", "max_cpu_memory"}
+_ENDS = 1 << 20  # bytes read at either end of a weight file
+_LONGEST = 200  # characters of a readable name: file systems end at 255 bytes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One intervention on one task.
+
+    Attributes:
+        key: hash over everything that decides its scores, known before the model is loaded.
+        variant: the intervention.
+        task: one task of lm-eval.
+        target: the steered languages that the documents or `lfs` are for; None where none is.
+        items: `all`, or `report` for the half that nothing was chosen on.
+        stage: 1, or 2 for cells of `then`.
+    """
+
+    key: str
+    variant: Variant
+    task: str
+    target: str | None
+    items: str = ALL
+    stage: int = 1
+
+    @property
+    def name(self) -> str:
+        """Readable name, with enough of the key to be one of a kind; the cell's folder."""
+        target = f"-for-{self.target}" if self.variant.is_baseline and self.target else ""
+        return f"{f'{self.variant.name}{target}--{self.task}'[:_LONGEST]}--{self.key[:10]}"
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data, for files."""
+        return asdict(self) | {"name": self.name}
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> Cell:
+        """A cell from what `describe` gave."""
+        own = dict(found["variant"])
+        variant = Variant(**own | {"languages": tuple(own["languages"])})
+        return cls(variant=variant, **{key: found[key] for key in ("key", "task", "target", "items", "stage")})
+
+
+@dataclass
+class Grid:
+    """A plan that is spelled out.
+
+    Attributes:
+        plan: as the user wrote it.
+        book: its tasks.
+        neuron_set: as loaded.
+        variants: baseline, interventions, controls.
+        cells: of the first stage, in the order in which they are run.
+        notes: what a user should know: factors that collapsed, cells that are not defined.
+    """
+
+    plan: Plan
+    book: TaskBook
+    neuron_set: NeuronSet
+    variants: list[Variant]
+    cells: list[Cell] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def plan_hash(self) -> str:
+        """Over what decides which cells there are."""
+        return fingerprint({"plan": self.plan.model_dump(mode="json", exclude={"slurm"}), "model": self.model})
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """What is known of the model before it is loaded."""
+        return declared_model(self.plan)
+
+    def then_cells(self, chosen: Iterable[Variant]) -> list[Cell]:
+        """Cells of `then` for some chosen interventions: those, their random controls, and the baseline."""
+        if self.plan.then is None:
+            return []
+        names = {variant.name for variant in chosen}
+        wanted = [v for v in self.variants if v.is_baseline or _own_name(v) in names]
+        languages = {code for v in wanted for code in v.languages}
+        return self._product(wanted, self.plan.then.tasks, 2, languages)
+
+    def then_bound(self) -> int:
+        """Largest number of cells that `then` can have."""
+        if self.plan.then is None or self.plan.choose is None:
+            return 0
+        groups: dict[str, list[Variant]] = {}
+        for variant in self.candidates():
+            groups.setdefault(group_of(variant, self.plan), []).append(variant)
+        return len({cell.key for own in groups.values() for cell in self.then_cells(own[:1])})
+
+    def candidates(self) -> list[Variant]:
+        """Interventions that can be chosen: those that steer, on the language's own neurons."""
+        return [variant for variant in self.variants if variant.languages and variant.control is None]
+
+    def _product(self, variants: Sequence[Variant], tasks: Sequence[str], stage: int, codes: set[str]) -> list[Cell]:
+        """Task by task, so that its requests are tokenised once; within it the baseline first."""
+        found: dict[str, Cell] = {}
+        for task in self.book.spelled_out(tasks):
+            own: list[Cell] = []
+            for variant in variants:
+                for target in self._targets(variant, task, codes):
+                    reason = self.book.why_undefined(task, target)
+                    if reason is None:
+                        own.append(self._cell(variant, task, target, stage))
+                    elif variant.is_baseline:
+                        self._note(f"left out: {task} steered to {target}: {reason}")
+            if not own:
+                raise PlanError(f"tasks: {task} is not defined for any of the plan's languages")
+            if self.book.is_targeted(task):  # one set of documents after the other
+                own.sort(key=lambda cell: cell.target or "")
+            found |= {cell.key: cell for cell in own if cell.key not in found}
+        return list(found.values())
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _targets(self, variant: Variant, task: str, codes: set[str]) -> list[str | None]:
+        if not variant.is_baseline:
+            return [variant.target]
+        return list(sorted(codes)) if self.book.is_targeted(task) else [None]
+
+    def _cell(self, variant: Variant, task: str, target: str | None, stage: int) -> Cell:
+        plan = self.plan
+        items = REPORT if stage == 2 and plan.choose is not None and plan.choose.split == "half" else ALL
+        split = {"seed": plan.choose.seed, "item": plan.choose.item} if items == REPORT and plan.choose else None
+        control = None
+        if variant.control is not None:
+            calibration = None if plan.controls.calibration is None else [
+                plan.controls.calibration, plan.controls.sentences
+            ]  # fmt: skip
+            control = {"seed": variant.control, "calibration": calibration}
+        key = fingerprint(
+            {
+                "model": self.model,
+                "neurons": None if variant.is_baseline else self.neuron_set.content_hash(),
+                "intervention": variant.intervention,
+                "control": control,
+                "target": target,
+                "task": task,
+                "items": items,
+                "split": split,
+                "options": options_of(plan),
+            }
+        )
+        return Cell(key, variant, task, target, items, stage)
+
+
+def _own_name(variant: Variant) -> str:
+    """Of a control: the name of the intervention that it is the control of."""
+    return variant.name if variant.control is None else variant.name.removesuffix(f"-random{variant.control}")
+
+
+def group_of(variant: Variant, plan: Plan) -> str:
+    """What one intervention is chosen for."""
+    assert plan.choose is not None
+    language = "+".join(variant.languages)
+    return language if plan.choose.by == "language" else f"{language}, intervention {variant.entry}"
+
+
+def spell_out(plan: Plan) -> Grid:
+    """All cells of a plan's first stage. Neither the model nor anything of its weights is loaded.
+
+    Raises:
+        SteeringError: for anything that would make a cell fail later and can be known now.
+    """
+    neuron_set = NeuronSet.load(resources.find_neuron_set(plan.neurons))
+    variants, notes = variants_of(plan, neuron_set)
+    grid = Grid(plan, TaskBook(plan), neuron_set, variants, notes=notes)
+    codes = {code for variant in variants for code in variant.languages}
+    grid.cells = grid._product(variants, plan.tasks, 1, codes)
+    return grid
+
+
+def options_of(plan: Plan) -> dict[str, Any]:
+    """How lm-eval is asked to evaluate."""
+    names = {"limit", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "bootstrap_iters"}
+    return plan.model_dump(mode="json", include=names | {"metadata"})
+
+
+def model_arguments(plan: Plan) -> dict[str, Any]:
+    """Arguments of the model class, with `demo` spelled out."""
+    found = plan.model.model_dump(exclude_none=True)
+    if found["pretrained"] == "demo":
+        found["pretrained"] = str(resources.demo_model())
+    return found
+
+
+def declared_model(plan: Plan) -> dict[str, Any]:
+    """What names a model before it is loaded: the hub's commit, or its files' names, sizes and ends.
+
+    Raises:
+        SteeringError: if there is no such model.
+    """
+    arguments = model_arguments(plan)
+    config = read_config(arguments["pretrained"], arguments)
+    folder = Path(arguments.pop("pretrained"))
+    deciding = {key: value for key, value in arguments.items() if key not in _NO_PART}
+    if folder.is_dir():
+        return {"name": folder.name, "files": _files_digest(folder), **deciding}
+    return {"name": plan.model.pretrained, "commit": getattr(config, "_commit_hash", None), **deciding}
+
+
+def _files_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".json" or path.name.startswith("tokenizer"):
+            digest.update(f"{path.name}\n".encode() + path.read_bytes())
+        elif path.suffix in _WEIGHTS:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_ENDS))
+                file.seek(max(size - _ENDS, 0))
+                digest.update(file.read(_ENDS))
+    return digest.hexdigest()

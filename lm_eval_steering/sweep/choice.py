@@ -1,0 +1,134 @@
+"""Which intervention is taken on to `then`: the best on the half that is chosen on, the first of equals."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval_steering.errors import SteeringError, did_you_mean
+from lm_eval_steering.sweep.cells import CHOOSE, REPORT, Cell, Grid, group_of
+from lm_eval_steering.sweep.split import positions_of
+from lm_eval_steering.sweep.store import Store
+from lm_eval_steering.sweep.variants import Variant
+
+
+@dataclass(frozen=True)
+class Group:
+    """Interventions of which one is chosen, and the cells that must be done before.
+
+    Attributes:
+        name: what it is chosen for, a language.
+        variants: in the order of the plan.
+        cells: of the tasks that are chosen on.
+    """
+
+    name: str
+    variants: tuple[Variant, ...]
+    cells: tuple[Cell, ...]
+
+    @property
+    def place(self) -> str:
+        """File of the choice."""
+        return f"then/{re.sub(r'[^A-Za-z0-9_+-]', '_', self.name)}.json"
+
+
+def groups_of(grid: Grid) -> list[Group]:
+    """What there is to choose, in the order of the plan; nothing where the plan does not choose.
+
+    Raises:
+        SteeringError: if `choose.tasks` names a task that the plan does not have.
+    """
+    choose = grid.plan.choose
+    if choose is None:
+        return []
+    tasks = grid.book.spelled_out(choose.tasks or grid.plan.tasks)
+    own = grid.book.spelled_out(grid.plan.tasks)
+    if wrong := [name for name in tasks if name not in own]:
+        raise SteeringError(f"choose.tasks: {wrong[0]} is not among the plan's tasks{did_you_mean(wrong[0], own)}")
+    found: dict[str, list[Variant]] = {}
+    for variant in grid.candidates():
+        found.setdefault(group_of(variant, grid.plan), []).append(variant)
+    return [
+        Group(
+            name,
+            tuple(variants),
+            tuple(cell for cell in grid.cells if cell.task in tasks and cell.variant in variants),
+        )
+        for name, variants in found.items()
+    ]
+
+
+def check_choice(grid: Grid) -> None:
+    """Refuse, before anything is run, a choice that could not be made or reported.
+
+    Raises:
+        SteeringError: for a task that is not the plan's, and for items that cannot be split or are all in one half.
+    """
+    groups = groups_of(grid)
+    rule = grid.plan.choose
+    if rule is None or rule.split == "whole":
+        return
+    then = grid.then_cells([group.variants[0] for group in groups])
+    for half, cells in ((CHOOSE, [cell for group in groups for cell in group.cells]), (REPORT, then)):
+        for name, target in dict.fromkeys((cell.task, cell.target) for cell in cells):
+            positions_of(grid.book.task(name, target), name, half, rule.seed, rule.item)
+
+
+def choose(grid: Grid, store: Store, group: Group) -> dict[str, Any]:
+    """The chosen intervention of a group whose cells are done, with every candidate's value, and the cells of `then`.
+
+    Raises:
+        SteeringError: if no task has the metric, or its value is not a number.
+    """
+    rule = grid.plan.choose
+    assert rule is not None
+    values: dict[str, list[float]] = {}
+    better: set[bool] = set()
+    for cell in group.cells:
+        facts = store.read(cell.key).facts
+        key = _metric(facts, rule.metric)
+        if key is None:
+            if rule.tasks is not None:
+                raise SteeringError(f"choose.metric: {cell.task} has no {rule.metric}{_known(facts)}")
+            continue
+        metrics = facts["halves"][CHOOSE]["metrics"] if rule.split == "half" else facts["metrics"]
+        values.setdefault(cell.variant.name, []).append(_number(metrics.get(key), cell, rule.metric))
+        better.add(bool(facts["higher_is_better"].get(rule.metric, True)))
+    if not values:
+        raise SteeringError(f"choose.metric: no task of the plan has {rule.metric}{_known(facts)}")
+    if rule.goal is None and len(better) > 1:
+        raise SteeringError(f"choose.metric: tasks do not agree whether more {rule.metric} is better; say choose.goal")
+    sign = {"max": 1, "min": -1}.get(rule.goal or "", 1 if better == {True} else -1)
+    means = {name: sum(own) / len(own) for name, own in values.items()}
+    chosen = max(
+        (variant for variant in group.variants if variant.name in means), key=lambda variant: sign * means[variant.name]
+    )
+    return {
+        "plan_hash": grid.plan_hash,
+        "group": group.name,
+        "metric": rule.metric,
+        "split": rule.split,
+        "seed": rule.seed,
+        "values": means,
+        "chosen": chosen.name,
+        "factor": chosen.factor,
+        "cells": [cell.describe() for cell in grid.then_cells([chosen])],
+    }
+
+
+def _metric(facts: Mapping[str, Any], name: str) -> str | None:
+    """The key of a metric, which lm-eval writes with its filter."""
+    return next((key for key in sorted(facts["metrics"]) if name in (key, key.split(",")[0])), None)
+
+
+def _known(facts: Mapping[str, Any]) -> str:
+    return f"; the last task has {', '.join(sorted({key.split(',')[0] for key in facts['metrics']}))}"
+
+
+def _number(found: Any, cell: Cell, metric: str) -> float:
+    if not isinstance(found, int | float) or not math.isfinite(found):
+        raise SteeringError(f"choose.metric: {metric} of {cell.name} is {found!r}, no finite number to compare")
+    return float(found)

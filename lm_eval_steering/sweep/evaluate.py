@@ -1,0 +1,200 @@
+"""One cell: lm-eval's own evaluation on a loaded model, and its files, put in place by one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.sweep.cells import REPORT, Cell, Grid, model_arguments, options_of
+from lm_eval_steering.sweep.model import SweepModel
+from lm_eval_steering.sweep.split import halves, positions_of
+from lm_eval_steering.sweep.store import FORMAT_VERSION
+from lm_eval_steering.sweep.stored import as_json
+
+
+class StorageFullError(SteeringError):
+    """A finished cell that could not be written: no other one could be either."""
+
+
+def evaluate(lm: SweepModel, grid: Grid, cell: Cell, neuron_set: NeuronSet) -> dict[str, Any] | None:
+    """lm-eval's results of one cell, samples included; None on processes other than the first.
+
+    Args:
+        lm: the loaded model.
+        grid: of the cell.
+        cell: what to evaluate.
+        neuron_set: the plan's, or the control's in its place.
+    """
+    from lm_eval import simple_evaluate
+
+    variant, plan = cell.variant, grid.plan
+    if variant.is_baseline:
+        lm.intervene(None, target_language=cell.target)
+    else:
+        lm.intervene(
+            neuron_set, target_language=cell.target, allow_empty=plan.allow_empty, force=plan.force, **variant.arguments
+        )
+    task = grid.book.task(cell.task, cell.target)
+    manager = grid.book.manager(cell.task, cell.target)
+    chosen = None
+    if cell.items == REPORT and plan.choose is not None:
+        chosen = {cell.task: positions_of(task, cell.task, REPORT, plan.choose.seed, plan.choose.item)}
+    options = {key: value for key, value in options_of(plan).items() if key != "metadata"}
+    found: dict[str, Any] | None
+    with lm.together():
+        found = simple_evaluate(
+            model=lm, tasks=[task], task_manager=manager, samples=chosen, log_samples=True, **options
+        )
+    return found
+
+
+def store_cell(folder: Path, lm: SweepModel, grid: Grid, cell: Cell, found: Mapping[str, Any]) -> None:
+    """Write a cell's files beside their place and put them there in one step; a reader sees all of them or none.
+
+    Raises:
+        StorageFullError: if they cannot be written; nothing half written stays.
+    """
+    results, samples = dict(found), list(found["samples"][cell.task])
+    del results["samples"]
+    facts = facts_of(lm, grid, cell, results, samples)
+    date = datetime.now().isoformat().replace(":", "-")
+    texts = {
+        f"samples_{cell.task}_{date}.jsonl": "".join(_lines(samples)),
+        f"results_{date}.json": _results_text(lm, grid, cell, results, samples),
+    }
+    facts["files"] = {
+        name: {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for name, text in texts.items()
+    }
+    partial = folder / f".{cell.key[:10]}.{os.getpid()}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, text in [*texts.items(), ("cell.json", as_json(facts))]:
+            _write(partial / name, text)
+        if not any(folder.glob(f"*--{cell.key[:10]}")):
+            partial.rename(folder / cell.name)
+            _sync(folder)
+    except OSError as error:
+        raise StorageFullError(
+            f"{cell.name} is evaluated and cannot be stored: {error.strerror or error} ({folder}, "
+            f"{_free(folder)} free); what was finished before is whole: make room and run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def facts_of(
+    lm: SweepModel, grid: Grid, cell: Cell, results: Mapping[str, Any], samples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `cell.json` holds beside the files: nothing in it depends on time or place."""
+    own, plan = results["results"][cell.task], grid.plan
+    metrics = {key: own[key] for key in own if "," in key and "_stderr," not in key}
+    facts: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "cell": cell.describe(),
+        "model": grid.model["name"],
+        "fingerprint": lm.fingerprint,
+        "signature": lm.signature,
+        "metrics": metrics,
+        "higher_is_better": results["higher_is_better"].get(cell.task, {}),
+        "n": len({sample["doc_id"] for sample in samples}),
+    }
+    if plan.choose is not None and plan.choose.split == "half":
+        rule = plan.choose
+        facts["split"] = {"seed": rule.seed, "item": rule.item}
+        if cell.stage == 1:
+            task = grid.book.task(cell.task, cell.target)
+            facts["halves"] = halves(task, cell.task, samples, rule.seed, rule.item)
+    return facts
+
+
+def _results_text(
+    lm: SweepModel, grid: Grid, cell: Cell, results: dict[str, Any], samples: list[dict[str, Any]]
+) -> str:
+    """As lm-eval's EvaluationTracker writes them, which would hide that a disk is full."""
+    from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    arguments = {**model_arguments(grid.plan), "neurons": grid.plan.neurons, **cell.variant.arguments}
+    if cell.variant.is_baseline:
+        del arguments["neurons"]
+    if cell.target and "language" not in arguments:
+        arguments["target_language"] = cell.target
+    results["config"] |= {"model": "steered-hf", "model_args": arguments, "batch_size": str(lm.batch_size)}
+    results["config"]["sweep_cell"] = cell.describe()
+    tracker = GeneralConfigTracker()
+    tracker.log_experiment_args(
+        "steered-hf",
+        {"pretrained": grid.model["name"]},
+        grid.plan.system_instruction,
+        lm.chat_template(grid.plan.apply_chat_template) or "",
+        fewshot_as_multiturn=True,
+    )
+    tracker.log_end_time()
+    hashes = [sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples]
+    whole = results | {"task_hashes": {cell.task: hash_string("".join(hashes))}} | asdict(tracker)
+    return json.dumps(whole, indent=2, default=handle_non_serializable, ensure_ascii=False)
+
+
+def _lines(samples: list[dict[str, Any]]) -> Iterator[str]:
+    """As lm-eval's EvaluationTracker writes them."""
+    from lm_eval.utils import handle_non_serializable, sanitize_list
+
+    for sample in samples:
+        arguments = {
+            f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(found)}
+            for i, found in enumerate(sample["arguments"])
+        }
+        plain = sample | {
+            "resps": sanitize_list(sample["resps"]),
+            "filtered_resps": sanitize_list(sample["filtered_resps"]),
+            "arguments": arguments,
+            "target": str(sample["target"]),
+        }
+        yield json.dumps(plain, default=handle_non_serializable, ensure_ascii=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename last through a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB"
+    except OSError:
+        return "unknown"
+
+
+def look_up_the_machine_once() -> None:
+    """lm-eval describes the machine and its checkout anew in each result file, half a second each time."""
+    from lm_eval import evaluator
+    from torch.utils import collect_env
+
+    for module, name in ((collect_env, "get_pretty_env_info"), (evaluator, "get_git_commit_hash")):
+        if not hasattr(getattr(module, name), "cache_info"):
+            setattr(module, name, cache(getattr(module, name)))

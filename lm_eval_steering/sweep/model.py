@@ -1,0 +1,246 @@
+"""The model of a sweep: `steered-hf` that keeps what cells share, counts its tokens, and is one on several ranks."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.harness.model import SteeredHFLM
+
+_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class RankError(RuntimeError):
+    """An error on another process of the job, raised on all of them.
+
+    Attributes:
+        out_of_memory: whether it was memory that ran out.
+    """
+
+    def __init__(self, message: str, out_of_memory: bool) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch may help."""
+    if isinstance(error, RankError):
+        return error.out_of_memory
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY)
+
+
+class SweepModel(SteeredHFLM):
+    """`SteeredHFLM` for many evaluations in one process.
+
+    Attributes:
+        tokens: token positions that went through the model on this process.
+        calls: forward passes and generations on this process, in the evaluation in hand.
+    """
+
+    _rank: int
+    _world_size: int
+    batch_size_per_gpu: int | str
+    batch_sizes: dict[float, int]
+    max_batch_size: int
+
+    def __init__(self, pretrained: Any, **arguments: Any) -> None:
+        """As `SteeredHFLM`; processes that `accelerate launch` started share the items, GPUs or not."""
+        self._pairs: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self.tokens, self.calls = 0, 0
+        self.shared_evidence: dict[str, Any] | None = None
+        super().__init__(pretrained, **arguments)
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and self._world_size == 1:
+            # `hf` does this with more than one GPU alone; without it every process would do all the work.
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self._samples: dict[str, list[dict[str, Any]]] = {}
+
+    # --- kept between cells -----------------------------------------------------------------------------------------
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        place = (context, continuation)
+        if place not in self._pairs:
+            self._pairs[place] = super()._encode_pair(context, continuation)
+        return self._pairs[place]
+
+    def forget_requests(self) -> None:
+        """Let go of tokenised requests, when other tasks come."""
+        self._pairs.clear()
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    @property
+    def can_halve(self) -> bool:
+        """Whether a forward pass has more than one row."""
+        return self._rows > 1
+
+    def halve_batch(self) -> str:
+        """Half the rows a forward pass from now on."""
+        torch.cuda.empty_cache()
+        half = self._rows // 2
+        if self.batch_size == "auto":
+            self.max_batch_size, self.batch_sizes = half, {}
+            return f"at most {half}"
+        self.batch_size_per_gpu = half
+        return str(half)
+
+    @property
+    def _rows(self) -> int:
+        if self.batch_size == "auto":
+            return min(self.batch_sizes.values(), default=self.max_batch_size)
+        return int(self.batch_size_per_gpu)
+
+    # --- counting ---------------------------------------------------------------------------------------------------
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.tokens, self.calls = self.tokens + inps.numel(), self.calls + 1
+        return super()._model_call(inps, *args, **kwargs)
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        found = super()._model_generate(context, *args, **kwargs)
+        self.tokens, self.calls = self.tokens + found.numel(), self.calls + 1
+        return found
+
+    # --- several processes ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An evaluation by all processes: where one fails, all do, and none waits for ever.
+
+        Raises:
+            RankError: on all of them, for an error on any.
+        """
+        self.calls = 0
+        try:
+            yield
+            self._agree()
+        except RankError:
+            raise
+        except Exception as error:
+            self._agree(error)
+            raise
+
+    def _agree(self, error: Exception | None = None) -> None:
+        """Wait for the other processes, learn of their errors, and add up everyone's counters.
+
+        Each exchange between processes begins with this one, so that a process that failed is met at the next.
+        """
+        if self.world_size == 1:
+            return
+        said = "".join(traceback.format_exception(error)) if error else ""
+        everyone: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(
+            everyone, (said, error is not None and is_out_of_memory(error), self._own_evidence())
+        )
+        if wrong := [found for found in everyone if found[0]]:
+            raise RankError(wrong[0][0], any(found[1] for found in wrong))
+        self.shared_evidence = _summed([found[2] for found in everyone])
+
+    def all_gather(self, tensor: torch.Tensor) -> Any:
+        """As lm-eval's, once all processes are here."""
+        self._agree()
+        return super().all_gather(tensor)
+
+    def barrier(self) -> None:
+        """As lm-eval's, once all processes are here."""
+        self._agree()
+        super().barrier()
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """As `SteeredHFLM`, without a bar; the processes' counters are added up at the end."""
+        answers = super().loglikelihood(requests, disable_tqdm=True)
+        self._agree()
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """As `SteeredHFLM`, without a bar; the processes' counters are added up at the end."""
+        answers = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        self._agree()
+        return answers
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """As `SteeredHFLM`, without a bar; the processes' counters are added up at the end."""
+        answers = super().generate_until(requests, disable_tqdm=True)
+        self._agree()
+        return answers
+
+    def _own_evidence(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"calls": self.calls}
+        if self.steering is not None:
+            found = self.steering.evidence()
+            own |= {name: getattr(found, name) for name in ("forwards", "fired", "positions", "largest_change")}
+        return own
+
+    def steering_report(self) -> dict[str, Any]:
+        """As `SteeredHFLM`, with the counters of all processes added up; the first one alone asks for it."""
+        report = super().steering_report()
+        if self.world_size > 1 and self.shared_evidence is not None:
+            calls = self.shared_evidence.get("calls")
+            report["processes"] = {"number": self.world_size, "calls": calls}
+            if "evidence" in report:
+                summed = {key: value for key, value in self.shared_evidence.items() if key != "calls"}
+                report["evidence"] = report["evidence"] | summed | {"rank": f"all of {self.world_size}"}
+        return report
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        """lm-eval's gathering of samples and metric values, put back into the order that one process has.
+
+        lm-eval deals documents in turn and strings the processes' shares together. Sums of floating-point numbers
+        depend on their order, so the scores would differ in the last digits.
+        """
+        self._agree()
+        found = super().gather_object(obj, dst)
+        if self.world_size == 1 or found is None:
+            return found
+        if _are_samples(found):
+            self._samples = {task: in_order([part[task] for part in found]) for task in found[0]}
+            return [self._samples]
+        values = {task: _metric_values(self._samples[task]) for task in obj}
+        for task, own in values.items():
+            if unseen := own.keys() - obj[task].keys():
+                # lm-eval looks for the metrics of its first process alone, and would leave this one out.
+                raise SteeringError(f"{task}: no item of the first process has {min(unseen)[0]}; run one process")
+        return [values]
+
+
+def _summed(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counters of all processes, added up, and the largest change; calls one by one."""
+    found: dict[str, Any] = {"calls": [part["calls"] for part in parts]}
+    for name in ("forwards", "fired", "positions"):
+        if name in parts[0]:
+            found[name] = sum(part[name] for part in parts)
+    if "largest_change" in parts[0]:
+        found["largest_change"] = max(part["largest_change"] for part in parts)
+    return found
+
+
+def _are_samples(parts: Sequence[dict[str, Any]]) -> bool:
+    """Lists of samples, not values by metric."""
+    return all(isinstance(own, list) for part in parts for own in part.values())
+
+
+def in_order(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Samples of several processes, filter by filter and document by document."""
+    samples = [sample for part in parts for sample in part]
+    repeats = min((len(answers) for sample in samples for answers in sample["resps"]), default=1)
+    for sample in samples:
+        # lm-eval evens out the shares by asking for the last request of a shorter one again.
+        sample["resps"] = [answers[:repeats] for answers in sample["resps"]]
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    return sorted(samples, key=lambda sample: (filters.index(sample["filter"]), sample["doc_id"]))
+
+
+def _metric_values(samples: list[dict[str, Any]]) -> dict[tuple[str, str], list[Any]]:
+    """lm-eval's raw values by (metric, filter)."""
+    found: dict[tuple[str, str], list[Any]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            found.setdefault((metric, sample["filter"]), []).append(sample[metric])
+    return found

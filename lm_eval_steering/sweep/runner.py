@@ -1,0 +1,305 @@
+"""Runs what is missing of a plan: the model is loaded once, and every cell is locked, evaluated, and stored whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lm_eval_steering.fingerprint import weights_digest
+from lm_eval_steering.neurons.ranks import launched
+from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments
+from lm_eval_steering.sweep.choice import check_choice, choose, groups_of
+from lm_eval_steering.sweep.controls import Controls
+from lm_eval_steering.sweep.evaluate import StorageFullError, evaluate, look_up_the_machine_once, store_cell
+from lm_eval_steering.sweep.locks import locked, why_unsafe
+from lm_eval_steering.sweep.model import RankError, SweepModel, is_out_of_memory
+from lm_eval_steering.sweep.progress import Estimate, Progress
+from lm_eval_steering.sweep.schema import PlanError
+from lm_eval_steering.sweep.store import Store
+
+DONE, FAILED, BUSY, RUN = "done", "failed", "busy", "run"
+OK, SOME_FAILED, WAITING, INTERRUPTED = 0, 1, 3, 130
+_PATIENCE = 1.0  # seconds between two looks at cells that other runners are at
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a plan: every `number`-th cell, which deals each task's cells evenly.
+
+    Attributes:
+        index: from 0.
+        number: of parts.
+    """
+
+    index: int = 0
+    number: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From `2/8`, the second of eight.
+
+        Raises:
+            PlanError: if it is not of that form.
+        """
+        first, _, number = text.partition("/")
+        if not (first.isdecimal() and number.isdecimal() and 1 <= int(first) <= int(number)):
+            raise PlanError(f"--shard {text}: expected i/n with i from 1 to n, such as 2/8")
+        return cls(int(first) - 1, int(number))
+
+    def of(self, cells: Sequence[Cell], shift: int = 0) -> list[Cell]:
+        """This part's cells."""
+        return [cell for place, cell in enumerate(cells) if (place + shift) % self.number == self.index]
+
+
+@dataclass
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        done: cells of this part that are finished, whoever ran them.
+        ran: how many of them this run did.
+        failed: cells that failed, now or before.
+        waiting: what the second stage waits for.
+        interrupted: whether a signal ended it.
+    """
+
+    done: int = 0
+    ran: int = 0
+    failed: list[Cell] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 1 cells failed, 3 waiting for other shards, 130 interrupted."""
+        if self.interrupted:
+            return INTERRUPTED
+        if self.failed:
+            return SOME_FAILED
+        return WAITING if self.waiting else OK
+
+
+class Runner:
+    """One process (or the processes of one `accelerate launch`) at work on one folder."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        store: Store,
+        shard: Shard | None = None,
+        retry_failed: bool = False,
+        progress: Progress | None = None,
+        load: Callable[..., SweepModel] = SweepModel,
+    ) -> None:
+        self.grid, self.store, self.shard = grid, store, shard or Shard()
+        self.ranks = launched()[0]
+        self.progress = progress or Progress(show=self.ranks.first)
+        self.outcome = Outcome()
+        self._retry, self._load = retry_failed, load
+        self._lm: SweepModel | None = None
+        self._controls = Controls(grid, store, self.ranks)
+        self._estimate = Estimate()
+        self._rest: list[Cell] = []
+        self._last_task: tuple[str, str | None] | None = None
+        self._total = 0
+
+    # --- the whole --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Do what is missing; run again, it goes on where it was.
+
+        Raises:
+            SteeringError: if the folder is another model's, or cannot be written.
+        """
+        be_quiet()
+        look_up_the_machine_once()
+        check_choice(self.grid)
+        try:
+            own = self.shard.of(self.grid.cells)
+            self._begin(own)
+            self._drain(own)
+            self._drain(self._second_stage())
+        except KeyboardInterrupt:
+            self.outcome.interrupted = True
+        finally:
+            self.progress.close()
+        return self.outcome
+
+    def _begin(self, own: Sequence[Cell]) -> None:
+        def begin() -> None:
+            self.store.begin(self.grid)
+            for note in self.grid.notes:
+                self.progress.say(note)
+            if reason := why_unsafe(self.store.path):
+                self.progress.say(f"warning: {reason}; run one runner at a time, or shards in folders of their own")
+            self._estimate = Estimate(timing for _, timing in self.store.timing_files())
+            self._tidy(own)
+
+        self.ranks.after_first(begin)
+
+    def _tidy(self, cells: Sequence[Cell]) -> None:
+        """What must be done again is put aside."""
+        for line in self.store.put_aside_damaged(cells):
+            self.progress.say(line)
+        for cell in cells if self._retry else ():
+            (self.store.path / "failed" / f"{cell.key}.json").unlink(missing_ok=True)
+
+    def _second_stage(self) -> list[Cell]:
+        """Cells of `then` that follow from what is chosen by now; what is not chosen yet is noted."""
+        if self.grid.plan.choose is None:
+            return []
+        found: list[Cell] = []
+        for number, group in enumerate(groups_of(self.grid)):
+            open_cells = self._same([cell.name for cell in group.cells if not self.store.is_done(cell.key)])
+            if open_cells:
+                self.outcome.waiting.append(
+                    f"{group.name}: {len(open_cells)} cells to choose on are not done, such as {open_cells[0]}"
+                )
+                continue
+            choice = choose(self.grid, self.store, group)
+            self.ranks.after_first(partial(self.store.keep, group.place, choice))
+            found += self.shard.of([Cell.read(cell) for cell in choice["cells"]], number)
+        cells = list({cell.key: cell for cell in found}.values())
+        self.ranks.after_first(lambda: self._tidy(cells))
+        return cells
+
+    def _drain(self, cells: Sequence[Cell]) -> None:
+        """All cells, each done here or seen done; those that others are at are waited for, and taken over at need."""
+        self._rest = list(cells)
+        self._total += len(cells)
+        while self._rest:
+            waited = True
+            for cell in list(self._rest):
+                state = self._attempt(cell)
+                if state == BUSY:
+                    continue
+                waited = False
+                self._rest.remove(cell)
+                if state == FAILED:
+                    self.outcome.failed.append(cell)
+                else:
+                    self.outcome.done += 1
+            if waited:
+                time.sleep(_PATIENCE)
+
+    # --- one cell ---------------------------------------------------------------------------------------------------
+
+    def _attempt(self, cell: Cell) -> str:
+        with ExitStack() as stack:
+            state = self._same(self._claim(cell, stack) if self.ranks.first else "")
+            return self._run(cell) if state == RUN else state
+
+    def _claim(self, cell: Cell, stack: ExitStack) -> str:
+        """What is to be done with a cell; its lock is ours where it is to be run."""
+        state = self._recorded(cell)
+        if state is not None:
+            return state
+        if not stack.enter_context(locked(self.store.path / "locks" / f"{cell.key}.lock")):
+            return BUSY
+        return self._recorded(cell) or RUN  # another runner may have finished it in between
+
+    def _recorded(self, cell: Cell) -> str | None:
+        if self.store.is_done(cell.key):
+            return DONE
+        return FAILED if self.store.failure(cell.key) else None
+
+    def _run(self, cell: Cell) -> str:
+        done = self.outcome.done + len(self.outcome.failed)
+        self.progress.begin(cell, done, self._total, self._estimate.of(self._rest))
+        lm = self._model()  # outside: a model that cannot be loaded is no failure of a cell
+        begun, tokens = time.monotonic(), lm.tokens
+        try:
+            found = self._evaluated(lm, cell)
+        except StorageFullError:
+            raise
+        except Exception as error:
+            self._fail(cell, error)
+            return FAILED
+        seconds, tokens = time.monotonic() - begun, lm.tokens - tokens
+
+        def keep() -> None:
+            assert found is not None
+            store_cell(self.store.path / "cells", lm, self.grid, cell, found)
+            self._note(cell, lm, seconds, tokens)
+
+        self.ranks.after_first(keep)
+        self.progress.end(tokens, seconds)
+        self._estimate.add(cell.task, seconds)
+        self.outcome.ran += 1
+        return DONE
+
+    def _evaluated(self, lm: SweepModel, cell: Cell) -> dict[str, Any] | None:
+        control = cell.variant.control
+        neuron_set = self.grid.neuron_set if control is None else self._controls(control, lm)
+        documents = (cell.task, cell.target if self.grid.book.is_targeted(cell.task) else None)
+        if documents != self._last_task:
+            lm.forget_requests()
+            self.grid.book.forget_all_but(*documents)
+            self._last_task = documents
+        while True:
+            try:
+                return evaluate(lm, self.grid, cell, neuron_set)
+            except Exception as error:
+                if not (is_out_of_memory(error) and lm.can_halve):
+                    raise
+            # Only here is the error gone, whose traceback holds the tensors.
+            smaller = lm.halve_batch()
+            self.progress.say(f"{cell.name}: out of memory, going on with {smaller} rows a forward pass")
+
+    def _fail(self, cell: Cell, error: Exception) -> None:
+        """Note why a cell failed."""
+        if not self.ranks.first:
+            return
+        said = str(error) if isinstance(error, RankError) else traceback.format_exc()
+        line = said.strip().splitlines()[-1]
+        self.store.keep(
+            f"failed/{cell.key}.json",
+            {"cell": cell.name, "error": line, "traceback": said, "host": socket.gethostname()},
+        )
+        self.progress.say(f"failed: {cell.name}: {line}")
+
+    def _note(self, cell: Cell, lm: SweepModel, seconds: float, tokens: int) -> None:
+        """What differs from run to run, apart from the cell's own files."""
+        self.store.keep(
+            f"timings/{cell.key}.json",
+            {
+                "cell": cell.name, "task": cell.task, "seconds": round(seconds, 3), "tokens": tokens,
+                "batch_size": str(lm.batch_size), "host": socket.gethostname(), "pid": os.getpid(),
+                "processes": self.ranks.size, "device": str(lm.device), "python": platform.python_version(),
+                "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            },
+        )  # fmt: skip
+
+    def _model(self) -> SweepModel:
+        """Loaded when the first cell needs it: a sweep that is done loads nothing."""
+        if self._lm is None:
+            arguments = model_arguments(self.grid.plan)
+            self._lm = self._load(arguments.pop("pretrained"), **arguments)
+            digest = weights_digest(self._lm.model)
+            self.ranks.after_first(lambda: self.store.check_weights(digest))
+        return self._lm
+
+    def _same(self, value: Any) -> Any:
+        """The first process's value, on all of them."""
+        return self.ranks.gather(value)[0]
+
+
+def be_quiet() -> None:
+    """Errors alone: what lm-eval says at every evaluation would bury the sweep's own lines."""
+    for name in ("lm_eval", "transformers", "datasets", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def run_sweep(grid: Grid, out: Path, shard: Shard | None = None, retry_failed: bool = False) -> Outcome:
+    """Run what is missing of a plan into a folder."""
+    return Runner(grid, Store(out), shard, retry_failed).run()

@@ -1,0 +1,140 @@
+"""The tasks of a plan: names spelled out, built once and kept, and which of them know the steered language."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from lm_eval_steering.errors import SteeringError, did_you_mean
+from lm_eval_steering.harness.registration import register_all
+from lm_eval_steering.metrics.likelihood import MADE_FOR
+from lm_eval_steering.resources import tasks_folder
+from lm_eval_steering.sweep.schema import Plan, PlanError
+
+
+class TaskBook:
+    """lm-eval's tasks for one plan.
+
+    A task whose documents depend on the steered language (LSS, language forcing) is another one for each language, and
+    its baseline too; every other task has one baseline. Which is which is seen from the documents.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        register_all()
+        self._plan = plan
+        self._managers: dict[tuple[Path, str | None], Any] = {}
+        self._tasks: dict[tuple[str, str | None], Any] = {}
+        self._targeted: dict[str, bool] = {}
+        self._undefined: dict[tuple[str, str | None], str] = {}
+
+    # --- names --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _everything(self) -> Any:
+        """lm-eval's TaskManager with all tasks; with lm-eval's own only where they are wanted, which takes seconds."""
+        wanted = self._plan.tasks + (self._plan.then.tasks if self._plan.then else ())
+        found = _indexed((str(tasks_folder()), *self._plan.include_path))
+        if all(name in found.task_index for name in wanted):
+            return found
+        return _indexed(tuple(self._plan.include_path), defaults=True)
+
+    def spelled_out(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Single tasks, tags and plain groups replaced by their members, each once.
+
+        Raises:
+            PlanError: for a name that lm-eval does not know.
+        """
+        return tuple(dict.fromkeys(leaf for name in names for leaf in self._leaves(name)))
+
+    def _leaves(self, name: str) -> list[str]:
+        index = self._everything.task_index
+        entry = index.get(name)
+        if entry is None:
+            raise PlanError(f"tasks: lm-eval knows no task {name!r}{did_you_mean(name, index)}")
+        if entry.kind.name == "TAG":
+            return [leaf for member in sorted(entry.tags) for leaf in self._leaves(member)]
+        if entry.kind.name != "GROUP":
+            return [name]
+        members = _members(entry)
+        if not all(isinstance(member, str) and member in index for member in members):
+            raise PlanError(f"tasks: the group {name} changes its members' settings; name its tasks one by one")
+        return [leaf for member in members for leaf in self._leaves(member)]
+
+    # --- tasks --------------------------------------------------------------------------------------------------
+
+    def manager(self, name: str, target: str | None) -> Any:
+        """lm-eval's TaskManager for one task and steered language.
+
+        It knows the folder of the task alone: an index of all tasks takes seconds, and the languages are many.
+        """
+        place = (self._everything.task_index[name].yaml_path.parent, target)
+        if place not in self._managers:
+            from lm_eval.tasks import TaskManager
+
+            metadata = {**self._plan.metadata, **({"target_language": target} if target else {})}
+            self._managers[place] = TaskManager(
+                include_path=[str(place[0])], include_defaults=False, metadata=metadata or None
+            )
+        return self._managers[place]
+
+    def is_targeted(self, name: str) -> bool:
+        """Whether the task's documents depend on the steered language."""
+        if name not in self._targeted:
+            try:
+                self._targeted[name] = _made_for_a_language(self._built(name, None))
+            except SteeringError:
+                self._targeted[name] = True  # it asks for one
+        return self._targeted[name]
+
+    def why_undefined(self, name: str, target: str | None) -> str | None:
+        """Why a task has no documents for a steered language, such as LSS towards its own base; None where it has."""
+        if target is None or not self.is_targeted(name):
+            return None
+        place = (name, target)
+        if place not in self._undefined:
+            try:
+                self._built(name, target)
+                self._undefined[place] = ""
+            except SteeringError as error:
+                self._undefined[place] = str(error)
+        return self._undefined[place] or None
+
+    def task(self, name: str, target: str | None) -> Any:
+        """The task, built at most once for each set of documents."""
+        return self._built(name, target if self.is_targeted(name) else None)
+
+    def forget_all_but(self, name: str, target: str | None) -> None:
+        """Let go of other tasks' requests, which can be large; their documents are kept."""
+        kept = self.task(name, target)
+        for task in self._tasks.values():
+            if task is not kept:
+                task._instances = None
+
+    def _built(self, name: str, target: str | None) -> Any:
+        place = (name, target)
+        if place not in self._tasks:
+            (task,) = self.manager(name, target).load([name])["tasks"].values()
+            self._tasks[place] = task
+        return self._tasks[place]
+
+
+@cache
+def _indexed(folders: tuple[str, ...], defaults: bool = False) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=[*folders], include_defaults=defaults)
+
+
+def _members(entry: Any) -> list[Any]:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = entry.cfg or load_yaml(entry.yaml_path, resolve_func=False)
+    found = config.get("task", [])
+    return found if isinstance(found, list) else [found]
+
+
+def _made_for_a_language(task: Any) -> bool:
+    first = next(iter(task.eval_docs), None)
+    return isinstance(first, dict) and MADE_FOR in first

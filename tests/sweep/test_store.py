@@ -1,0 +1,150 @@
+"""What a finished sweep is: ordinary lm-eval files, one table, and a factor that was chosen on other items."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from lm_eval_steering import cli
+from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.sweep import Store
+from lm_eval_steering.sweep.cells import Grid
+from lm_eval_steering.sweep.split import half_of
+from tests.sweep.conftest import ITEMS, PLAIN, Spell, run
+
+
+def test_each_cell_is_an_ordinary_lm_eval_run(finished: Path, grid: Grid) -> None:
+    for cell in grid.cells:
+        folder = finished / "cells" / cell.name
+        (results,) = (json.loads(path.read_text()) for path in folder.glob("results_*.json"))
+        assert set(results["results"]) == {cell.task}
+        assert results["config"]["model"] == "steered-hf"
+        assert results["config"]["model_args"]["pretrained"].endswith("demo-model")
+        assert results["config"]["steering"]["intervention"]["steps"] == cell.variant.intervention["steps"]
+        assert results["n-samples"][cell.task]["effective"] == ITEMS
+        assert {"versions", "higher_is_better", "task_hashes", "total_evaluation_time_seconds"} <= results.keys()
+        (samples,) = (path.read_text().splitlines() for path in folder.glob(f"samples_{cell.task}_*.jsonl"))
+        assert [json.loads(line)["doc_id"] for line in samples] == list(range(ITEMS))
+        assert "gen_args_0" in json.loads(samples[0])["arguments"]
+
+
+def test_frame_samples_items_and_missing(finished: Path, grid: Grid) -> None:
+    store = Store(finished)
+    frame = store.frame()
+    assert set(frame.cell) == {cell.name for cell in store.planned()}
+    lss = frame[(frame.task == "small_lss") & (frame.metric == "lss") & (frame.factor == 8) & (frame.control.isna())]
+    assert list(lss.languages) == ["deu_Latn", "tur_Latn"]
+    for row in lss.itertuples():
+        samples = store.samples(row.cell)
+        assert row.value == pytest.approx(sum(sample["lss"] for sample in samples) / ITEMS, abs=0)
+        assert samples == store.samples(next(cell for cell in grid.cells if cell.name == row.cell))
+    items = store.items()
+    assert len(items[items.cell == lss.cell.iloc[0]]) == ITEMS
+    assert store.missing().empty
+    assert set(store.timings().cell) == set(frame.cell)
+    with pytest.raises(SteeringError, match="is not done"):
+        store.samples("no-such-cell--0123456789")
+    with pytest.raises(SteeringError, match="no sweep is here"):
+        Store(finished.parent).frame()
+
+
+def test_the_unsteered_model_shifts_nothing(finished: Path) -> None:
+    frame = Store(finished).frame()
+    baseline = frame[(frame.intervention == "baseline") & (frame.task == "small_lss")].set_index("metric").value
+    assert set(baseline["lss"]) == {0.0} and set(baseline["lss_ties"]) == {1.0}
+
+
+def test_the_factor_is_chosen_on_one_half_and_reported_on_the_other(finished: Path, grid: Grid) -> None:
+    store = Store(finished)
+    seen: set[int] = set()
+    for language in ("deu_Latn", "tur_Latn"):
+        choice = store.json(f"then/{language}.json")
+        candidates = [cell for cell in grid.cells if cell.variant.name in choice["values"] and cell.task == "small_lss"]
+        values = {}
+        for cell in candidates:
+            half = [s["lss"] for s in store.samples(cell) if half_of(str(s["doc"]["id"]), 2) == "choose"]
+            values[cell.variant.name] = sum(half) / len(half)
+        assert choice["values"] == values and len(values) == 2
+        assert choice["chosen"] == max(values, key=lambda name: values[name])
+        then = [cell for cell in store.planned() if cell.stage == 2 and cell.target == language]
+        assert {cell.variant.name for cell in then} == {choice["chosen"], f"{choice['chosen']}-random0"}
+        for cell in then:
+            reported = {sample["doc"]["id"] for sample in store.samples(cell)}
+            assert {half_of(str(item), 2) for item in reported} == {"report"}
+            seen |= reported
+    assert len(seen) == sum(half_of(str(item), 2) == "report" for item in range(20, 20 + ITEMS))
+    frame = store.frame()
+    assert set(frame[frame.stage == 2]["items"]) == {"report"}
+    lss = frame[(frame.metric == "lss") & (frame.control.isna()) & (frame.factor == 8)].iloc[0]
+    own = [s["lss"] for s in store.samples(lss.cell) if half_of(str(s["doc"]["id"]), 2) == "report"]
+    assert lss.value_report == sum(own) / len(own) and lss.n_report == len(own)
+
+
+def test_the_whole_set_where_the_plan_says_so(spell: Spell, tmp_path: Path) -> None:
+    grid = spell(
+        PLAIN,
+        choose={"metric": "token_perplexity", "split": "whole", "tasks": ["small_nats"], "by": "intervention"},
+        tasks=["small_nats"],
+        interventions=[{"op": "scale", "factors": [2, 9]}],
+        then={"tasks": ["small_choice"]},
+    )
+    assert run(grid, tmp_path).exit_code == 0
+    store = Store(tmp_path)
+    choice = next(json.loads(path.read_text()) for path in (tmp_path / "then").iterdir())
+    assert choice["split"] == "whole"
+    assert choice["chosen"] == min(choice["values"], key=lambda name: choice["values"][name])  # less is better
+    frame = store.frame()
+    assert set(frame["items"]) == {"all"} and set(frame[frame.stage == 2].n) == {ITEMS}
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[object]:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lm-eval-steering", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sweep_status_and_merge(command, spell: Spell, task_files: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    plan, out = tmp_path / "plan.yaml", tmp_path / "run"
+    plan.write_text(yaml.safe_dump(PLAIN | {"include_path": [str(task_files)]}))
+    code, said, _ = command("sweep", plan, "--out", out, "--set", "interventions.0.factors=[2]", "--dry-run")
+    assert code == 0 and "2 cells: baseline, 1 interventions and 0 random controls, on 1 tasks" in said
+    code, said, err = command("sweep", plan, "--out", out, "--shard", "1/2")
+    assert code == 0 and "2 cells done, 2 of them now" in said
+    assert "[0/2] baseline--small_choice--" in err and "tokens/s" in err and "left" in err
+    code, said, _ = command("status", out)
+    assert code == 0 and "wrote" in said
+    assert list(pd.read_csv(out / "missing.csv").status) == ["missing"]
+    code, said, _ = command("merge", out, "--out", tmp_path / "tables", "--items")
+    assert code == 0
+    table = pd.read_parquet(tmp_path / "tables" / "metrics.parquet")
+    assert table.cell.nunique() == 2 and pd.read_csv(tmp_path / "tables" / "metrics.csv").shape == table.shape
+    assert len(pd.read_csv(tmp_path / "tables" / "items.csv")) == 2 * ITEMS
+    code, _, err = command("sweep", plan, "--out", out, "--shard", "3/2")
+    assert code == 2 and "expected i/n" in err
+    code, _, err = command("merge", tmp_path / "nothing", "--out", tmp_path / "tables")
+    assert code == 2 and "no sweep is here" in err
+
+
+def test_the_demo_plan_ships(command) -> None:  # type: ignore[no-untyped-def]
+    code, said, _ = command("where", "demo-plan")
+    assert code == 0
+    assert yaml.safe_load(Path(said.strip()).read_text())["model"]["pretrained"] == "demo"
