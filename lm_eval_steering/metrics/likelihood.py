@@ -44,6 +44,25 @@ class Score(tuple[float, bool]):
         return type(self), (tuple(self), self.tokens, self.unsteered, self.targets)
 
 
+class RollingScore(float):
+    """Summed log-probability of a whole text, in nats, and how many tokens it is of.
+
+    Attributes:
+        tokens: number of tokens that were predicted.
+    """
+
+    tokens: int
+
+    def __new__(cls, value: float, tokens: int) -> Self:
+        """A float for lm-eval, with the number of tokens beside it."""
+        made = super().__new__(cls, value)
+        made.tokens = tokens
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (float(self), self.tokens)
+
+
 def token_perplexity(items: Sequence[tuple[float, int]]) -> float:
     """exp of the mean negative log-likelihood a token, over (summed log-probability, tokens) of all items."""
     return math.exp(-sum(lp for lp, _ in items) / sum(tokens for _, tokens in items))

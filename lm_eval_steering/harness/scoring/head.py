@@ -11,8 +11,8 @@ from torch import nn
 
 from lm_eval_steering.errors import DidNotHappenError
 
-# Numbers of a block in which log-sum-exp is taken: a few of them stay in a processor's cache.
-BLOCK = {"cpu": 2**18}
+# Numbers of a block in which log-sum-exp is taken: a few fit a processor's cache.
+BLOCK = {"cpu": 2**16}
 BLOCK_ELSEWHERE = 2**24
 
 
@@ -82,7 +82,7 @@ def log_probabilities(
         block = logits[start : start + size].to(wide)
         top = block.amax(-1, keepdim=True)
         peak[start : start + size] = top.squeeze(-1)
-        total[start : start + size] = torch.exp(block - top).sum(-1).log_()
+        total[start : start + size] = (block - top).exp_().sum(-1).log_()
     own = logits[place, targets].to(wide)
     greedy = own == peak[place]
     # Ties are rare, and argmax is slow: it is asked only where the target is a maximum.

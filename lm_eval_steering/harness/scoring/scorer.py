@@ -165,7 +165,7 @@ class Scorer:
     def _cost(self) -> Cost:
         config = self._lm.model.config
         weights = self._lm.model.num_parameters(exclude_embeddings=True) / config.num_hidden_layers
-        # Of a pair 2 multiplications for each feature; mask and softmax make them 8 times as dear (docs/performance.md).
+        # A pair takes 2 multiplications for each feature, which mask and softmax make 8 times as dear.
         return Cost(weights, 16 * config.hidden_size)
 
     def _in_batches(self, way: Way, rows: list[Row], budget: Budget) -> Iterator[tuple[list[Numbered], list[Numbered]]]:

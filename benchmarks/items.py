@@ -1,0 +1,143 @@
+"""Requests of the shapes that multilingual evaluations have, from the shared data folder, and models to score them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lm_eval_steering.harness.families.xcopa import as_lm_eval
+from lm_eval_steering.harness.model import SteeredHFLM
+from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
+from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
+
+DATA = Path(os.environ.get("LM_EVAL_STEERING_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "evaluation"
+DEMO = Path(__file__).parents[1] / "lm_eval_steering" / "demo" / "demo-model"
+LARGE_VOCABULARY = LlamaConfig(
+    hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8, vocab_size=128_256,
+    max_position_embeddings=2048, tie_word_embeddings=False,
+)  # fmt: skip
+STEERED = 1 / 32  # share of the units that are steered in each layer
+Pairs = list[list[tuple[str, str]]]  # of each item: (context, continuation) of each option
+
+
+def _rows(*path: str) -> Iterator[dict[str, Any]]:
+    with DATA.joinpath(*path).open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def xcopa(number: int) -> Pairs:
+    """Two options of several tokens after a premise."""
+    items = [
+        as_lm_eval(row, "it", row["question"]) for row in itertools.islice(_rows("xcopa", "it", "test.jsonl"), number)
+    ]
+    return [[(item["prompt"], " " + choice) for choice in item["choices"]] for item in items]
+
+
+def xwinograd(number: int) -> Pairs:
+    """Two contexts that differ in the middle, and one continuation."""
+    found = []
+    for row in itertools.islice(_rows("xwinograd", "en", "test.jsonl"), number):
+        before, after = row["sentence"].split("_", 1)
+        found.append([(before + row[option], " " + after.strip()) for option in ("option1", "option2")])
+    return found
+
+
+def _question(row: dict[str, Any], passage: bool) -> str:
+    answers = "\n".join(f"{letter}: {row[f'mc_answer{place}']}" for place, letter in enumerate("ABCD", 1))
+    return (f"P: {row['flores_passage']}\n" if passage else "") + f"Q: {row['question']}\n{answers}\nAnswer:"
+
+
+def _belebele(number: int) -> Iterator[dict[str, Any]]:
+    return itertools.islice(_rows("belebele", "eng_Latn", "test.jsonl"), number)
+
+
+def belebele(number: int) -> Pairs:
+    """A long context and four letters."""
+    return [[(_question(row, True), f" {letter}") for letter in "ABCD"] for row in _belebele(number)]
+
+
+def include(number: int) -> Pairs:
+    """A question of an exam, with four letters."""
+    return [[(_question(row, False), f" {letter}") for letter in "ABCD"] for row in _belebele(number)]
+
+
+def options(number: int) -> Pairs:
+    """A long context and four options of several tokens."""
+    return [
+        [(f"P: {row['flores_passage']}\nQ: {row['question']}\nA:", f" {row[f'mc_answer{i}']}") for i in range(1, 5)]
+        for row in _belebele(number)
+    ]
+
+
+def lss(number: int) -> Pairs:
+    """A short prompt and one object in two languages."""
+    rows = (row for row in _rows("wikidata_triples", "triples.jsonl") if {"en", "fr"} <= row["labels"].keys())
+    return [
+        [(f"{row['relation'].capitalize()} of {row['labels']['en']['sub']}:", f" {row['labels'][code]['obj']}")
+         for code in ("en", "fr")]
+        for row in itertools.islice(rows, number)
+    ]  # fmt: skip
+
+
+def texts(number: int) -> list[str]:
+    """Paragraphs of five sentences."""
+    sentences = [row.get("text", row.get("sentence", "")) for row in _rows("flores200", "eng_Latn.devtest.jsonl")]
+    return [" ".join(sentences[5 * place : 5 * place + 5]) for place in range(number)]
+
+
+SHAPES: dict[str, Callable[[int], Pairs]] = {
+    "xcopa": xcopa, "xwinograd": xwinograd, "belebele": belebele, "include": include, "options": options, "lss": lss,
+}  # fmt: skip
+
+
+def requests_of(items: Pairs, twice: bool = False) -> list[Instance]:
+    """lm-eval's requests; scored with and without the intervention if they are LSS pairs."""
+    doc = {UNSTEERED_TWIN: True} if twice else {}
+    return [Instance("loglikelihood", doc, pair, place) for item in items for place, pair in enumerate(item)]
+
+
+def rolling_of(paragraphs: list[str]) -> list[Instance]:
+    """lm-eval's requests for rolling likelihood."""
+    return [Instance("loglikelihood_rolling", {}, (text,), 0) for text in paragraphs]
+
+
+def random_set(model: Any) -> NeuronSet:
+    """A random neuron set of a Llama, 1 unit of 32 in each layer."""
+    generator = np.random.default_rng(0)
+    layers, units = model.config.num_hidden_layers, model.config.intermediate_size
+    rows = np.array([
+        [layer, unit]
+        for layer in range(layers)
+        for unit in np.sort(generator.choice(units, int(units * STEERED), replace=False))
+    ])  # fmt: skip
+    return NeuronSet(("fra_Latn",), {"fra_Latn": rows}, Provenance("made up", "", "llama", layers, units), None)
+
+
+def demo_model() -> Any:
+    """The demo model, in float32."""
+    return LlamaForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+
+
+def large_vocabulary_model() -> Any:
+    """A random Llama of about 150 million parameters, most of them in embedding and head."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LARGE_VOCABULARY).eval()
+
+
+def rivals(build: Callable[[], Any], batch_size: int = 16, **arguments: Any) -> tuple[HFLM, SteeredHFLM]:
+    """lm-eval's `hf`, and ours steered, each on a copy of one model."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    plain = HFLM(build(), tokenizer=tokenizer, batch_size=batch_size)
+    ours = SteeredHFLM(build(), tokenizer=tokenizer, batch_size=batch_size, **arguments)
+    ours.intervene(random_set(ours.model), language="fra_Latn", op="scale", factor=1.5)
+    return plain, ours

@@ -1,0 +1,97 @@
+"""Scoring a steered model against lm-eval's `--model hf`, unsteered, on the same requests.
+
+    python -m benchmarks.scoring             # the demo model, and a random Llama with a vocabulary of 128k
+    python -m benchmarks.scoring --quick --json scoring.json
+
+Interleaved rounds, batch size 16; prints the medians, the median of the ratios in each round, and `again`, the rival's
+own rounds against each other, which shows the noise. `lss both` is steered and unsteered together against one
+unsteered pass. `unsteered difference` is the largest between lm-eval's scores and ours, in nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+
+from benchmarks.items import SHAPES, demo_model, large_vocabulary_model, requests_of, rivals
+from benchmarks.measure import interleaved, ratio, report
+
+ITEMS = {"xcopa": 100, "xwinograd": 100, "belebele": 16, "include": 40, "options": 16, "lss": 150}
+QUICK = {"xcopa": 20, "xwinograd": 12, "belebele": 3, "include": 5, "options": 2, "lss": 30}
+LARGE = {"xcopa": 20, "xwinograd": 16, "belebele": 4, "include": 8, "options": 3, "lss": 40}
+LIMITS = {
+    "xcopa": 0.65,
+    "xwinograd": 0.95,
+    "belebele": 0.9,
+    "include": 0.9,
+    "options": 0.45,
+    "lss": 0.65,
+    "lss both": 1.25,
+}
+
+
+def compare(plain: Any, ours: Any, requests: list[Instance], twice: bool, rounds: int) -> dict[str, Any]:
+    """Seconds, ratios, and the difference of unsteered scores."""
+
+    def score(lm: Any) -> Callable[[], Any]:
+        return lambda: lm.loglikelihood(requests, disable_tqdm=True)
+
+    works = {"hf": score(plain), "ours": score(ours), "again": score(plain)}
+    if twice:
+        pairs = [Instance(r.request_type, {"needs_unsteered_score": True}, r.args, r.idx) for r in requests]
+
+        def both() -> None:
+            ours.scorer.forget_baseline()
+            ours.loglikelihood(pairs, disable_tqdm=True)
+
+        works["ours both"] = both
+    seconds = interleaved(works, rounds)
+    with ours.steering.suspended():
+        unsteered = ours.loglikelihood(requests, disable_tqdm=True)
+    expected = plain.loglikelihood(requests, disable_tqdm=True)
+    found: dict[str, Any] = {
+        "seconds": {name: round(statistics.median(own), 4) for name, own in seconds.items()},
+        "ratio": ratio(seconds, "ours", "hf"),
+        "again": ratio(seconds, "again", "hf"),
+        "unsteered difference": max(abs(a[0] - b[0]) for a, b in zip(unsteered, expected, strict=True)),
+        "matches differ": sum(a[1] != b[1] for a, b in zip(unsteered, expected, strict=True)),
+    }
+    return found | ({"both": ratio(seconds, "ours both", "hf")} if twice else {})
+
+
+def measured(build: Callable[[], Any], items: Mapping[str, int], rounds: int) -> dict[str, Any]:
+    """Every shape on one model."""
+    plain, ours = rivals(build)
+    found: dict[str, Any] = {}
+    for name, number in items.items():
+        requests = requests_of(SHAPES[name](number))
+        found[name] = compare(plain, ours, requests, name == "lss", rounds)
+    return found | {"scoring": ours.scorer.report()}
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Ours over unsteered `hf`, by shape."""
+    made = {name: round(own["ratio"], 3) for name, own in found.items() if "ratio" in own}
+    return made | {f"{name} both": round(own["both"], 3) for name, own in found.items() if "both" in own}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    demo = measured(demo_model, QUICK if options.quick else ITEMS, 5 if options.quick else 9)
+    result = {"ratios": ratios(demo), "limits": LIMITS, "demo": demo}
+    if not options.quick:
+        result["vocabulary of 128k"] = large = measured(large_vocabulary_model, LARGE, 5)
+        result["ratios with 128k"] = ratios(large)
+    report(result, options.json)
+
+
+if __name__ == "__main__":
+    main()
