@@ -1,0 +1,255 @@
+"""What each intervention did to each score: difference from the baseline, interval, test, correction.
+
+Intervals and tests need items. How items become a score is not taken from names: each way is tried, and one that does
+not give lm-eval's own value again is not used, so that an interval is always about the score beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_eval_steering.metrics.language_id import in_language
+from lm_eval_steering.metrics.paired import MEAN, OF_PAIRS, Aggregate, Arm, Array, compare, holm
+from lm_eval_steering.metrics.statistics import SEED
+from lm_eval_steering.report import corpora
+from lm_eval_steering.report.data import Items, Sweep, align, check_same_documents
+from lm_eval_steering.sweep.cells import REPORT
+from lm_eval_steering.sweep.split import half_of
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+
+ALPHA = 0.05  # after Holm's correction
+_PAIR = 2
+FACTS = ("cell", "task", "family", "evaluated", "steered", "relation", "kind", "factor", "items", "stage")
+COLUMNS = (
+    *FACTS, "metric", "higher_is_better", "n", "baseline", "score", "difference", "low", "high", "p", "p_holm", "test",
+    "comparisons",
+)  # fmt: skip
+_LABELS, _FORCED = "output_language", "lfs"
+
+
+@dataclass
+class Effects:
+    """Every steered cell and metric.
+
+    Attributes:
+        frame: COLUMNS, one row a cell and metric. `difference` is blank where there is no baseline, `low`, `high` and
+            `p` where there are no items; `comparisons` is the size of the family that Holm's correction is over.
+        replicates: (cell, metric) -> (resamples,) of the difference; absent where there are no items.
+    """
+
+    frame: pd.DataFrame
+    replicates: dict[tuple[str, str], Array]
+
+
+def effects_of(sweep: Sweep, half: bool | None = None, cells: pd.DataFrame | None = None) -> Effects:
+    """Effects of steered cells.
+
+    Args:
+        sweep: cells, scores, items.
+        half: None for all items; True for the half that nothing was chosen on, False for the other one.
+        cells: which ones; all by default.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    replicates: dict[tuple[str, str], Array] = {}
+    cells = sweep.steered_cells() if cells is None else cells
+    scores = scores_by_cell(sweep)
+    for _, group in cells.groupby(["task", "items"], sort=False):
+        records = group.to_dict("records")
+        metrics = dict.fromkeys(metric for cell in group["cell"] for metric in scores.get(cell, {}))
+        derived = dict.fromkeys(
+            metric
+            for cell in group["cell"] if cell in sweep.items
+            for metric, values in sweep.items[cell].values.items()
+            if metric not in metrics and values.dtype != object and values.ndim == 1
+        )  # fmt: skip
+        for metric in [*metrics, *derived]:
+            rows += _of_metric(sweep, records, metric, scores, half, replicates)
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame["factor"] = frame["factor"].astype(float)
+    return Effects(_corrected(frame), replicates)
+
+
+def scores_by_cell(sweep: Sweep) -> dict[str, dict[str, tuple[float, Any, int]]]:
+    """cell -> metric -> (value, whether higher is better, n), where the value is a number."""
+    found: dict[str, dict[str, tuple[float, Any, int]]] = {}
+    there = sweep.scores[sweep.scores["value"].notna()]
+    columns = (there["cell"], there["metric"], there["value"], there["higher_is_better"], there["n"])
+    for cell, metric, value, better, n in zip(*(column.tolist() for column in columns), strict=True):
+        found.setdefault(cell, {})[metric] = (float(value), better, int(n))
+    return found
+
+
+def _of_metric(
+    sweep: Sweep,
+    cells: Sequence[dict[str, Any]],
+    metric: str,
+    scores: dict[str, Any],
+    half: bool | None,
+    replicates: dict[tuple[str, str], Array],
+) -> Iterator[dict[str, Any]]:
+    """Rows of one metric of one task, the cells that can be compared by items in one step."""
+    together: dict[tuple[Any, ...], list[tuple[dict[str, Any], Arm, Arm, Aggregate]]] = {}
+    for cell in cells:
+        pair = arms_of(sweep, cell, metric, scores, half)
+        if pair is None:
+            yield from _by_scores(sweep, cell, metric, scores, half)
+        else:
+            before, after, aggregate = pair
+            key = (len(after.numerator), aggregate.name, after.denominator is None)
+            together.setdefault(key, []).append((cell, before, after, aggregate))
+    for group in together.values():
+        yield from _by_items(group, metric, scores, replicates, sweep.is_shift(metric))
+    if half is None:
+        yield from corpora.rows(sweep, cells, metric, scores, replicates, COLUMNS)
+
+
+def _by_items(
+    group: Sequence[tuple[dict[str, Any], Arm, Arm, Aggregate]],
+    metric: str,
+    scores: dict[str, Any],
+    replicates: dict[tuple[str, str], Array],
+    shift: bool,
+) -> Iterator[dict[str, Any]]:
+    found = compare(_stacked([before for _, before, _, _ in group]), _stacked([after for _, _, after, _ in group]),
+                    group[0][3])  # fmt: skip
+    for place, (cell, _, _, _) in enumerate(group):
+        replicates[cell["cell"], metric] = found.replicates[:, place]
+        yield {
+            **{name: cell[name] for name in FACTS},
+            "metric": metric,
+            "higher_is_better": _better(scores, cell["cell"], metric),
+            "n": int(found.n[place]),
+            "baseline": np.nan if shift else found.baseline[place],
+            "score": found.score[place],
+            "difference": found.difference[place],
+            "low": found.low[place],
+            "high": found.high[place],
+            "p": np.nan if shift else found.p_value[place],
+            "test": "" if shift else found.test,
+        }
+
+
+def _stacked(arms: Sequence[Arm]) -> Arm:
+    tops = np.column_stack([arm.numerator for arm in arms])
+    bottoms = [arm.denominator for arm in arms if arm.denominator is not None]
+    return Arm(tops, np.column_stack(bottoms) if bottoms else None)
+
+
+def _by_scores(
+    sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any], half: bool | None
+) -> Iterator[dict[str, Any]]:
+    """A row without interval: there are no items, or their score is not a function that is known here."""
+    own = scores.get(cell["cell"], {}).get(metric)
+    if own is None or half is not None or corpora.is_corpus_metric(metric):
+        return
+    before = np.nan if sweep.is_shift(metric) else scores.get(cell["baseline_cell"], {}).get(metric, (np.nan,))[0]
+    yield {
+        **{name: cell[name] for name in FACTS},
+        "metric": metric, "higher_is_better": own[1], "n": own[2], "baseline": before, "score": own[0],
+        "difference": own[0] - before, "low": np.nan, "high": np.nan, "p": np.nan, "test": "",
+    }  # fmt: skip
+
+
+def _better(scores: dict[str, Any], cell: str, metric: str) -> bool:
+    found = scores.get(cell, {}).get(metric)
+    if found is None or found[1] is None or found[1] != found[1]:
+        return metric.partition("@")[0] not in ("degenerate", "lang_unknown")
+    return bool(found[1])
+
+
+# --- from items to arms ----------------------------------------------------------------------------------------------
+
+
+def arms_of(
+    sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any], half: bool | None
+) -> tuple[Arm, Arm, Aggregate] | None:
+    """Items of the baseline and of the cell, over the same documents, and how they become the score."""
+    after = sweep.items.get(cell["cell"])
+    before = after if sweep.is_shift(metric) else sweep.items.get(cell["baseline_cell"])
+    if after is None or before is None or metric not in after.values or after.values[metric].dtype == object:
+        return None
+    said = scores.get(cell["cell"], {}).get(metric)
+    aggregate = aggregate_of(after.values[metric], None if said is None else said[0])
+    base_values = _baseline_values(before, metric, cell["steered"])
+    if aggregate is None or base_values is None:
+        return None
+    if before is not after:
+        check_same_documents(before, after, cell["task"])
+    _, (first, second) = align([Items(before.docs, {metric: base_values}), after], metric)
+    assert first is not None and second is not None
+    if half is not None:
+        chosen = halves_of(after) == half
+        if len(chosen) != len(second) or not chosen.any():
+            return None
+        first, second = first[chosen], second[chosen]
+    arms = [_arm(np.zeros_like(first) if sweep.is_shift(metric) else first), _arm(second)]
+    return arms[0], arms[1], aggregate
+
+
+def halves_of(items: Items) -> NDArray[np.bool_]:
+    """(items,) whether an item is reported on: as the sweep has split them, else by a hash of the document number."""
+    return _halves(items.docs.tobytes()) if items.reported is None else items.reported
+
+
+@lru_cache(maxsize=64)
+def _halves(docs: bytes) -> NDArray[np.bool_]:
+    return np.array([half_of(str(doc), SEED) == REPORT for doc in np.frombuffer(docs, dtype=np.int64)])
+
+
+def _baseline_values(before: Items, metric: str, steered: str) -> NDArray[Any] | None:
+    """The baseline's items; its `lfs` for the steered language comes from its stored labels."""
+    found = before.values.get(metric)
+    if found is not None or metric.partition("@")[0] != _FORCED:
+        return found
+    labels = before.values.get(metric.replace(_FORCED, _LABELS, 1))
+    return None if labels is None else forced(labels, steered)
+
+
+def forced(labels: NDArray[Any], steered: str) -> Array:
+    """1 where an output is in a steered language, else 0 (`unknown` too); nan where there is no label."""
+    verdict = {
+        label: float(any(in_language(label, code) for code in steered.split("+")))
+        for label in {label for label in labels if label is not None}
+    }
+    return np.array([verdict.get(label, np.nan) for label in labels], dtype=np.float64)
+
+
+def aggregate_of(values: NDArray[Any], said: float | None) -> Aggregate | None:
+    """Which aggregate of the items gives lm-eval's value; None where none does. A derived share is a mean."""
+    if said is None:
+        return MEAN if values.ndim == 1 else None
+    if values.dtype == object:
+        return None
+    ratio = _arm(values).column().ratio(np.ones((1, len(values))))[0]
+    for aggregate in OF_PAIRS if values.ndim == _PAIR else (MEAN,):
+        with np.errstate(over="ignore"):
+            if np.allclose(aggregate.of_ratio(ratio), said, rtol=1e-6, atol=1e-9):
+                return aggregate
+    return None
+
+
+def _arm(values: NDArray[Any]) -> Arm:
+    return Arm(values[:, 0], values[:, 1]) if values.ndim == _PAIR else Arm(values)
+
+
+# --- correction ------------------------------------------------------------------------------------------------------
+
+
+def _corrected(frame: pd.DataFrame) -> pd.DataFrame:
+    """Holm over each family of comparisons: one metric of one task family and one intervention, all else varied."""
+    frame["p_holm"], frame["comparisons"] = np.nan, 0
+    for _, places in frame.groupby(["family", "metric", "kind", "stage"], sort=False).indices.items():
+        p_value = frame["p"].to_numpy(dtype=float)[places]
+        frame.iloc[places, frame.columns.get_loc("p_holm")] = holm(p_value)
+        frame.iloc[places, frame.columns.get_loc("comparisons")] = int((~np.isnan(p_value)).sum())
+    return frame

@@ -1,0 +1,210 @@
+"""Figures of differences: the heat map with marks, the curve over factors, and the trade-off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from lm_eval_steering.language_families import family_of
+from lm_eval_steering.languages import english_name
+from lm_eval_steering.report.data import CROSS, SELF, SEVERAL
+from lm_eval_steering.report.effects import ALPHA, Effects
+from lm_eval_steering.report.naming import readable_metric
+from lm_eval_steering.report.style import (
+    BLUE,
+    COLUMN,
+    CYCLE,
+    GREEN,
+    MARKERS,
+    PAGE,
+    VERMILION,
+    Theme,
+    ink_on,
+    new_figure,
+    signed,
+)  # fmt: skip
+from lm_eval_steering.report.tables import ordered, single
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+
+_WIDE = 9  # columns; more need the whole page
+_CROWDED = 24  # columns; in more no number can be read
+_LABELS = {SELF: "self", CROSS: "cross", SEVERAL: "items in several languages"}
+_COLOURS = {SELF: BLUE, CROSS: VERMILION, SEVERAL: GREEN}
+
+
+def short(code: str) -> str:
+    """A language on an axis."""
+    return "+".join(part.split("_")[0] for part in code.split("+")) if code else "several"
+
+
+def heat_map(effects: Effects, family: str, metric: str, kind: str, factor: float | None, theme: Theme) -> Figure:
+    """Differences from the baseline: steered x evaluated language at one factor, or steered language x factor.
+
+    Better is blue and worse orange; a dot marks p < 0.05 after Holm's correction; grey is a cell that is not there.
+
+    Args:
+        effects: of all cells.
+        family: of tasks.
+        metric: of theirs.
+        kind: of intervention.
+        factor: the one to show; None shows all of them, where the items are in one language or in several.
+        theme: colours.
+    """
+    frame = single(effects)
+    own = frame[(frame["family"] == family) & (frame["metric"] == metric) & (frame["kind"] == kind)]
+    if factor is not None:
+        own = own[own["factor"] == factor]
+    across = "factor" if factor is None else "evaluated"
+    rows = ordered(own["steered"].unique())
+    columns: list[Any] = sorted(own["factor"].unique()) if factor is None else ordered(own["evaluated"].unique())
+    grid = {
+        name: own.pivot(index="steered", columns=across, values=name)
+        .reindex(index=rows, columns=columns)
+        .to_numpy(float)
+        for name in ("difference", "p_holm")
+    }
+    wide = len(columns) > _WIDE
+    width = PAGE if wide else COLUMN
+    cell = min(0.36, (width - 1.0) / max(1, len(columns)))
+    figure = new_figure(width, 1.0 + max(2, len(rows)) * max(cell, 0.2))
+    axes = figure.subplots()
+    sign = 1 if bool(own["higher_is_better"].iloc[0]) else -1
+    _draw_grid(figure, axes, grid["difference"], grid["p_holm"], sign, theme, 72 * cell)
+    names = [f"×{column:g}" if factor is None else short(column) for column in columns]
+    axes.set_xticks(range(len(columns)), names, rotation=90 if factor is not None and len(columns) > 6 else 0)
+    axes.set_yticks(range(len(rows)), [short(code) for code in rows])
+    axes.set_xlabel("factor" if factor is None else "evaluated language")
+    axes.set_ylabel("steered language")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    _separate(axes, rows, axes.axhline, theme)
+    if factor is not None:
+        _separate(axes, columns, axes.axvline, theme)
+    at = "" if factor is None else f", ×{factor:g}"
+    axes.set_title(f"{readable_metric(metric)}: difference{at}")
+    return figure
+
+
+def _draw_grid(
+    figure: Figure, axes: Any, differences: np.ndarray, p_holm: np.ndarray, sign: int, theme: Theme, points: float
+) -> None:
+    limit = float(np.nanmax(np.abs(differences), initial=0.0)) or 1.0
+    if np.isnan(differences).all():
+        limit = 1.0
+    # The square root, because one ruined cell would leave all others pale.
+    shades = np.sign(differences) * np.sqrt(np.abs(differences) / limit) * sign
+    axes.set_facecolor(theme.absent)
+    image = axes.imshow(
+        shades, cmap=theme.diverging, norm=TwoSlopeNorm(0, -1, 1), aspect="auto", interpolation="nearest"
+    )
+    size = min(6.5, points / 3.1)
+    for (row, column), value in np.ndenumerate(differences):
+        if np.isnan(value):
+            continue
+        colour = ink_on(image.to_rgba(shades[row, column]))
+        sure = p_holm[row, column] < ALPHA
+        if differences.shape[1] <= _CROWDED and size >= 4:
+            axes.text(
+                column, row, signed(value), ha="center", va="center", fontsize=size, color=colour,
+                fontweight="bold" if sure else "normal",
+            )  # fmt: skip
+        if sure:
+            axes.plot(column + 0.36, row - 0.32, marker="o", markersize=1.8, color=colour, markeredgewidth=0)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=18)
+    ticks = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    bar.set_ticks(ticks, labels=[signed(sign * tick * abs(tick) * limit) for tick in ticks])
+    bar.ax.tick_params(labelsize=6, length=0)
+    bar.outline.set_visible(False)
+
+
+def _separate(axes: Any, codes: list[str], line: Any, theme: Theme) -> None:
+    """Thin lines between families of languages."""
+    for place in range(1, len(codes)):
+        if codes[place - 1] and codes[place] and family_of(codes[place - 1])[0] != family_of(codes[place])[0]:
+            line(place - 0.5, color=theme.ink, linewidth=0.5)
+
+
+def factor_curve(summary: pd.DataFrame, theme: Theme) -> Figure:
+    """Mean difference from the baseline over factors, for self and cross, with the band over languages and items.
+
+    Args:
+        summary: rows of one family, metric and intervention.
+        theme: colours.
+    """
+    own = summary.sort_values("factor")
+    figure = new_figure(COLUMN, 2.35)
+    axes = figure.subplots()
+    axes.axhline(0, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
+    for relation, marker in zip((SELF, CROSS, SEVERAL), MARKERS, strict=False):
+        values = own[f"{relation}_difference"].to_numpy(float)
+        if np.isnan(values).all():
+            continue
+        factors, cells = own["factor"].to_numpy(float), int(own[f"{relation}_cells"].max())
+        low, high = own[f"{relation}_low"].to_numpy(float), own[f"{relation}_high"].to_numpy(float)
+        axes.fill_between(factors, low, high, color=_COLOURS[relation], alpha=0.22, linewidth=0)
+        axes.plot(
+            factors, values, color=_COLOURS[relation], marker=marker, markersize=3.5, linewidth=1.4,
+            label=f"{_LABELS[relation]} ({cells} cell{'s' if cells != 1 else ''})",
+        )  # fmt: skip
+    baseline = next(
+        (own[f"{name}_baseline"].mean() for name in (SELF, SEVERAL, CROSS) if own[f"{name}_baseline"].notna().any()),
+        np.nan,
+    )
+    axes.set_title(readable_metric(str(own["metric"].iloc[0])))
+    axes.set_xlabel("factor")
+    axes.set_ylabel("difference" if np.isnan(baseline) else f"difference (baseline {baseline:.3g})")
+    axes.set_xticks(sorted(own["factor"].unique()))
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def trade_off(damage: pd.DataFrame, theme: Theme) -> Figure:
+    """Language success against the rise of perplexity (or of degenerate outputs): one line a language, over factors."""
+    price = price_of(damage)
+    figure = new_figure(COLUMN, 2.6)
+    axes = figure.subplots()
+    own = damage[damage["success"].notna() & damage[price].notna()]
+    for place, (code, rows) in enumerate(own.sort_values("factor").groupby("steered", sort=False)):
+        colour, marker = CYCLE[place % len(CYCLE)], MARKERS[place // len(CYCLE) % len(MARKERS)]
+        axes.plot(
+            rows[price], rows["success"], color=colour, marker=marker, markersize=4, linewidth=1.1,
+            label=english_name(str(code).split("+", maxsplit=1)[0]),
+        )  # fmt: skip
+        for x, y, factor in zip(rows[price], rows["success"], rows["factor"], strict=True):
+            axes.annotate(f"×{factor:g}", (x, y), xytext=(4, -7), textcoords="offset points", fontsize=5.5)
+    axes.axvline(0, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_ylim(-0.04, 1.08)
+    axes.set_title("Success against damage")
+    axes.set_xlabel(price_label(price, damage))
+    axes.set_ylabel("outputs in the steered language")
+    axes.grid()
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def price_of(damage: pd.DataFrame) -> str:
+    """The column of damage that goes with success: the first that has most points beside it; empty where none has."""
+    names = ("perplexity_all", "degenerate", "unknown")
+    if "success" not in damage:
+        return ""
+    points = {name: int((damage["success"].notna() & damage[name].notna()).sum()) for name in names if name in damage}
+    best = max(points, key=lambda name: (points[name], -names.index(name)), default="")
+    return best if best and points[best] else ""
+
+
+def price_label(price: str, damage: pd.DataFrame) -> str:
+    """What a column of damage is, for an axis."""
+    unit = readable_metric(str(damage["perplexity"].iloc[0])) if "perplexity" in damage else ""
+    return {
+        "perplexity_all": f"rise in {unit}, all texts",
+        "degenerate": "rise in degenerate outputs",
+        "unknown": "rise in outputs of no known language",
+    }[price]

@@ -1,0 +1,103 @@
+"""How cells are named and grouped: kinds of intervention, families of tasks, self and cross."""
+
+from __future__ import annotations
+
+import re
+
+from lm_eval_steering.harness.evaluated import evaluated_language, family_prefixes
+from lm_eval_steering.languages import english_name, same_language
+from lm_eval_steering.report.data import CROSS, SELF, SEVERAL
+from lm_eval_steering.steering.signature import parse
+
+_OUR_CODE = re.compile(r"_[a-z]{3}_[A-Z][a-z]{3}(?=_|$)")
+_OTHERS = "others"
+METRIC_NAMES = {
+    "lfs": "LFS", "lss": "LSS", "acc": "accuracy", "acc_norm": "accuracy (normalised)", "bleu": "BLEU",
+    "chrf++": "chrF++", "nats_per_token": "nats a token", "token_perplexity": "perplexity a token",
+    "bits_per_byte": "bits a byte", "exact_match": "exact match", "f1": "F1", "lang_unknown": "language unknown",
+    "degenerate": "degenerate outputs", "lang_expected": "in the expected language",
+}  # fmt: skip
+
+
+def metric_label(metric: str, filter_: str) -> str:
+    """One name for a metric and lm-eval's filter: `acc`, `exact_match@strict-match`."""
+    return metric if filter_ in ("", "none") else f"{metric}@{filter_}"
+
+
+def readable_metric(metric: str) -> str:
+    """For figures and sentences."""
+    name, at, filter_ = metric.partition("@")
+    return f"{METRIC_NAMES.get(name, name.replace('_', ' '))}{f' ({filter_})' if at else ''}"
+
+
+def family_of_task(task: str) -> str:
+    """The task without its language: `xcopa` for `steering_xcopa_ita_Latn` and for `xcopa_it`."""
+    if task.startswith("steering_"):
+        return _OUR_CODE.sub("", task).removeprefix("steering_")
+    if evaluated_language(task) is None:
+        return task
+    found = [prefix for prefix in family_prefixes() if task.startswith(prefix)]
+    return max(found, key=len, default=task).strip("_")
+
+
+def families(tasks: list[str]) -> dict[str, str]:
+    """Task -> family; tasks of one family that have one language between them keep their own names."""
+    found = {task: family_of_task(task) for task in tasks}
+    seen: dict[tuple[str, str | None], list[str]] = {}
+    for task, family in found.items():
+        seen.setdefault((family, evaluated_language(task)), []).append(task)
+    return found | {task: task for own in seen.values() if len(own) > 1 for task in own}
+
+
+def relation_of(steered: str, evaluated: str) -> str:
+    """`self`, `cross`, or `several` where the items are in several languages."""
+    if not evaluated or not steered:
+        return SEVERAL
+    return SELF if any(same_language(code, evaluated) for code in steered.split("+")) else CROSS
+
+
+def kind_of(signature: str, preset: str | None, off: str) -> str:
+    """An intervention without its language and factor: `add mean at product`, `p_max`, `scale, others silenced`.
+
+    Args:
+        signature: of the score.
+        preset: name under which the plan asked for it.
+        off: what is silenced beside what is steered, as `silenced` says it.
+    """
+    steps = parse(signature).steps
+    if not steps:
+        return ""
+    step = next((step for step in reversed(steps) if not step.deactivation), steps[-1])
+    value = "" if step.value is None else f"{step.value:g}" if isinstance(step.value, float | int) else step.value
+    said = preset or f"{step.op} {value}".strip()
+    name = f"deactivate ({said})" if step.deactivation and not preset else said
+    if step.site != "activation":
+        name += f" at {step.site}"
+    parts = [name]
+    if step.layers is not None:
+        parts.append(f"layers {'+'.join(map(str, step.layers)) if isinstance(step.layers, tuple) else step.layers}")
+    if step.positions != "all":
+        parts.append(f"{step.positions} positions")
+    if step.scope == "sequence" and not preset:
+        parts.append("scope sequence")
+    if off:
+        parts.append(f"{off} silenced")
+    return ", ".join(parts)
+
+
+def silenced(languages: list[str], off: list[str]) -> list[str]:
+    """What each amplification silences beside: `others` where it is always every other language, else the codes.
+
+    Args:
+        languages: steered ones of each row, joined by `+`; empty where a row only silences.
+        off: silenced ones of each row.
+    """
+    both = {(own, gone) for own, gone in zip(languages, off, strict=True) if own and gone}
+    whole = {frozenset({*own.split("+"), *gone.split("+")}) for own, gone in both}
+    others = len(both) > 1 and len(whole) == 1
+    return ["" if not own else _OTHERS if gone and others else gone for own, gone in zip(languages, off, strict=True)]
+
+
+def language_name(code: str) -> str:
+    """English name; of several languages their names, of none a word for it."""
+    return " + ".join(english_name(part) for part in code.split("+")) if code else "several languages"

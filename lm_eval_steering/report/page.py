@@ -1,0 +1,132 @@
+"""The page: one HTML file with everything in it, safe to open although it holds what a model wrote.
+
+Nothing is fetched, and nothing from the data becomes HTML: tables and samples travel as compressed JSON and are put in
+place as text. The content security policy names the one script and the one style sheet by their hashes and forbids
+everything else, so that even a mistake here could run nothing and send nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from lm_eval_steering.report.drawing import Figured
+from lm_eval_steering.report.explorer import explorer_data, language_names
+from lm_eval_steering.report.results import Results
+from lm_eval_steering.report.sentences import answer
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+
+_PARTS = Path(__file__).parent / "page_parts"
+_CHUNK = 2000  # samples that are unpacked at once
+MOST_ROWS = 20_000  # of a table on the page; all of them are in the files beside it
+TABLES = {
+    "summary": ("Self and cross", "Means over languages at each factor; the interval is over languages and items."),
+    "effects": ("Every cell", "Each steered cell beside its baseline, with interval, test and Holm's correction."),
+    "best-factors": ("Best factors", "Chosen on one half of the items, reported on the other half."),
+    "controls": ("Random controls", "Language steering beside matched random neurons."),
+    "damage": ("Damage", "Success beside its price: perplexity, degenerate outputs, outputs in no known language."),
+    "cost": ("Cost", "Seconds and tokens of each cell."),
+    "missing": ("Missing", "Planned cells that are not done, and why."),
+}
+_HIDDEN = {"cell", "items", "higher_is_better", "stage", "comparisons", "task"}
+
+
+def render(results: Results, figures: list[Figured]) -> str:
+    """The page as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PARTS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    css, script = (_PARTS.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    groups = explorer_data(results.sweep)
+    sweep = results.sweep
+    return environment.get_template("page.html").render(
+        facts=sweep.facts,
+        against=sweep.against,
+        answer=answer(results),
+        figures=figures,
+        css=css,
+        script=script,
+        policy=policy(css, script),
+        tables=packed(_tables(results)),
+        names=packed(language_names(groups)),
+        index=packed([{key: value for key, value in group.items() if key != "items"} | {"count": len(group["items"])}
+                      for group in groups]),
+        chunks=[[packed(group["items"][start : start + _CHUNK]) for start in range(0, len(group["items"]), _CHUNK)]
+                for group in groups],
+        samples=sum(len(item[2]) - item[2].count(None) for group in groups for item in group["items"]),
+        left_out=sweep.samples.left_out,
+        signatures=sorted(sweep.cells.loc[sweep.cells["is_baseline"], "signature"].astype(str).unique())
+        + sorted(sweep.steered_cells()["signature"].astype(str).unique()),
+        alpha=0.05,
+    )  # fmt: skip
+
+
+def policy(css: str, script: str) -> str:
+    """The content security policy: this script, this style sheet, images inside the page, and nothing else."""
+    return (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(css)}'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def packed(data: Any) -> str:
+    """JSON, gzip, base64: letters that mean nothing to HTML, the same for the same data."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), mtime=0)).decode()
+
+
+def _tables(results: Results) -> list[dict[str, Any]]:
+    found = []
+    for name, frame in results.frames().items():
+        title, about = TABLES[name]
+        shown = frame.head(MOST_ROWS)
+        columns = [column for column in shown.columns if _is_shown(name, column, shown)]
+        found.append(
+            {
+                "name": name,
+                "title": title,
+                "about": about,
+                "columns": [column.replace("_", " ") for column in columns],
+                "rows": [[plain(value) for value in row] for row in shown[columns].itertuples(index=False, name=None)],
+                "total": len(frame),
+            }
+        )
+    return found
+
+
+def _is_shown(name: str, column: str, frame: pd.DataFrame) -> bool:
+    """Whether a column says something to a person; the files hold all of them."""
+    if name in ("cost", "missing"):
+        return True
+    if column in _HIDDEN:
+        return False
+    relation = column.split("_", maxsplit=1)[0]
+    if name == "summary" and relation in ("self", "cross", "several"):
+        return bool((frame[f"{relation}_cells"] > 0).any())
+    return bool(frame[column].notna().any())
+
+
+def plain(value: Any) -> Any:
+    """A value for JSON: None for nan, numbers as Python's, everything else as text."""
+    import pandas as pd
+
+    if pd.isna(value):
+        return None
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, int | float | bool) else str(value)
