@@ -179,7 +179,10 @@ def bad_input(folder: Path) -> dict[str, tuple[list[Any], str]]:
         "no such set": (["inspect", "dmo"], r"neuron set 'dmo': no such file; did you mean 'demo'"),
         "set of another model": (["calibrate", of_another_model(folder), *calibrate], r"the neuron set is for other"),
         "pickle with code": (["import", pickle_with_code(folder / "x.pth"), *importing], r"was not opened"),
-        "no recording": (["select", "--recording", text, "--out", folder / "s.safetensors"], r"a folder without recording\.json"),
+        "no recording": (
+            ["select", "--recording", text, "--out", folder / "s.safetensors"],
+            r"a folder without recording\.json",
+        ),
     }  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def random(
     neuron_set: Set,
     out: options.OutFile,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
-    disjoint: Annotated[bool, typer.Option(help="Leave out a language's own neurons.")] = True,
+    disjoint: Annotated[bool, typer.Option(help="Leave out the set's own neurons.")] = True,
 ) -> None:
     """A matched random control: as many neurons in each layer for each language. `calibrate` adds statistics."""
     from lm_eval_steering.neurons.find import random_set

@@ -33,6 +33,9 @@ def identity_of(lm: Any) -> dict[str, Any]:
         "truncation": lm.truncation,
         "think_end_token": lm.think_end_token,
         "identifier": lm.identifier.signature(),
+        "scoring": "plain" if lm.scorer.setting == "plain" else "shared",
+        "attention": getattr(lm.model.config, "_attn_implementation", None),
+        "logits_cache": lm.logits_cache,
     }
 
 

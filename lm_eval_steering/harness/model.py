@@ -25,6 +25,7 @@ from lm_eval_steering.harness.arguments import (
 )
 from lm_eval_steering.harness.batches import BatchSizes, RowBook, parts, refuse_stale, wants_twin
 from lm_eval_steering.harness.cache import DecoratingCacheHook, PartialAnswers, salt
+from lm_eval_steering.harness.generation import generate, own_random_numbers
 from lm_eval_steering.harness.identity import identity_of
 from lm_eval_steering.harness.report import refuse_nothing, report_of, signature_of
 from lm_eval_steering.harness.scoring.encode import Encoded
@@ -165,9 +166,9 @@ class SteeredHFLM(HFLM):
         """One batch of generation, with its padding handed to the intervention."""
         mask = kwargs.get("attention_mask")
         if self.steering is None or not self.steering.active or mask is None:
-            return super()._model_generate(context, *args, **kwargs)
+            return generate(self, context, *args, **kwargs)
         with self._happening(self.steering), self.steering.rows(mask):
-            return super()._model_generate(context, *args, **kwargs)
+            return generate(self, context, *args, **kwargs)
 
     @contextmanager
     def _happening(self, steering: Steering) -> Iterator[None]:
@@ -227,7 +228,7 @@ class SteeredHFLM(HFLM):
         """Generate, and identify the language of each output."""
         refuse_stale(requests, self.targets)
         self.identifier.refuse_unknown(self.targets)
-        with self._own_random_numbers(), self._proven():
+        with own_random_numbers(self), self._proven():
             texts = super().generate_until(requests, disable_tqdm=disable_tqdm)
         return [self.identify(text) for text in self._finite(texts)]
 
@@ -240,16 +241,6 @@ class SteeredHFLM(HFLM):
             after = self.steering.evidence()
             forwards, positions = after.forwards - before.forwards, after.positions - before.positions
             refuse_nothing(forwards, positions, after, self.intervention.signature())
-
-    @contextmanager
-    def _own_random_numbers(self) -> Iterator[None]:
-        """Each rank's own: lm-eval seeds all alike, and sampled answers to equal prompts would be the same on each."""
-        if self.world_size == 1:
-            yield
-            return
-        with torch.random.fork_rng():
-            torch.manual_seed(torch.initial_seed() + self.rank)
-            yield
 
     def identify(self, text: str) -> IdentifiedText:
         """A text with its language, and the languages that were steered to."""
@@ -267,7 +258,8 @@ class SteeredHFLM(HFLM):
     def _finite(self, answers: list[Any]) -> list[Any]:
         """The answers, unless activations overflowed while they were made."""
         overflowed = self.steering is not None and self.steering.overflowed()
-        if overflowed or any(isinstance(answer, tuple) and math.isnan(answer[0]) for answer in answers):
+        numbers = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
+        if overflowed or any(isinstance(number, float) and math.isnan(number) for number in numbers):
             raise InterventionError(
                 f"activations overflowed {self.model.dtype} under {self.intervention.signature()}; use a smaller "
                 "factor or a wider dtype"
@@ -307,7 +299,7 @@ class SteeredHFLM(HFLM):
                 "neurons": self.neuron_set.content_hash() if self.neuron_set else None,
                 "intervention": self.intervention.model_dump(mode="json"),
                 "targets": list(self.targets),
-                "sites": self._sites or "",
+                "sites": self._sites or (self.neuron_set.provenance.sites if self.neuron_set else ""),
             }
         )
 

@@ -168,7 +168,13 @@ def _identifier(stored: Mapping[str, Any], steering: Mapping[str, Any], asked: A
 
 
 def _generated(path: Path, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Samples of a task that generates text."""
+    """Samples of a task that generates text; none where its filter makes something else of every answer.
+
+    Raises:
+        SteeringError: if a line is no sample, or some answers are texts and some are not: a share of the texts alone
+            would have another denominator than the run.
+    """
+    others = texts = 0
     if config.get("output_type", "generate_until") != "generate_until":
         return
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -179,7 +185,15 @@ def _generated(path: Path, config: Mapping[str, Any]) -> Iterator[dict[str, Any]
             except (ValueError, LookupError, TypeError):
                 raise SteeringError(f"{path}, line {number}: no sample of lm-eval, or cut short") from None
             if isinstance(answer, str):
+                texts += 1
                 yield row
+            else:
+                others += 1
+    if others and texts:
+        raise SteeringError(
+            f"{path}: the task's filter turns {others} of {others + texts} answers into something that is no text, so "
+            "a share of the texts would be of other items than the run's"
+        )
 
 
 def _scored(

@@ -226,7 +226,10 @@ def _first_on_hub(source: Source, folder: Path | None) -> tuple[Rows, str]:
     tried = [f"{folder}/{source.family} (no file of that name)" if folder else f"no local folder ({VARIABLE} not set)"]
     for hub in source.hub:
         try:
-            return [dict(row) for row in _from_hub(hub)], str(hub)
+            rows = [dict(row) for row in _from_hub(hub)]
+            if len(tried) > 1:
+                log.warning("%s is read from %s, since this failed: %s", source, hub, "; ".join(tried[1:]))
+            return rows, str(hub)
         except Exception as error:  # whatever the hub or its client answers, the next place may have the rows
             tried.append(f"{hub} ({type(error).__name__}: {_first_line(error)})")
     offline = " (offline: HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set)" if _offline() else ""

@@ -75,39 +75,40 @@ def subtract(first: NeuronSet, others: Sequence[NeuronSet]) -> NeuronSet:
 
 
 def random_control(
-    assignments: Mapping[str, Neurons], languages: Sequence[str], units: int, seed: int, disjoint: bool = True
+    assignments: Mapping[str, Neurons], units: int, seed: int, disjoint: bool = True
 ) -> dict[str, Neurons]:
-    """Random neurons for each language: as many in each layer as it has, drawn without replacement, reproducibly.
+    """Random neurons in place of each neuron of a set, in the same layer: a copy of the set with other units.
 
-    The draw of a language depends on the seed, on its own neurons and on its place in `languages` alone.
+    Each neuron has one image, whichever languages it belongs to, so that a control has the overlaps of its set: what
+    is done to several languages edits as many neurons in each layer as it does with the set itself.
 
     Args:
         assignments: language -> (neuron, 2) sorted rows (layer, unit), the neurons to match.
-        languages: whose neurons to match.
         units: MLP units a layer.
         seed: of the draw.
-        disjoint: leave out the language's own neurons; otherwise they may be drawn like any other.
+        disjoint: leave out the neurons of all languages of the set; otherwise they may be drawn like any other.
 
     Raises:
-        SteeringError: if a layer has too few units that are not the language's own.
+        SteeringError: if a layer has too few units that are not the set's own.
     """
-    controls = {}
-    for place, language in enumerate(languages):
-        generator = np.random.default_rng([seed, place])
-        own = assignments[language]
-        rows = [np.zeros((0, 2), dtype=np.int64)]
-        for layer in np.unique(own[:, 0]):
-            taken = own[own[:, 0] == layer, 1]
-            free = np.setdiff1d(np.arange(units), taken) if disjoint else np.arange(units)
-            if len(free) < len(taken):
-                raise SteeringError(
-                    f"{language}: layer {layer} has {len(free)} units beside its own {len(taken)}, too few for a "
-                    "matched random control; select at a lower rate, or draw with disjoint=False"
-                )
-            drawn = np.sort(generator.choice(free, size=len(taken), replace=False))
-            rows.append(np.column_stack([np.full(len(drawn), layer), drawn]))
-        controls[language] = np.concatenate(rows).astype(np.int64)
-    return controls
+    own = union_of(list(assignments.values()))
+    images = np.zeros(len(own), dtype=np.int64)
+    for layer in np.unique(own[:, 0]):
+        here = own[:, 0] == layer
+        taken = own[here, 1]
+        free = np.setdiff1d(np.arange(units), taken) if disjoint else np.arange(units)
+        if len(free) < len(taken):
+            raise SteeringError(
+                f"layer {layer} has {len(free)} units beside the set's own {len(taken)}, too few for a matched random "
+                "control; select at a lower rate, or draw with disjoint=False"
+            )
+        images[here] = np.random.default_rng([seed, int(layer)]).choice(free, size=len(taken), replace=False)
+    return {language: _replaced(rows, own, images, units) for language, rows in assignments.items()}
+
+
+def _replaced(rows: Neurons, own: Neurons, images: NDArray[np.int64], units: int) -> Neurons:
+    places = np.searchsorted(own[:, 0] * units + own[:, 1], rows[:, 0] * units + rows[:, 1])
+    return union_of([np.column_stack([rows[:, 0], images[places]])])
 
 
 def _check(sets: Sequence[NeuronSet]) -> None:

@@ -149,12 +149,12 @@ def random_set(neuron_set: NeuronSet, seed: int, disjoint: bool = True) -> Neuro
     Args:
         neuron_set: the set to match.
         seed: of the draw.
-        disjoint: whether a language's own neurons are left out.
+        disjoint: whether the set's own neurons, of all languages, are left out.
     """
     units = neuron_set.provenance.units
     return replace(
         neuron_set,
-        assignments=random_control(neuron_set.assignments, neuron_set.languages, units, seed, disjoint),
+        assignments=random_control(neuron_set.assignments, units, seed, disjoint),
         calibrated=None,
         provenance=replace(
             neuron_set.provenance,

@@ -171,7 +171,7 @@ class NeuronSet:
         """
         code = languages.choose(language, self.languages, "the neuron set")
         if self.calibrated is None:
-            raise NeuronSetError("the neuron set holds no calibrated statistics; `lm-eval-steering calibrate` adds them")
+            raise NeuronSetError("the neuron set holds no statistics; `lm-eval-steering calibrate` adds them")
         return self.calibrated.lookup(self.assignments[code], code, site, name)
 
     def union(self, chosen: Sequence[str] | None = None) -> Neurons:

@@ -117,7 +117,7 @@ def test_bare_lm_eval_steers_and_proves_it_and_a_second_run_comes_from_the_cache
 
 
 def test_factor_one_gives_the_numbers_of_hf_to_the_last_digit(run: Run, local_task: Path, tmp_path: Path) -> None:
-    one = f"{MODEL},neurons=demo,language=fra_Latn,op=scale,factor=1"
+    one = f"{MODEL},neurons=demo,language=fra_Latn,op=scale,factor=1,scoring=plain"
     plain = evaluate(run, tmp_path / "hf", local_task, "hf", MODEL, TASK, "xcopa_it_local")
     ours = evaluate(run, tmp_path / "ours", local_task, "steered-hf", one, TASK, "xcopa_it_local")
     assert numbers(ours) == numbers(plain)

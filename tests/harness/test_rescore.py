@@ -190,6 +190,9 @@ def test_what_cannot_be_rescored_is_said(tmp_path: Path) -> None:
     samples.write_text('{"filtered_resps": ["Guten')
     with pytest.raises(SteeringError, match="line 1: no sample of lm-eval, or cut short"):
         rescore(tmp_path, Asked())
+    samples.write_text('{"filtered_resps": ["Guten Tag"]}\n{"filtered_resps": [[7]]}\n')
+    with pytest.raises(SteeringError, match="turns 1 of 2 answers into something that is no text"):
+        rescore(tmp_path, Asked())
     with pytest.raises(SteeringError, match="about='words'"):
         Asked(about="words")
 

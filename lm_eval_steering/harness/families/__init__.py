@@ -19,6 +19,9 @@ from lm_eval_steering import languages
 from lm_eval_steering.errors import UnknownLanguageError
 from lm_eval_steering.harness.sources import DataError, Source
 
+# Metrics that not every document has.
+OF_SOME_ITEMS = {"clas_relevance", "clas_score"}
+
 
 def modules() -> dict[str, ModuleType]:
     """Every family's module by its name, which is also its folder under `tasks/`."""
@@ -49,9 +52,14 @@ def task_file(folder: str, template: str, name: str, tag: str | None = None, **m
 
 
 def group_file(folder: str, group: str, tasks: list[str], metrics: tuple[str, ...]) -> tuple[Path, str]:
-    """A group that averages over its tasks, each item counting the same, as lm-eval's own groups do."""
+    """A group that averages over its tasks, each item counting the same, as lm-eval's own groups do.
+
+    lm-eval weights by a task's documents. Where a metric is not of every document, each task counts the same instead.
+    """
     lines = [f"group: {group}", "task:", *(f"  - {task}" for task in tasks), "aggregate_metric_list:"]
-    lines += [f"  - {{metric: {metric}, aggregation: mean, weight_by_size: true}}" for metric in metrics]
+    for metric in metrics:
+        weighted = str(metric not in OF_SOME_ITEMS).lower()
+        lines.append(f"  - {{metric: {metric}, aggregation: mean, weight_by_size: {weighted}}}")
     lines.append("metadata: {version: 1.0}")
     return Path(folder) / f"_group_{group.removeprefix('steering_')}.yaml", "\n".join(lines) + "\n"
 

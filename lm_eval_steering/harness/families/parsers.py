@@ -13,12 +13,16 @@ import unicodedata
 LETTERS = "ABCD"
 RELATIONS = ("entailment", "neutral", "contradiction")
 
-_MARK = r"[)\].:,、。：\"'*]"  # what may stand between a letter and the rest of a text
+# What may stand between a letter and the rest of a text; an apostrophe within a word (c'est, d'après) is no end.
+_MARK = r"(?:[)\].:,、。：*]|[\"'](?!\w))"
 # A letter that opens the text and is closed by a mark, the end of the line, or "is" (an English article is not).
 _OPENING = re.compile(rf"[\"'(\[*\s]*([A-D])(?=\s*$|\s*\n|\s*{_MARK}|\s+is\b)", re.IGNORECASE)
 # "Answer: C", "the answer is (C)", in any language after a colon; the letter ends there.
 _ANSWER = re.compile(rf"(?:(?i:\banswer\s+is\b)\s*[:：]?|[:：])\s*[\"'(\[*]*([A-D])(?=\s*$|\s*\n|\s*{_MARK})")
 _OPTION = re.compile(r"(?<!\w)\(?([A-D])\)(?!\w)")  # "I think B)"
+_SECOND = re.compile(
+    r"[)\]\"'*]*\s*(?:[,/&、]\s*(?:(?:and|or)\b)?|\b(?:and|or)\b)\s*[(\[*\"']*([A-D])(?![\w'’])"
+)  # what goes on with another letter: "A, B", "A or (B)"
 
 
 def letter(text: str) -> str | None:
@@ -28,8 +32,12 @@ def letter(text: str) -> str | None:
     after a colon or "answer is"; or where it is written as an option, `B)`. Different letters: no answer.
     """
     stripped = text.strip()
-    found = {match[1].upper() for match in [_OPENING.match(stripped)] if match}
-    found |= set(_ANSWER.findall(stripped)) | set(_OPTION.findall(stripped))
+    opening = _OPENING.match(stripped)
+    found = set()
+    for match in [*([opening] if opening else []), *_ANSWER.finditer(stripped), *_OPTION.finditer(stripped)]:
+        found.add(match[1].upper())
+        if second := _SECOND.match(stripped, match.end(1)):
+            found.add(second[1])
     return found.pop() if len(found) == 1 else None
 
 
@@ -38,7 +46,10 @@ _STEMS = {
     "neutral": re.compile(r"\bneutral\b"),
     "contradiction": re.compile(r"\bcontradict(?:s|ed|ion|ory)?\b"),
 }
-_DENIED = re.compile(r"\b(?:not|no|neither|nor|isn't|doesn't)\s+(?:an?\s+|the\s+)?(?:entail|neutral|contradict)\w*")
+_DENIED = re.compile(
+    r"(?:\bnon-|\b(?:not|no|neither|nor|never|cannot|can't|isn't|doesn't|don't|didn't|won't)\s+(?:\w+\s+){0,3}?)"
+    r"(?:entail|neutral|contradict)\w*"
+)
 _WORDS = (
     ("entailment", re.compile(r"(?:yes|true|correct)\b")),
     ("contradiction", re.compile(r"(?:no|false|incorrect)\b")),

@@ -17,6 +17,8 @@ from lm_eval_steering.harness.sources import DataError, Source
         ("C\nBecause", "C"),
         ("Die Antwort lautet: B", "B"), ("答案：D。", "D"), ("The answer is (A).", "A"), ("Answer: A cat", None),
         ("The correct option is B) the river", "B"), ("A) x B) y", None), ("D: vier", "D"), ("ABCD", None),
+        ("C'est la réponse B.", None), ("D'après le passage", None), ("c'è una risposta", None), ("'B'", "B"),
+        ("A, B", None), ("Answer: A, B", None), ("A and B", None), ("(A) or (B)", None), ("A, because of rain", "A"),
     ],
 )  # fmt: skip
 def test_letters(text: str, found: str | None) -> None:
@@ -29,7 +31,8 @@ def test_letters(text: str, found: str | None) -> None:
         ("(2)", "neutral"), ("1. Entailment", "entailment"), ("Entailment or neutral", None), ("13", None),
         ("3 hypotheses", "contradiction"), ("neither entailment nor contradiction: neutral", "neutral"),
         ("It is not neutral", None), ("no entailment", None), ("The premise entails it.", "entailment"),
-        ("Nothing", None), ("Incorrect.", "contradiction"), ("२", "neutral"),
+        ("Nothing", None), ("Incorrect.", "contradiction"), ("२", "neutral"), ("non-entailment", None),
+        ("It does not necessarily entail it.", None), ("It cannot be entailed.", None), ("not necessarily an entailment", None),
     ],
 )  # fmt: skip
 def test_relations(text: str, found: str | None) -> None:

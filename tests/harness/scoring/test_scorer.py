@@ -93,6 +93,25 @@ class Narrow(LlamaForCausalLM):
         return super().forward(input_ids)
 
 
+class Unplaced(LlamaForCausalLM):
+    """A model that counts positions by itself."""
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        return super().forward(input_ids, **given | {"position_ids": None})
+
+
+@pytest.mark.parametrize("kind", [Unmasked, Unplaced])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_hides_no_fault(kind: type[LlamaForCausalLM], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    lm = loaded(kind(AutoConfig.for_model("llama", **CONFIGS["llama"])).eval().to(dtype))
+    lm.loglikelihood(instances(), disable_tqdm=True)
+    assert lm.scorer.report()["way"] == "plain"
+    lm = loaded(LlamaForCausalLM(AutoConfig.for_model("llama", **CONFIGS["llama"])).eval().to(dtype))
+    lm.loglikelihood(instances(), disable_tqdm=True)
+    assert lm.scorer.report()["way"] == "packed"
+
+
 @pytest.mark.parametrize(("kind", "why"), [(Unmasked, "where the plain forward pass gives"), (Narrow, "TypeError")])
 def test_a_model_that_fails_its_proof_is_scored_in_the_plain_way(
     kind: type[LlamaForCausalLM], why: str, caplog: pytest.LogCaptureFixture
