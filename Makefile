@@ -2,15 +2,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+BENCHMARKS := scoring memory loop rolling generation growth overhead record export
 
-.PHONY: demo test check clean
+.PHONY: demo test bench check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
-	$(BIN)/lm-eval-steering demo
+	$(BIN)/lm-eval-steering sweep "$$($(BIN)/lm-eval-steering where demo-plan)" --out demo-results/sweep
+	$(BIN)/lm-eval-steering report demo-results/sweep --out demo-results/report
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/installed
+	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,37 +1,59 @@
 """Generation of a steered model against lm-eval's `--model hf`, unsteered, on prompts of unequal length.
 
-    python -m benchmarks.generation          # the demo model
+    python -m benchmarks.generation          # the demo model, and a random Llama of 8 layers
     python -m benchmarks.generation --quick --json generation.json
 
-Interleaved rounds, batch size 16, greedy, float32. `unsteered` is ours with the intervention suspended, whose texts
-have to be those of `hf`, byte for byte; `steered` makes other texts, which may be longer or shorter, so every text has
-the full number of tokens. Ours also identifies the language of each output.
+Interleaved rounds, batch size 16, greedy, float32. `full` makes the same number of tokens for every prompt, so that
+there is nothing to save; `clauses` ends a text at a comma or a full stop, whichever is first. `unsteered` is
+ours with the intervention suspended, whose texts have to be those of `hf`, byte for byte; `steered` makes other texts,
+longer or shorter ones in `clauses`. Ours also identifies the language of each output. `again` is the rival once more.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.items import demo_model, rivals, texts
 from benchmarks.measure import interleaved, ratio, report
 
-TOKENS = 16
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {"until": [], "do_sample": False, "max_gen_toks": 16, "min_new_tokens": 16},
+    "clauses": {"until": [",", "."], "do_sample": False, "max_gen_toks": 48},
+}
 LIMIT = 1.0
+SMALL = LlamaConfig(
+    hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, vocab_size=8192,
+    max_position_embeddings=1024, initializer_range=0.1,
+)  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    plain, ours = rivals(demo_model)
-    settings = {"until": [], "do_sample": False, "max_gen_toks": TOKENS, "min_new_tokens": TOKENS}
-    prompts = [text[: 40 + 9 * place] for place, text in enumerate(texts(16 if options.quick else 48))]
-    requests = [Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts]
+def random_model() -> Any:
+    """A random Llama of 8 layers."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(SMALL).eval()
+
+
+def measured(build: Callable[[], Any], number: int, rounds: int) -> dict[str, Any]:
+    """Seconds, ratios, and whether the texts are equal, by setting."""
+    plain, ours = rivals(build)
+    prompts = [text[: 40 + 9 * place] for place, text in enumerate(texts(number))]
+    found: dict[str, Any] = {}
+    for name, settings in SETTINGS.items():
+        requests = [Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts]
+        found[name] = compare(plain, ours, requests, rounds)
+    return found
+
+
+def compare(plain: Any, ours: Any, requests: list[Instance], rounds: int) -> dict[str, Any]:
+    """Both on the same requests."""
 
     def unsteered() -> list[str]:
         with ours.steering.suspended():
@@ -43,13 +65,23 @@ def main() -> None:
         "unsteered": unsteered,
         "again": lambda: plain.generate_until(requests, disable_tqdm=True),
     }
-    seconds = interleaved(works, 3 if options.quick else 9)
-    result = {
+    seconds = interleaved(works, rounds)
+    return {
         "seconds": {name: round(statistics.median(own), 4) for name, own in seconds.items()},
         "ratios": {name: round(ratio(seconds, name, "hf"), 3) for name in works if name != "hf"},
-        "limit": LIMIT,
         "byte-equal": list(map(str, unsteered())) == plain.generate_until(requests, disable_tqdm=True),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    number, rounds = (16, 3) if options.quick else (48, 7)
+    result: dict[str, Any] = {"demo": measured(demo_model, number, rounds), "limit": LIMIT}
+    if not options.quick:
+        result["random Llama"] = measured(random_model, 16, 5)
     report(result, options.json)
 
 

@@ -134,10 +134,13 @@ def large_vocabulary_model() -> Any:
     return LlamaForCausalLM(LARGE_VOCABULARY).eval()
 
 
-def rivals(build: Callable[[], Any], batch_size: int = 16, **arguments: Any) -> tuple[HFLM, SteeredHFLM]:
-    """lm-eval's `hf`, and ours steered, each on a copy of one model."""
+def rivals(build: Callable[[], Any], batch_size: int = 16, only: str = "", **arguments: Any) -> tuple[Any, Any]:
+    """lm-eval's `hf`, and ours steered, each on a copy of one model; None for the other where `only` names one."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    plain = HFLM(build(), tokenizer=tokenizer, batch_size=batch_size)
-    ours = SteeredHFLM(build(), tokenizer=tokenizer, batch_size=batch_size, **arguments)
-    ours.intervene(random_set(ours.model), language="fra_Latn", op="scale", factor=1.5)
+    plain = ours = None
+    if only != "ours":
+        plain = HFLM(build(), tokenizer=tokenizer, batch_size=batch_size)
+    if only != "hf":
+        ours = SteeredHFLM(build(), tokenizer=tokenizer, batch_size=batch_size, **arguments)
+        ours.intervene(random_set(ours.model), language="fra_Latn", op="scale", factor=1.5)
     return plain, ours

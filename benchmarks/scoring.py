@@ -5,7 +5,8 @@
 
 Interleaved rounds, batch size 16; prints the medians, the median of the ratios in each round, and `again`, the rival's
 own rounds against each other, which shows the noise. `lss both` is steered and unsteered together against one
-unsteered pass. `unsteered difference` is the largest between lm-eval's scores and ours, in nats.
+unsteered pass. `unsteered difference` is the largest between lm-eval's scores and ours, in nats. Without `--quick`
+there is peak memory too (`benchmarks.memory`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from lm_eval.api.instance import Instance
 
 from benchmarks.items import SHAPES, demo_model, large_vocabulary_model, requests_of, rivals
 from benchmarks.measure import interleaved, ratio, report
+from benchmarks.memory import ITEMS as MEMORY
+from benchmarks.memory import peaks
 
 ITEMS = {"xcopa": 100, "xwinograd": 100, "belebele": 16, "include": 40, "options": 16, "lss": 150}
 QUICK = {"xcopa": 20, "xwinograd": 12, "belebele": 3, "include": 5, "options": 2, "lss": 30}
@@ -90,6 +93,7 @@ def main() -> None:
     if not options.quick:
         result["vocabulary of 128k"] = large = measured(large_vocabulary_model, LARGE, 5)
         result["ratios with 128k"] = ratios(large)
+        result["MB above the model with 128k"] = peaks(MEMORY)
     report(result, options.json)
 
 

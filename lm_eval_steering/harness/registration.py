@@ -16,6 +16,7 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
+from lm_eval_steering.harness.indexing import answer_from_ours, put_off, read_ours_once
 from lm_eval_steering.resources import tasks_folder
 
 MODELS = {"steered-hf": "lm_eval_steering.harness.model:SteeredHFLM"}
@@ -82,6 +83,12 @@ def _register_tasks(module: Any) -> None:
     if getattr(manager.__init__, "_lm_eval_steering", False):
         return
     original = manager.__init__
+    try:
+        read_ours_once(importlib.import_module("lm_eval.tasks._index"))
+        answer_from_ours(manager, original)
+        lazy = True
+    except (ImportError, AttributeError):  # another lm-eval indexes as it does, at its own cost
+        lazy = False
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -91,6 +98,8 @@ def _register_tasks(module: Any) -> None:
             arguments = None
         if arguments is None:
             original(self, *args, **kwargs)
+        elif lazy and arguments.arguments["include_path"] == [tasks_folder()]:  # tasks of the user may go by any name
+            put_off(self, arguments)
         else:
             original(*arguments.args, **arguments.kwargs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.harness.batches import Request, Rows
+from lm_eval_steering.harness.scoring.baseline import Answer, Baseline, Numbered
 from lm_eval_steering.harness.scoring.batches import Budget, batches
 from lm_eval_steering.harness.scoring.choose import Way, way_of
 from lm_eval_steering.harness.scoring.head import head_at, log_probabilities, with_inputs
@@ -24,8 +24,6 @@ from lm_eval_steering.harness.scoring.packing import Packed, pack
 from lm_eval_steering.harness.scoring.proof import difference, sample_of
 from lm_eval_steering.harness.scoring.tree import Cost, Entry, Row, entries_of, rows_of
 
-Answer = tuple[float, bool]
-Numbered = tuple[int, Answer]  # with the number of the request
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +56,7 @@ class Scorer:
         self.setting = setting
         self._proven: set[tuple[str, bool]] = set()  # ways that were tried, without and with branches
         self._failed: dict[str, str] = {}  # way -> why it failed
-        self._baseline: dict[str, list[Numbered]] = {}  # unsteered answers, by batch
+        self._baseline = Baseline()
         self._scored: Counter[str] = Counter()
         self._unsteered: list[Answer] | None = None  # of the requests that were scored twice last
 
@@ -190,11 +188,12 @@ class Scorer:
             return steered, []
         if self._lm.steering is None:
             return steered, steered
-        key = _digest(batch)
-        if key not in self._baseline:
+        unsteered = self._baseline.get(batch)
+        if unsteered is None:
             with self._lm.steering.suspended():
-                self._baseline[key] = self._answers(packed)
-        return steered, self._baseline[key]
+                unsteered = self._answers(packed)
+            self._baseline.keep(batch, unsteered)
+        return steered, unsteered
 
     def _pack(self, way: Way, batch: list[Row]) -> Packed:
         model = self._lm.model
@@ -221,9 +220,3 @@ class Scorer:
             answers.append((number, (sum(found_list[start:stop]), all(greedy_list[start:stop]))))
             start = stop
         return answers
-
-
-def _digest(batch: Sequence[Row]) -> str:
-    """What a batch is: tokens and depths tell the trees."""
-    told = [(row.tokens, row.depths, row.scored) for row in batch]
-    return hashlib.sha256(repr(told).encode()).hexdigest()

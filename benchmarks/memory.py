@@ -1,0 +1,87 @@
+"""Peak memory above the loaded model while options are scored: ours, steered, and lm-eval's `--model hf`, unsteered.
+
+    python -m benchmarks.memory              # a random Llama with a vocabulary of 128k
+    python -m benchmarks.memory --quick --json memory.json
+
+Each of the two runs in a process of its own. On a processor the peak is that of the resident set after the model was
+loaded (`getrusage`, after one item to warm up and a reset where the system offers one) less the resident set before
+scoring; on a GPU it is that of torch's allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.items import SHAPES, large_vocabulary_model, requests_of, rivals
+from benchmarks.measure import report
+
+ITEMS = {"xcopa": 20, "options": 3, "belebele": 4}
+QUICK = {"xcopa": 8}
+LIMIT = 0.4
+NAMES = ("hf", "ours")
+
+
+def peak_of(name: str, shape: str, number: int) -> int:
+    """MB above the loaded model, in this process."""
+    lm = rivals(large_vocabulary_model, only=name)[NAMES.index(name)]
+    requests = requests_of(SHAPES[shape](number))
+    lm.loglikelihood(requests[:1], disable_tqdm=True)
+    before = _reset()
+    lm.loglikelihood(requests, disable_tqdm=True)
+    return (_peak() - before) >> 20
+
+
+def _reset() -> int:
+    """Bytes in use; the peak starts again from there where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peaks(items: Mapping[str, int]) -> dict[str, Any]:
+    """MB of both and their ratio, by shape."""
+    found: dict[str, Any] = {}
+    for shape, number in items.items():
+        command = [sys.executable, "-m", "benchmarks.memory", "--shape", shape, "--items", str(number), "--peak"]
+        own: dict[str, Any] = {
+            name: int(subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, text=True).stdout)
+            for name in NAMES
+        }
+        found[shape] = own | {"ratio": round(own["ours"] / own["hf"], 3)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="xcopa", help=argparse.SUPPRESS)
+    parser.add_argument("--items", type=int, default=8, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=NAMES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print(peak_of(options.peak, options.shape, options.items))
+        return
+    report({"MB above the loaded model": peaks(QUICK if options.quick else ITEMS), "limit": LIMIT}, options.json)
+
+
+if __name__ == "__main__":
+    main()
