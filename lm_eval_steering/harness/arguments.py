@@ -8,12 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from lm_eval_steering import languages
 from lm_eval_steering.architectures import model_type_of, parse_sites, shape_of
 from lm_eval_steering.errors import ArchitectureError, InterventionError, NeuronSetError, SteeringError, did_you_mean
-from lm_eval_steering.harness.scoring.choose import check_setting
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.resources import find_neuron_set
@@ -87,6 +84,8 @@ class SteeringArguments:
         for name in ("allow_empty", "force"):
             if not isinstance(getattr(self, name), bool):
                 raise InterventionError(f"{name}={getattr(self, name)!r}: expected True or False")
+        from lm_eval_steering.harness.scoring.choose import check_setting
+
         check_setting(self.scoring)
         if self.sites is not None:
             parse_sites(self.sites)
@@ -181,6 +180,8 @@ def read_config(pretrained: Any, arguments: dict[str, Any]) -> Any:
         return pretrained.config
     names = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "gguf_file")
     chosen = {name: arguments[name] for name in names if arguments.get(name)}
+    from transformers import AutoConfig
+
     read: Callable[..., Any] = AutoConfig.from_pretrained
     try:
         return read(pretrained, **chosen)

@@ -2,9 +2,9 @@
 
 Cells that share their items are compared in one step: arrays are (items, cells), and one matrix of resampling weights
 (resamples, items) serves them all, so that a resample means the same items everywhere. The estimators are the usual
-ones: the percentile bootstrap (Efron 1979) with multinomial weights, the exact McNemar test, Student's paired t, Holm
-(1979), and for means over languages a bootstrap of languages and items together (Owen 2007). Tests come from scipy,
-statsmodels and sacreBLEU.
+ones: the expanded percentile bootstrap (Hesterberg 2015) with multinomial weights, the exact McNemar test, Student's
+paired t, Holm (1979), and for means over languages a bootstrap of languages and items together (Owen 2007). Tests come
+from scipy and statsmodels; those of corpus scores are in `paired_corpora.py`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,14 @@ class Arm:
     def column(self) -> Arm:
         """One cell's items (items,) as (items, 1)."""
         return Arm(self.numerator[:, None], None if self.denominator is None else self.denominator[:, None])
+
+    def of_items(self, chosen: NDArray[np.bool_]) -> Arm:
+        """These items of each cell."""
+        return Arm(self.numerator[chosen], None if self.denominator is None else self.denominator[chosen])
+
+    def of(self, columns: NDArray[np.int64]) -> Arm:
+        """These columns, in this order."""
+        return Arm(self.numerator[:, columns], None if self.denominator is None else self.denominator[:, columns])
 
     def sums(self, weights: NDArray[Any]) -> tuple[Array, Array]:
         """Weighted sums of numerators and denominators, (resamples, cells) each, for weights (resamples, items)."""
@@ -130,34 +138,44 @@ def resampling_weights(items: int, resamples: int = RESAMPLES, seed: int = SEED)
     return drawn.astype(np.float32)  # counts, so exact; sums over items keep six digits, which an interval has not
 
 
-def compare(baseline: Arm, steered: Arm, aggregate: Aggregate = MEAN, level: float = LEVEL) -> Comparison:
+def compare(
+    baseline: Arm,
+    steered: Arm,
+    aggregate: Aggregate = MEAN,
+    level: float = LEVEL,
+    baseline_of: NDArray[np.int64] | None = None,
+) -> Comparison:
     """Paired comparison of cells with their baselines; an item counts where both sides have it.
 
     Args:
-        baseline: (items, cells), the baseline of each cell.
+        baseline: (items, baselines).
         steered: (items, cells), the same items in the same order.
         aggregate: how items become the score.
         level: of the interval.
+        baseline_of: (cells,), which baseline a cell is compared with; by default each has its own.
 
     Raises:
         SteeringError: if there are no items.
     """
-    baseline, steered = _common(baseline, steered)
+    shared, alone = baseline, baseline_of
+    baseline = baseline if baseline_of is None else baseline.of(baseline_of)
+    if np.isnan(baseline.numerator).any() or np.isnan(steered.numerator).any():
+        baseline, steered = _common(baseline, steered)
+        shared, alone = baseline, None  # a baseline that lacks other items beside each cell is another one
     items = len(steered.numerator)
     weights, once = resampling_weights(items), np.ones((1, items))
-    before = aggregate.of_ratio(baseline.ratio(weights))
+    before = aggregate.of_ratio(shared.ratio(weights))
+    before = before if alone is None else before[:, alone]
     replicates = aggregate.of_ratio(steered.ratio(weights)) - before
     point = [aggregate.of_ratio(arm.ratio(once))[0] for arm in (baseline, steered)]
-    low, high = interval_of(replicates, level)
-    p_value, test = p_values(baseline, steered)
     n = (~np.isnan(steered.numerator)).sum(axis=0)
+    low, high = interval_of_items(replicates, n, level)
+    p_value, test = p_values(baseline, steered)
     return Comparison(point[0], point[1], point[1] - point[0], low, high, p_value, test, n, replicates, before)
 
 
 def _common(baseline: Arm, steered: Arm) -> tuple[Arm, Arm]:
     there = ~(np.isnan(baseline.numerator) | np.isnan(steered.numerator))
-    if there.all():
-        return baseline, steered
     return tuple(  # type: ignore[return-value]
         Arm(
             np.where(there, arm.numerator, np.nan),
@@ -165,6 +183,30 @@ def _common(baseline: Arm, steered: Arm) -> tuple[Arm, Arm]:
         )
         for arm in (baseline, steered)
     )
+
+
+def interval_of_items(replicates: Array, n: NDArray[np.int64], level: float = LEVEL) -> tuple[Array, Array]:
+    """Expanded percentile interval of each cell (Hesterberg 2015, "What Teachers Should Know about the Bootstrap").
+
+    The plain percentile interval is too short for few items: replicates spread by sqrt((n - 1) / n) too little, and as
+    if the spread of the items were known. Taking them at Phi(sqrt(n / (n - 1)) * t) with t of n - 1 degrees of freedom
+    mends both.
+
+    Args:
+        replicates: (resamples, cells).
+        n: (cells,) items.
+        level: of the interval.
+
+    Returns:
+        Lower and upper ends, (cells,) each; nan for a cell of one item, which says nothing about a spread.
+    """
+    from scipy.stats import norm, t
+
+    ends = np.full((2, len(n)), np.nan)
+    for size in np.unique(n[n > 1]):
+        tail = norm.cdf(math.sqrt(size / (size - 1)) * t.ppf((1 - level) / 2, size - 1))
+        ends[:, n == size] = interval_of(replicates[:, n == size], float(1 - 2 * tail))
+    return ends[0], ends[1]
 
 
 def interval_of(replicates: Array, level: float = LEVEL) -> tuple[Array, Array]:
@@ -268,53 +310,3 @@ def over_languages(
             mean = (counts[:, chosen] * values[:, chosen]).sum(axis=1) / total
         found[name] = np.where(total > 0, mean, np.nan)
     return found
-
-
-@dataclass(frozen=True)
-class CorpusComparison:
-    """One system against the baseline by sacreBLEU's paired bootstrap (Koehn 2004).
-
-    Attributes:
-        baseline: score.
-        score: of the system.
-        p_value: of no difference.
-        signature: sacreBLEU's, with the number of resamples and the seed.
-    """
-
-    baseline: float
-    score: float
-    p_value: float
-    signature: str
-
-
-def compare_corpora(
-    metric: Any,
-    baseline: Sequence[str],
-    systems: Mapping[str, Sequence[str]],
-    references: Sequence[str],
-    resamples: int = RESAMPLES,
-) -> dict[str, CorpusComparison]:
-    """sacreBLEU's `--paired-bs` for several systems; its seed is that of the command (`SACREBLEU_SEED`, or 12345).
-
-    Args:
-        metric: a fresh `sacrebleu.metrics.BLEU` or `CHRF`, made with `references=[references]`.
-        baseline: its hypotheses.
-        systems: name -> hypotheses.
-        references: one for each hypothesis.
-        resamples: number of bootstrap resamples.
-    """
-    import logging
-
-    from sacrebleu.significance import PairedTest
-
-    logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it announces every resampling
-    named = [("baseline", list(baseline)), *((name, list(own)) for name, own in systems.items())]
-    test = PairedTest(named, {"metric": metric}, [list(references)], test_type="bs", n_samples=resamples)
-    signatures, results = test()
-    (key,) = (key for key in results if key != "System")
-    first, *others = results[key]
-    said = str(signatures[key])
-    return {
-        name: CorpusComparison(float(first.score), float(own.score), float(own.p_value), said)
-        for name, own in zip(systems, others, strict=True)
-    }

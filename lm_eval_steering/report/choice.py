@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_steering.report.data import CROSS, SELF, SEVERAL, Sweep
-from lm_eval_steering.report.effects import Effects, arms_of, effects_of, scores_by_cell
+from lm_eval_steering.report.effects import Effects, arms_of, effects_of, halves_of, scores_by_cell
 from lm_eval_steering.report.tables import single
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 _COLUMNS = (
     "family", "metric", "kind", "steered", "on", "factors", "factor", "chosen_on", "n_choose", "reported_on", "n",
@@ -84,13 +84,16 @@ def _choose(
 
 def _score_of_half(sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any]) -> tuple[float, int] | None:
     """(score on the half to choose on, items); None where items are not known, or a half is empty."""
-    pair = arms_of(sweep, cell, metric, scores, False)
-    if pair is None or arms_of(sweep, cell, metric, scores, True) is None:
+    pair = arms_of(sweep, cell, metric, scores, None)
+    if pair is None:
         return None
     _, after, aggregate = pair
-    once = np.ones((1, len(after.numerator)))
-    top, bottom = after.column().sums(once)
-    return float(aggregate.of_ratio(top / bottom)[0, 0]), int((~np.isnan(after.numerator)).sum())
+    reported = halves_of(sweep.items[cell["cell"]])
+    if len(reported) != len(after.numerator) or reported.all() or not reported.any():
+        return None
+    chosen_on = after.column().of_items(~reported)
+    ratio = chosen_on.ratio(np.ones((1, len(chosen_on.numerator))))
+    return float(aggregate.of_ratio(ratio)[0, 0]), int((~np.isnan(chosen_on.numerator)).sum())
 
 
 def _reported(row: dict[str, Any], reported: pd.DataFrame, frame: pd.DataFrame) -> dict[str, Any]:

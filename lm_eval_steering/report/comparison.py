@@ -13,7 +13,7 @@ from lm_eval_steering.report.read import MAX_SAMPLES
 from lm_eval_steering.report.read_plain import read_plain
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 _FIRST = "first: "
 _PLACE = ["task", "steered", "kind", "factor", "items"]

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_steering.metrics.paired import Array, compare_corpora, interval_of, resampling_weights
+from lm_eval_steering.metrics.paired import Array, interval_of_items, resampling_weights
+from lm_eval_steering.metrics.paired_corpora import compare_corpora
 from lm_eval_steering.report.data import Sweep, check_same_documents
 
 _TEST = "sacreBLEU paired bootstrap"
@@ -62,12 +63,12 @@ def rows(
         for cell in whole:
             name = cell["cell"]
             replicates[name, metric] = drawn[name] - base
-            low, high = interval_of(replicates[name, metric])
+            low, high = interval_of_items(replicates[name, metric][:, None], np.array([len(references)]))
             yield {
                 **{column: cell[column] for column in columns if column in cell},
                 "metric": metric, "higher_is_better": True, "n": len(references),
                 "baseline": tested[name].baseline, "score": tested[name].score,
-                "difference": tested[name].score - tested[name].baseline, "low": float(low), "high": float(high),
+                "difference": tested[name].score - tested[name].baseline, "low": float(low[0]), "high": float(high[0]),
                 "p": tested[name].p_value, "test": _TEST,
             }  # fmt: skip
 

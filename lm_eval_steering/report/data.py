@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lm_eval_steering.errors import SteeringError
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 BASELINE = "baseline"
 SELF, CROSS, SEVERAL = "self", "cross", "several"

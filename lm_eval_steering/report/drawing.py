@@ -36,14 +36,14 @@ def draw(pictures: list[Picture], folder: Path) -> tuple[list[Figured], list[Pat
     folder.mkdir(parents=True, exist_ok=True)
     found, paths = [], []
     for picture in pictures:
-        texts = {}
-        for name, theme in style.THEMES.items():
-            with style.themed(theme):
-                figure = style.laid_out(picture.draw(theme))
-                texts[name] = base64.b64encode(style.svg_of(figure)).decode()
-                if theme is style.LIGHT:
-                    paths += style.save(figure, folder, picture.name)
+        with style.themed(style.LIGHT):
+            figure = style.laid_out(picture.draw(style.LIGHT))
+            light = style.svg_of(figure)
+            paths += style.save(figure, folder, picture.name, light)
+        with style.themed(style.DARK):
+            dark = style.svg_of(style.laid_out(picture.draw(style.DARK), like=figure))
         width, height = (round(96 * float(side)) for side in figure.get_size_inches())
         wide = figure.get_size_inches()[0] > style.COLUMN
-        found.append(Figured(picture.caption, texts["light"], texts["dark"], width, height, wide))
+        light_text, dark_text = (base64.b64encode(svg).decode() for svg in (light, dark))
+        found.append(Figured(picture.caption, light_text, dark_text, width, height, wide))
     return found, paths

@@ -6,6 +6,7 @@ not give lm-eval's own value again is not used, so that an interval is always ab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,11 +20,10 @@ from lm_eval_steering.metrics.paired import MEAN, OF_PAIRS, Aggregate, Arm, Arra
 from lm_eval_steering.metrics.statistics import SEED
 from lm_eval_steering.report import corpora
 from lm_eval_steering.report.data import Items, Sweep, align, check_same_documents
-from lm_eval_steering.sweep.cells import REPORT
-from lm_eval_steering.sweep.split import half_of
+from lm_eval_steering.sweep.split import REPORT, half_of
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 ALPHA = 0.05  # after Holm's correction
 _PAIR = 2
@@ -120,8 +120,14 @@ def _by_items(
     replicates: dict[tuple[str, str], Array],
     shift: bool,
 ) -> Iterator[dict[str, Any]]:
-    found = compare(_stacked([before for _, before, _, _ in group]), _stacked([after for _, _, after, _ in group]),
-                    group[0][3])  # fmt: skip
+    # Cells of one task have the very same array as their baseline, so that it is resampled once.
+    keys = [before.numerator.ctypes.data for _, before, _, _ in group]
+    baselines = dict(zip(keys, [before for _, before, _, _ in group], strict=True))
+    place_of = {key: place for place, key in enumerate(baselines)}
+    found = compare(
+        _stacked(list(baselines.values())), _stacked([after for _, _, after, _ in group]), group[0][3],
+        baseline_of=np.array([place_of[key] for key in keys]),
+    )  # fmt: skip
     for place, (cell, _, _, _) in enumerate(group):
         replicates[cell["cell"], metric] = found.replicates[:, place]
         yield {
@@ -233,7 +239,7 @@ def aggregate_of(values: NDArray[Any], said: float | None) -> Aggregate | None:
     ratio = _arm(values).column().ratio(np.ones((1, len(values))))[0]
     for aggregate in OF_PAIRS if values.ndim == _PAIR else (MEAN,):
         with np.errstate(over="ignore"):
-            if np.allclose(aggregate.of_ratio(ratio), said, rtol=1e-6, atol=1e-9):
+            if math.isclose(float(aggregate.of_ratio(ratio)[0]), said, rel_tol=1e-6, abs_tol=1e-9):
                 return aggregate
     return None
 

@@ -20,6 +20,7 @@ from lm_eval_steering.report.style import (
     GREEN,
     MARKERS,
     PAGE,
+    SLIM,
     VERMILION,
     Theme,
     ink_on,
@@ -29,7 +30,7 @@ from lm_eval_steering.report.style import (
 from lm_eval_steering.report.tables import ordered, single
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 _WIDE = 9  # columns; more need the whole page
 _CROWDED = 24  # columns; in more no number can be read
@@ -98,11 +99,12 @@ def _draw_grid(
         limit = 1.0
     # The square root, because one ruined cell would leave all others pale.
     shades = np.sign(differences) * np.sqrt(np.abs(differences) / limit) * sign
-    axes.set_facecolor(theme.absent)
+    axes.patch.set(facecolor=theme.absent, edgecolor=theme.faint, hatch="////", linewidth=0)
     image = axes.imshow(
         shades, cmap=theme.diverging, norm=TwoSlopeNorm(0, -1, 1), aspect="auto", interpolation="nearest"
     )
     size = min(6.5, points / 3.1)
+    dots: list[tuple[float, float, str]] = []
     for (row, column), value in np.ndenumerate(differences):
         if np.isnan(value):
             continue
@@ -110,11 +112,14 @@ def _draw_grid(
         sure = p_holm[row, column] < ALPHA
         if differences.shape[1] <= _CROWDED and size >= 4:
             axes.text(
-                column, row, signed(value), ha="center", va="center", fontsize=size, color=colour,
+                column, row, signed(value), ha="center", va="center", fontsize=size, color=colour, family=SLIM,
                 fontweight="bold" if sure else "normal",
-            )  # fmt: skip
+            ).set_in_layout(False)  # fmt: skip
         if sure:
-            axes.plot(column + 0.36, row - 0.32, marker="o", markersize=1.8, color=colour, markeredgewidth=0)
+            dots.append((column + 0.36, row - 0.32, colour))
+    if dots:
+        across, down, colours = zip(*dots, strict=True)
+        axes.scatter(across, down, s=1.8**2, c=colours, linewidths=0)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=18)
     ticks = (-1.0, -0.5, 0.0, 0.5, 1.0)
     bar.set_ticks(ticks, labels=[signed(sign * tick * abs(tick) * limit) for tick in ticks])

@@ -17,7 +17,7 @@ from lm_eval_steering.report.results import Results
 from lm_eval_steering.report.style import Theme
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 # Of the many numbers of a task these are drawn: the first success and the first damage that it has.
 SUCCESSES = (

@@ -15,7 +15,7 @@ from lm_eval_steering.report.naming import readable_metric
 from lm_eval_steering.report.style import BLUE, COLUMN, CYCLE, PAGE, VERMILION, Theme, ink_on, new_figure
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 _LABELS = "output_language"
 _NAMED, _PANELS = 4, 12  # languages with a colour of their own; panels on one page

@@ -23,7 +23,7 @@ from lm_eval_steering.report.results import Results
 from lm_eval_steering.report.sentences import answer
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 _PARTS = Path(__file__).parent / "page_parts"
 _CHUNK = 2000  # samples that are unpacked at once
@@ -85,7 +85,7 @@ def _hash(text: str) -> str:
 def packed(data: Any) -> str:
     """JSON, gzip, base64: letters that mean nothing to HTML, the same for the same data."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), mtime=0)).decode()
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0)).decode()
 
 
 def _tables(results: Results) -> list[dict[str, Any]]:

@@ -17,12 +17,11 @@ from lm_eval_steering.metrics.language_id import UNKNOWN
 from lm_eval_steering.neurons.loading import versions
 from lm_eval_steering.report import naming
 from lm_eval_steering.report.data import CELL_COLUMNS, SCORE_COLUMNS, Facts, Items, Output, ReportError, Samples, Sweep
-from lm_eval_steering.sweep.cells import REPORT
-from lm_eval_steering.sweep.split import half_of, source_item
+from lm_eval_steering.sweep.split import REPORT, half_of, item_of
 from lm_eval_steering.sweep.store import Store
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 MAX_SAMPLES = 100_000
 _PAIR = 2
@@ -43,11 +42,11 @@ def read_store(path: Path, max_samples: int = MAX_SAMPLES) -> Sweep:
         raise ReportError(f"{path}: no cell is done yet; `lm-eval-steering status {path}` says what is missing")
     facts = Facts(title=path.resolve().name, sources=[str(path)], versions=versions())
     cells, scores = from_frame(frame, facts)
-    items, samples = {}, Samples()
+    items, samples, rule = {}, Samples(), store.rule()
     for row in cells.itertuples():
         found = store.samples(row.cell)
-        split = store.read(row.cell.rsplit("--", 1)[-1]).facts.get("split")
-        items[row.cell] = items_of(found, split, row.task)
+        split = store.read(row.cell.rsplit("--", 1)[-1]).facts.get("split") or rule
+        items[row.cell] = items_of(found, split)
         if pd.isna(row.control):
             keep_outputs(samples, row, found, max_samples)
     _plan_of(path, facts)
@@ -138,13 +137,13 @@ def link_baselines(cells: pd.DataFrame, facts: Facts) -> None:
 # --- items ----------------------------------------------------------------------------------------------------------
 
 
-def items_of(samples: Sequence[Mapping[str, Any]], split: Mapping[str, Any] | None = None, task: str = "") -> Items:
+def items_of(samples: Sequence[Mapping[str, Any]], split: Mapping[str, Any] | None = None) -> Items:
     """Items of one cell from lm-eval's samples; shares that can be seen from the outputs are added.
 
     Args:
         samples: of lm-eval.
-        split: how a sweep halved the items (seed, item), None where it did not.
-        task: for messages.
+        split: how a sweep halved the items (seed, item), None where it did not; a task whose documents name no source
+            item is not halved.
     """
     docs = sorted({int(sample["doc_id"]) for sample in samples})
     place = {doc: number for number, doc in enumerate(docs)}
@@ -153,9 +152,11 @@ def items_of(samples: Sequence[Mapping[str, Any]], split: Mapping[str, Any] | No
     for sample in samples:
         row = place[int(sample["doc_id"])]
         digests[row] = int(str(sample.get("doc_hash") or "0")[:16], 16)
-        if split:
-            item = source_item(sample["doc"], sample["doc_id"], split["item"], task)
+        item = item_of(sample["doc"], sample["doc_id"], split["item"]) if split else None
+        if split and item is not None:
             reported[row] = half_of(item, split["seed"]) == REPORT
+        else:
+            split = None
         for metric, value in values_of(sample).items():
             label = naming.metric_label(metric, str(sample.get("filter", "")))
             columns.setdefault(label, [None] * len(docs))[row] = value

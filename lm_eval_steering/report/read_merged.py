@@ -22,7 +22,7 @@ from lm_eval_steering.neurons.loading import versions
 from lm_eval_steering.report import naming
 from lm_eval_steering.report.data import Facts, Items, Output, ReportError, Samples, Sweep
 from lm_eval_steering.report.read import MAX_SAMPLES, as_array, from_frame
-from lm_eval_steering.sweep.cells import REPORT
+from lm_eval_steering.sweep.split import REPORT
 
 _BATCH = 1 << 20
 _COLUMNS = ["cell", "doc_id", "half", "filter", "metrics"]
@@ -75,12 +75,13 @@ def _parts(path: Path) -> Iterator[tuple[str, str, Part]]:
         docs = np.asarray(batch.column("doc_id").cast(pa.int64()))
         texts, codes = _encoded(batch.column("metrics"))
         values = _by_metric(texts)
+        there = {metric: _present(column) for metric, column in values.items()}
         starts = np.flatnonzero(np.diff(cells[1], prepend=-1))
         for start, end in zip(starts, [*starts[1:], len(docs)], strict=True):
             for code in np.unique(filters[1][start:end]):
-                rows = np.arange(start, end)[filters[1][start:end] == code]
-                taken = {metric: column[codes[rows]] for metric, column in values.items()}
-                kept = {metric: column for metric, column in taken.items() if not _absent(column)}
+                rows = start + np.flatnonzero(filters[1][start:end] == code)
+                own = codes[rows]
+                kept = {metric: column[own] for metric, column in values.items() if there[metric][own].any()}
                 reported = None if not halves[0] else np.isin(halves[1][rows], _places(halves[0], REPORT))
                 yield cells[0][cells[1][start]], filters[0][code] if code >= 0 else "", (docs[rows], reported, kept)
 
@@ -108,10 +109,11 @@ def _by_metric(texts: list[str]) -> dict[str, NDArray[Any]]:
     return {name: as_array([found.get(name) for found in parsed]) for name in names}
 
 
-def _absent(column: NDArray[Any]) -> bool:
+def _present(column: NDArray[Any]) -> NDArray[np.bool_]:
+    """(texts,) whether a text has a value."""
     if column.dtype == object:
-        return all(value is None for value in column)
-    return bool(np.isnan(column).all())
+        return np.array([value is not None for value in column], dtype=bool)
+    return ~np.isnan(column).reshape(len(column), -1).all(axis=1)
 
 
 def _joined(filters: dict[str, list[Part]]) -> Items:

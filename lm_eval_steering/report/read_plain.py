@@ -115,4 +115,5 @@ def _samples(path: Path, task: str) -> list[dict[str, Any]]:
     found = path.parent / f"samples_{task}_{date}.jsonl"
     if not found.is_file():
         return []
-    return [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()]
+    text = found.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]  # not splitlines(): text may hold U+2028

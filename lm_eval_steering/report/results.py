@@ -11,7 +11,7 @@ from lm_eval_steering.report.data import Sweep
 from lm_eval_steering.report.effects import Effects, effects_of
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 
 @dataclass

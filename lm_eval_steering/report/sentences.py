@@ -18,7 +18,7 @@ from lm_eval_steering.report.side_tables import CONTROLS_FOR_SD
 from lm_eval_steering.report.table_files import number, with_interval
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 _FOR_A_CLAIM = 20  # random sets that a claim about LSS needs (docs/lss.md)
 

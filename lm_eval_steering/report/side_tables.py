@@ -12,7 +12,7 @@ from lm_eval_steering.report.effects import Effects
 from lm_eval_steering.report.tables import single
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 CONTROLS_FOR_SD = 5  # below that many random sets a standard deviation says nothing, and their range is given
 CONTROLLED = ("lfs", "lss", "lss_distinct")

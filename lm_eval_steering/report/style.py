@@ -6,11 +6,16 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
@@ -58,6 +63,44 @@ DARK = Theme("#e4e7ec", "#444b57", "#2a2f38", "#171b21", "#e8713a", "#20252d", "
 THEMES = {"light": LIGHT, "dark": DARK}
 
 
+_FONT = "DejaVu Sans"  # travels with matplotlib: the same letters on every machine
+SLIM = "DejaVu Sans Figures"  # alone where there are only numbers: a list of fonts is searched for each text
+_LETTERS = (*range(0x20, 0x7F), *range(0xA0, 0x180), *range(0x2010, 0x2027), 0x2212)  # Latin, dashes, quotes, minus
+
+
+@cache
+def _slim_fonts() -> TemporaryDirectory[str]:
+    """Copies of the font with the letters that figures use, known to matplotlib; the folder lives as the process does.
+
+    A PDF embeds the letters that it uses. To find them in the whole font takes half a second a figure, in these
+    copies nothing that one would notice.
+    """
+    from fontTools import subset  # type: ignore[import-untyped]
+    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
+
+    folder = TemporaryDirectory(prefix="lm-eval-steering-fonts-")
+    for weight in ("normal", "bold"):
+        found = font_manager.findfont(font_manager.FontProperties(family=_FONT, weight=weight))
+        font = TTFont(found, recalcTimestamp=False)
+        for table in {"GDEF", "GPOS", "GSUB", "FFTM", "MATH"} & set(font.keys()):
+            del font[table]  # for layout of scripts that are not here; kerning has a table of its own
+        cutter = subset.Subsetter(subset.Options(glyph_names=True, legacy_kern=True, name_IDs=["*"]))
+        cutter.populate(unicodes=_LETTERS)
+        cutter.subset(font)
+        for record in font["name"].names:
+            record.string = record.toUnicode().replace(_FONT, SLIM).replace("DejaVuSans", "DejaVuSansFigures")
+        path = Path(folder.name) / f"{weight}.ttf"
+        font.save(path)
+        font_manager.fontManager.addfont(path)
+    return folder
+
+
+def _font_families() -> list[str]:
+    """The small copy, and the whole font for letters that are not in it."""
+    _slim_fonts()
+    return [SLIM, _FONT]
+
+
 @contextmanager
 def themed(theme: Theme) -> Iterator[None]:
     """matplotlib in our style, whatever the user's own configuration is."""
@@ -65,7 +108,7 @@ def themed(theme: Theme) -> Iterator[None]:
         "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "axes.linewidth": 0.6, "legend.fontsize": 7,
         "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
         "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.titlelocation": "left", "axes.titleweight": "bold",
-        "font.family": "DejaVu Sans",  # travels with matplotlib: the same letters on every machine
+        "font.family": _font_families(),
         "svg.hashsalt": "lm-eval-steering",  # with no date in the file, the same sweep gives the same bytes
         "pdf.fonttype": 42,  # letters stay letters: publishers refuse type 3
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -84,27 +127,35 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def laid_out(figure: Figure) -> Figure:
-    """The figure with its layout solved, once for all formats."""
-    figure.draw_without_rendering()
+def laid_out(figure: Figure, like: Figure | None = None) -> Figure:
+    """The figure with its layout solved, once for all formats; `like` is the same figure in another theme, laid out."""
+    engine = figure.get_layout_engine()
+    if like is None and engine is not None:
+        engine.execute(figure)
+    elif like is not None:
+        for axes, place in zip(figure.axes, like.axes, strict=True):
+            axes.set_position(place.get_position())
     figure.set_layout_engine("none")
     return figure
 
 
 def svg_of(figure: Figure) -> bytes:
-    """The figure as SVG, the same bytes each time; transparent, for a page that has its own paper."""
+    """The figure as SVG, the same bytes each time."""
     out = io.BytesIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
     return out.getvalue()
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write SVG, PDF and PNG; no file holds a date."""
-    paths = []
-    for suffix in SUFFIXES:
-        metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
-        paths.append(folder / f"{name}.{suffix}")
-        figure.savefig(paths[-1], dpi=DPI, metadata=metadata)
+def save(figure: Figure, folder: Path, name: str, svg: bytes) -> list[Path]:
+    """Write SVG (as `svg_of` gave it), PDF and PNG; no file holds a date.
+
+    By the canvases and not by `savefig`, which draws everything twice to solve a layout that is solved already.
+    """
+    paths = [folder / f"{name}.{suffix}" for suffix in SUFFIXES]
+    paths[0].write_bytes(svg)
+    FigureCanvasPdf(figure).print_pdf(paths[1], metadata={"CreationDate": None})
+    figure.set_dpi(DPI)
+    FigureCanvasAgg(figure).print_png(paths[2], metadata={"Software": None})
     return paths
 
 

@@ -17,7 +17,7 @@ from lm_eval_steering.report.data import CROSS, SELF, SEVERAL, Sweep
 from lm_eval_steering.report.effects import ALPHA, Effects
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 GROUP = ["family", "metric", "kind", "factor"]
 RELATIONS = (SELF, CROSS, SEVERAL)

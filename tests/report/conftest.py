@@ -35,7 +35,7 @@ def report(sweep_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Repo
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (pip install -e .[page])"
+        "playwright.sync_api", reason="playwright is not installed (pip install -e .[dev])"
     )
     if CHROMIUM is None:
         pytest.skip("no chromium (apt-get install chromium)")

@@ -34,7 +34,7 @@ class FolderOfCells:
         self.path = path
         (path / "cells").mkdir(parents=True)
         (path / "timings").mkdir()
-        (path / "sweep.json").write_text(json.dumps({"format_version": 1, "model": {"name": "made-up"}}))
+        (path / "sweep.json").write_text(json.dumps({"format_version": 2, "model": {"name": "made-up"}}))
 
     def add(
         self, task: str, metrics: dict[str, list[Any]], steered: str = "", factor: float = 0, control: int | None = None,  # noqa: E501
@@ -68,7 +68,8 @@ class FolderOfCells:
                 "stage": 1}  # fmt: skip
         facts = {
             "cell": cell, "model": "made-up", "fingerprint": key, "signature": f"{said}|fp:{key[:8]}|v:0",
-            "metrics": value, "higher_is_better": {name: BETTER[name] for name in metrics}, "n": len(samples),
+            "metrics": value, "higher_is_better": {name: BETTER[name] for name in metrics},
+            "n": dict.fromkeys(value, len(samples)),
             "files": {name: {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
                       for name, text in files.items()},
         }  # fmt: skip

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lm_eval_steering.report.data import Output, Samples
 from lm_eval_steering.report.make import Report
+from lm_eval_steering.report.page import render
+from lm_eval_steering.report.results import Results
 
 SCHEMES, WIDTHS = ("light", "dark"), (1400, 420)
 
@@ -132,4 +138,29 @@ def test_the_page_fits_and_shows_the_figures_of_its_theme(
     assert all(image.evaluate("node => node.complete && node.naturalWidth > 0") for image in visible)
     page.get_by_role("button", name="Switch between light and dark").click()
     assert page.evaluate("document.documentElement.dataset.theme") != scheme
+    page.close()
+
+
+def test_a_hundred_thousand_outputs_stay_usable(browser: Any, results: Results, tmp_path: Path) -> None:
+    found = results.sweep.samples
+    each = 100_000 // len(found.outputs) + 1
+    prompts = {key: {doc: f"prompt {doc} of many" for doc in range(each)} for key in found.prompts}
+    outputs = {
+        cell: [Output(doc, f"{own[doc % len(own)].text} and {doc} more words", own[doc % len(own)].language)
+               for doc in range(each)]
+        for cell, own in found.outputs.items()
+    }  # fmt: skip
+    samples = Samples(prompts, outputs)
+    assert samples.count >= 100_000
+    path = tmp_path / "many.html"
+    path.write_text(render(replace(results, sweep=replace(results.sweep, samples=samples)), []), encoding="utf-8")
+    assert path.stat().st_size < 30e6
+    page = browser.new_page()
+    started = time.perf_counter()
+    page.goto(path.as_uri())
+    page.wait_for_selector("#items .item")
+    page.fill("#search", f"prompt {each - 1} of")
+    shows(page, "#found", f"1 of {each:,} prompts")
+    assert time.perf_counter() - started < 20  # seconds; 3 on an idle core
+    assert page.locator("#items .item").count() == 1
     page.close()

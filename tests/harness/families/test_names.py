@@ -52,6 +52,7 @@ def test_names_say_family_language_and_wording() -> None:
 
 def test_no_name_of_ours_is_lm_evals(lm_evals: dict[str, Any], whole: tuple[Any, list[str]]) -> None:
     assert len(lm_evals) > 10_000
+    assert not [name for name in lm_evals if name.startswith("steering_")], "the lazy index would not see it"
     assert not [warning for warning in whole[1] if "overrides existing" in warning or "steering" in warning]
     tags = {tag for path in tasks_folder().rglob("*.yaml") for tag in _tags(path)}
     assert not {entry.name for entry in listing.listed()} & set(lm_evals)
