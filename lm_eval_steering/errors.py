@@ -10,6 +10,10 @@ class SteeringError(ValueError):
     """A mistake in what was asked for; the command line prints its one line without a traceback."""
 
 
+class UndefinedForLanguageError(SteeringError):
+    """A task that has no documents for the steered language, such as LSS towards its own base; no data are missing."""
+
+
 class UnknownLanguageError(SteeringError):
     """A language code that is not known, or not in the neuron set."""
 

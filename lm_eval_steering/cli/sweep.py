@@ -45,11 +45,17 @@ def sweep(
     part = Shard.parse(shard) if shard else None
     from lm_eval_steering.sweep.cells import spell_out
 
+    if launcher is not Launcher.NONE and found.engine.is_external:
+        raise SteeringError(f"--launcher with engine {found.engine.name}: its commands are what is dealt to jobs")
     if launcher is not Launcher.NONE and part is not None:
         raise SteeringError("--shard beside --launcher, which deals the shards itself: leave one of the two out")
     be_quiet()
     ranks = launched()[0]
     grid = spell_out(found)
+    if found.engine.is_external:
+        from lm_eval_steering.sweep.engine import engine_grid  # with peft and more, which others can do without
+
+        grid = engine_grid(grid)
     if launcher is not Launcher.NONE and not dry_run:
         _stop_on_sigterm()
         _launch(grid, out, launcher, workers, retry_failed)

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from lm_eval_steering import languages
-from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.errors import SteeringError, UndefinedForLanguageError
 from lm_eval_steering.harness.families.parallel import joint
 from lm_eval_steering.harness.sources import as_dataset
 from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score, preference_shift
@@ -49,11 +49,11 @@ def steered_language(settings: Mapping[str, Any], task: str) -> str:
     """The one language that a run steers to, from the model arguments.
 
     Raises:
-        SteeringError: if there is none, or more than one.
+        UndefinedForLanguageError: if there is none, or more than one.
     """
     found = settings.get("target_language") or settings.get("language")
     if not found or "+" in str(found):
-        raise SteeringError(
+        raise UndefinedForLanguageError(
             f"{task} needs one steered language: pass language= (or target_language=) in --model_args, found {found!r}"
         )
     return languages.normalise(str(found))
@@ -109,7 +109,9 @@ def lss_documents(base: str, items: str = "report", **settings: Any) -> dict[str
     """First clause in the base language; its second clause in the base language and in the steered one."""
     target = steered_language(settings, f"LSS from {base}")
     if target == base:
-        raise SteeringError(f"LSS from {base} to {base} is undefined: steer another language or take another base")
+        raise UndefinedForLanguageError(
+            f"LSS from {base} to {base} is undefined: steer another language or take another base"
+        )
     if target not in demo_languages():
         raise SteeringError(f"the demo's sentences are not in {target}; known: {', '.join(demo_languages())}")
     documents = []

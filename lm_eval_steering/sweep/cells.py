@@ -12,6 +12,7 @@ from typing import Any
 from lm_eval_steering import resources
 from lm_eval_steering.fingerprint import fingerprint
 from lm_eval_steering.harness.arguments import read_config
+from lm_eval_steering.neurons.corpus import Corpus
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.sweep.schema import Plan, PlanError
 from lm_eval_steering.sweep.tasks import TaskBook
@@ -19,6 +20,7 @@ from lm_eval_steering.sweep.variants import Variant, variants_of
 
 ALL, CHOOSE, REPORT = "all", "choose", "report"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+_BESIDE = (".json", ".jinja", ".txt", ".model", ".py")  # config, tokenizer, chat template, the model's own code
 _NO_PART = {"batch_size", "max_batch_size", "device", "parallelize", "max_memory_per_gpu", "max_cpu_memory"}
 _ENDS = 1 << 20  # bytes read at either end of a weight file
 _LONGEST = 200  # characters of a readable name: file systems end at 255 bytes
@@ -85,12 +87,27 @@ class Grid:
     @cached_property
     def plan_hash(self) -> str:
         """Over what decides which cells there are."""
-        return fingerprint({"plan": self.plan.model_dump(mode="json", exclude={"slurm"}), "model": self.model})
+        plan = self.plan.model_dump(mode="json", exclude={"slurm"})
+        return fingerprint({"plan": plan, "model": self.model, "cells": [cell.key for cell in self.cells]})
 
     @cached_property
     def model(self) -> dict[str, Any]:
         """What is known of the model before it is loaded."""
         return declared_model(self.plan)
+
+    @cached_property
+    def calibration(self) -> dict[str, Any] | None:
+        """What tells the text that measures the controls from another; None where none does.
+
+        Raises:
+            CorpusError: if a language has none.
+        """
+        wanted = self.plan.controls
+        if wanted.calibration is None:
+            return None
+        corpus = Corpus.parse(calibration_place(self.plan))
+        texts = {code: corpus.identity(code) for code in self.neuron_set.languages}
+        return {"texts": texts, "sentences": wanted.sentences}
 
     def then_cells(self, chosen: Iterable[Variant]) -> list[Cell]:
         """Cells of `then` for some chosen interventions: those, their random controls, and the baseline."""
@@ -148,10 +165,7 @@ class Grid:
         split = {"seed": plan.choose.seed, "item": plan.choose.item} if items == REPORT and plan.choose else None
         control = None
         if variant.control is not None:
-            calibration = None if plan.controls.calibration is None else [
-                plan.controls.calibration, plan.controls.sentences
-            ]  # fmt: skip
-            control = {"seed": variant.control, "calibration": calibration}
+            control = {"seed": variant.control, "calibration": self.calibration}
         key = fingerprint(
             {
                 "model": self.model,
@@ -160,6 +174,7 @@ class Grid:
                 "control": control,
                 "target": target,
                 "task": task,
+                "task_is": self.book.digest(task, target),
                 "items": items,
                 "split": split,
                 "options": options_of(plan),
@@ -200,6 +215,12 @@ def options_of(plan: Plan) -> dict[str, Any]:
     return plan.model_dump(mode="json", include=names | {"metadata"})
 
 
+def calibration_place(plan: Plan) -> str:
+    """Where the text is that measures the controls, with `demo` spelled out."""
+    named = str(plan.controls.calibration)
+    return str(resources.demo_calibration()) if named == "demo" else named
+
+
 def model_arguments(plan: Plan) -> dict[str, Any]:
     """Arguments of the model class, with `demo` spelled out."""
     found = plan.model.model_dump(exclude_none=True)
@@ -226,7 +247,7 @@ def declared_model(plan: Plan) -> dict[str, Any]:
 def _files_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".json" or path.name.startswith("tokenizer"):
+        if path.suffix in _BESIDE or path.name.startswith("tokenizer"):
             digest.update(f"{path.name}\n".encode() + path.read_bytes())
         elif path.suffix in _WEIGHTS:
             size = path.stat().st_size

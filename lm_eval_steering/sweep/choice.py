@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError, did_you_mean
-from lm_eval_steering.sweep.cells import CHOOSE, REPORT, Cell, Grid, group_of
-from lm_eval_steering.sweep.split import positions_of
+from lm_eval_steering.sweep.cells import ALL, CHOOSE, REPORT, Cell, Grid, group_of
+from lm_eval_steering.sweep.split import halves, item_of, positions_of
 from lm_eval_steering.sweep.store import Store
+from lm_eval_steering.sweep.stored import StoredCell
 from lm_eval_steering.sweep.variants import Variant
 
 
@@ -94,7 +95,9 @@ def choose(grid: Grid, store: Store, group: Group) -> dict[str, Any]:
             if rule.tasks is not None:
                 raise SteeringError(f"choose.metric: {cell.task} has no {rule.metric}{_known(facts)}")
             continue
-        metrics = facts["halves"][CHOOSE]["metrics"] if rule.split == "half" else facts["metrics"]
+        metrics = facts["metrics"]
+        if rule.split == "half":  # computed anew: a plan can be edited, and a cell serves every split of its items
+            metrics = _halves(grid, cell, store.samples(cell))[CHOOSE]["metrics"]
         values.setdefault(cell.variant.name, []).append(_number(metrics.get(key), cell, rule.metric))
         better.add(bool(facts["higher_is_better"].get(rule.metric, True)))
     if not values:
@@ -117,6 +120,32 @@ def choose(grid: Grid, store: Store, group: Group) -> dict[str, Any]:
         "factor": chosen.factor,
         "cells": [cell.describe() for cell in grid.then_cells([chosen])],
     }
+
+
+def keep_halves(grid: Grid, store: Store, cells: Iterable[Cell]) -> None:
+    """Note what finished cells of the first stage come to on each half, where that is not noted under this rule.
+
+    A task whose documents name no source item is not split.
+    """
+    wanted, there = grid.plan.choose, store.folders()
+    if wanted is None or wanted.split == "whole":
+        return
+    rule = {"seed": wanted.seed, "item": wanted.item}
+    for cell in cells:
+        if cell.items != ALL or cell.key[:10] not in there:
+            continue
+        stored = StoredCell(there[cell.key[:10]])
+        if store.halves(stored, rule) is not None:
+            continue
+        samples = store.samples(cell)
+        if all(item_of(sample["doc"], sample["doc_id"], wanted.item) is not None for sample in samples):
+            store.keep_halves(stored, rule, _halves(grid, cell, samples))
+
+
+def _halves(grid: Grid, cell: Cell, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rule = grid.plan.choose
+    assert rule is not None
+    return halves(grid.book.task(cell.task, cell.target), cell.task, samples, rule.seed, rule.item)
 
 
 def _metric(facts: Mapping[str, Any], name: str) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lm_eval_steering import resources
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.fingerprint import fingerprint
 from lm_eval_steering.neurons.calibrate import calibrated
@@ -15,7 +14,7 @@ from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.ranks import Ranks
 from lm_eval_steering.neurons.recorder import Search
 from lm_eval_steering.neurons.runner import Runner
-from lm_eval_steering.sweep.cells import Grid
+from lm_eval_steering.sweep.cells import Grid, calibration_place
 from lm_eval_steering.sweep.locks import locked
 from lm_eval_steering.sweep.store import Store
 
@@ -37,10 +36,10 @@ class Controls:
     def _make(self, lm: Any) -> None:
         wanted = self._grid.plan.controls
         draws = [random_set(self._grid.neuron_set, seed) for seed in range(wanted.random)]
-        if wanted.calibration is None:
+        if self._grid.calibration is None:
             self._sets = dict(enumerate(draws))
             return
-        text = fingerprint({"calibration": wanted.calibration, "sentences": wanted.sentences})[:10]
+        text = fingerprint(self._grid.calibration)[:10]
         paths = [
             self._folder / f"random{n}-{draw.content_hash()[:10]}-{text}.safetensors" for n, draw in enumerate(draws)
         ]
@@ -64,8 +63,7 @@ class Controls:
 
     def _measured(self, draws: list[NeuronSet], lm: Any) -> list[NeuronSet]:
         wanted, languages = self._grid.plan.controls, self._grid.neuron_set.languages
-        source = str(resources.demo_calibration()) if wanted.calibration == "demo" else str(wanted.calibration)
-        search = Search(source, languages, rows="sentences", sentences=wanted.sentences)
+        search = Search(calibration_place(self._grid.plan), languages, rows="sentences", sentences=wanted.sentences)
         # Rows of fixed number: a detected batch size would make the statistics depend on the machine's memory.
         runner = Runner(LazyModel.of(lm.model, lm.tokenizer), batch_size=16)
         lm.intervene(None)

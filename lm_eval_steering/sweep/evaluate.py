@@ -7,18 +7,19 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.sweep.cells import REPORT, Cell, Grid, model_arguments, options_of
 from lm_eval_steering.sweep.model import SweepModel
-from lm_eval_steering.sweep.split import halves, positions_of
+from lm_eval_steering.sweep.split import positions_of
 from lm_eval_steering.sweep.store import FORMAT_VERSION
 from lm_eval_steering.sweep.stored import as_json
 
@@ -60,11 +61,7 @@ def evaluate(lm: SweepModel, grid: Grid, cell: Cell, neuron_set: NeuronSet) -> d
 
 
 def store_cell(folder: Path, lm: SweepModel, grid: Grid, cell: Cell, found: Mapping[str, Any]) -> None:
-    """Write a cell's files beside their place and put them there in one step; a reader sees all of them or none.
-
-    Raises:
-        StorageFullError: if they cannot be written; nothing half written stays.
-    """
+    """Put an evaluated cell into the store, as `put_cell` does."""
     results, samples = dict(found), list(found["samples"][cell.task])
     del results["samples"]
     facts = facts_of(lm, grid, cell, results, samples)
@@ -73,13 +70,23 @@ def store_cell(folder: Path, lm: SweepModel, grid: Grid, cell: Cell, found: Mapp
         f"samples_{cell.task}_{date}.jsonl": "".join(_lines(samples)),
         f"results_{date}.json": _results_text(lm, grid, cell, results, samples),
     }
+    put_cell(folder, cell, texts, facts)
+
+
+def put_cell(folder: Path, cell: Cell, texts: Mapping[str, str], facts: dict[str, Any]) -> None:
+    """Write a cell's files beside their place and put them there in one step; a reader sees all of them or none.
+
+    Raises:
+        StorageFullError: if they cannot be written; nothing half written stays.
+    """
     facts["files"] = {
         name: {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
         for name, text in texts.items()
     }
     partial = folder / f".{cell.key[:10]}.{os.getpid()}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(f".{cell.key[:10]}.*.partial"):  # by a process that was killed: the lock is ours now
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, text in [*texts.items(), ("cell.json", as_json(facts))]:
             _write(partial / name, text)
@@ -95,8 +102,20 @@ def store_cell(folder: Path, lm: SweepModel, grid: Grid, cell: Cell, found: Mapp
         shutil.rmtree(partial, ignore_errors=True)
 
 
+class Scored(Protocol):
+    """What says under which intervention scores were made."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over everything that decides them."""
+
+    @property
+    def signature(self) -> str:
+        """Its readable form."""
+
+
 def facts_of(
-    lm: SweepModel, grid: Grid, cell: Cell, results: Mapping[str, Any], samples: list[dict[str, Any]]
+    lm: Scored, grid: Grid, cell: Cell, results: Mapping[str, Any], samples: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """What `cell.json` holds beside the files: nothing in it depends on time or place."""
     own, plan = results["results"][cell.task], grid.plan
@@ -109,14 +128,10 @@ def facts_of(
         "signature": lm.signature,
         "metrics": metrics,
         "higher_is_better": results["higher_is_better"].get(cell.task, {}),
-        "n": len({sample["doc_id"] for sample in samples}),
+        "n": Counter(f"{metric},{sample['filter']}" for sample in samples for metric in sample["metrics"]),
     }
-    if plan.choose is not None and plan.choose.split == "half":
-        rule = plan.choose
-        facts["split"] = {"seed": rule.seed, "item": rule.item}
-        if cell.stage == 1:
-            task = grid.book.task(cell.task, cell.target)
-            facts["halves"] = halves(task, cell.task, samples, rule.seed, rule.item)
+    if cell.items == REPORT and plan.choose is not None:
+        facts["split"] = {"seed": plan.choose.seed, "item": plan.choose.item}
     return facts
 
 
@@ -127,9 +142,7 @@ def _results_text(
     from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
     from lm_eval.utils import handle_non_serializable, hash_string
 
-    arguments = {**model_arguments(grid.plan), "neurons": grid.plan.neurons, **cell.variant.arguments}
-    if cell.variant.is_baseline:
-        del arguments["neurons"]
+    arguments = {**model_arguments(grid.plan), **_neurons(lm, grid, cell), **cell.variant.arguments}
     if cell.target and "language" not in arguments:
         arguments["target_language"] = cell.target
     results["config"] |= {"model": "steered-hf", "model_args": arguments, "batch_size": str(lm.batch_size)}
@@ -146,6 +159,17 @@ def _results_text(
     hashes = [sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples]
     whole = results | {"task_hashes": {cell.task: hash_string("".join(hashes))}} | asdict(tracker)
     return json.dumps(whole, indent=2, default=handle_non_serializable, ensure_ascii=False)
+
+
+def _neurons(lm: SweepModel, grid: Grid, cell: Cell) -> dict[str, Any]:
+    """Model arguments that say which neurons; of a control its seed and its hash, as it is no set that has a name."""
+    plan, control = grid.plan, cell.variant.control
+    if cell.variant.is_baseline:
+        return {}
+    found: dict[str, Any] = {"neurons": plan.neurons}
+    if control is not None and lm.neuron_set is not None:
+        found["neurons"] = f"random{control}:{lm.neuron_set.content_hash()[:8]}"
+    return found | {name: True for name in ("allow_empty", "force") if getattr(plan, name)}
 
 
 def _lines(samples: list[dict[str, Any]]) -> Iterator[str]:

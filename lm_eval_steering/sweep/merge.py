@@ -52,7 +52,8 @@ def _one(frames: Sequence[pd.DataFrame], key: list[str]) -> tuple[pd.DataFrame, 
     twice = whole.duplicated(key, keep="first")
     notes = []
     if twice.any() and "value" in whole:
-        spread = whole.groupby(key)["value"].nunique()
+        # A metric that is no number stands in `text`.
+        spread = whole.groupby(key, dropna=False)[["value", "text"]].nunique(dropna=False).max(axis=1)
         differing = spread[spread > 1]
         notes.append(f"{int(twice.sum())} rows are in several folders; the first folder's are kept")
         if len(differing):

@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.fingerprint import weights_digest
 from lm_eval_steering.neurons.ranks import launched
 from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments
-from lm_eval_steering.sweep.choice import check_choice, choose, groups_of
+from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves
 from lm_eval_steering.sweep.controls import Controls
 from lm_eval_steering.sweep.evaluate import StorageFullError, evaluate, look_up_the_machine_once, store_cell
 from lm_eval_steering.sweep.locks import locked, why_unsafe
@@ -128,6 +129,7 @@ class Runner:
             own = self.shard.of(self.grid.cells)
             self._begin(own)
             self._drain(own)
+            self.ranks.after_first(lambda: keep_halves(self.grid, self.store, own))
             self._drain(self._second_stage())
         except KeyboardInterrupt:
             self.outcome.interrupted = True
@@ -220,19 +222,14 @@ class Runner:
         begun, tokens = time.monotonic(), lm.tokens
         try:
             found = self._evaluated(lm, cell)
+            seconds, tokens = time.monotonic() - begun, lm.tokens - tokens
+            self.ranks.after_first(lambda: self._store(lm, cell, found))
         except StorageFullError:
             raise
         except Exception as error:
             self._fail(cell, error)
             return FAILED
-        seconds, tokens = time.monotonic() - begun, lm.tokens - tokens
-
-        def keep() -> None:
-            assert found is not None
-            store_cell(self.store.path / "cells", lm, self.grid, cell, found)
-            self._note(cell, lm, seconds, tokens)
-
-        self.ranks.after_first(keep)
+        self.ranks.after_first(lambda: self._note(cell, lm, seconds, tokens))
         self.progress.end(tokens, seconds)
         self._estimate.add(cell.task, seconds)
         self.outcome.ran += 1
@@ -255,6 +252,16 @@ class Runner:
             # Only here is the error gone, whose traceback holds the tensors.
             smaller = lm.halve_batch()
             self.progress.say(f"{cell.name}: out of memory, going on with {smaller} rows a forward pass")
+
+    def _store(self, lm: SweepModel, cell: Cell, found: dict[str, Any] | None) -> None:
+        """Put a cell in its place, with every error as one that `after_first` hands to the processes that wait."""
+        assert found is not None
+        try:
+            store_cell(self.store.path / "cells", lm, self.grid, cell, found)
+        except SteeringError:
+            raise
+        except Exception as error:
+            raise SteeringError(f"it is evaluated and cannot be written: {error!r}") from error
 
     def _fail(self, cell: Cell, error: Exception) -> None:
         """Note why a cell failed."""
@@ -302,4 +309,10 @@ def be_quiet() -> None:
 
 def run_sweep(grid: Grid, out: Path, shard: Shard | None = None, retry_failed: bool = False) -> Outcome:
     """Run what is missing of a plan into a folder."""
+    if grid.plan.engine.is_external:
+        from lm_eval_steering.sweep.engine import run_engine  # which builds on this module
+
+        if shard is not None:
+            raise PlanError(f"--shard with engine {grid.plan.engine.name}: its commands are what is dealt to jobs")
+        return run_engine(grid, out)
     return Runner(grid, Store(out), shard, retry_failed).run()

@@ -16,6 +16,9 @@ from lm_eval_steering import languages as codes
 from lm_eval_steering.errors import SteeringError, did_you_mean
 
 Number = float | int
+STEERED_HF: Literal["steered-hf"] = "steered-hf"
+_RESCORING = {"lid", "lid_threshold", "lid_letters"}  # arguments of `steered-hf` that are about finished text
+BOOTSTRAPS = 100_000  # of lm-eval's command
 
 
 class PlanError(SteeringError):
@@ -122,6 +125,26 @@ class Slurm(_Part):
     more: Mapping[str, Any] = Field(default_factory=dict, description="Other options of sbatch.")
 
 
+class Engine(_Part):
+    """What runs the cells. All but `steered-hf` run exported models, by commands that the sweep writes."""
+
+    name: Literal["steered-hf", "vllm", "hf"] = Field(
+        STEERED_HF, description="`steered-hf`, `vllm`, or `hf`, which rehearses the way of `vllm` on any machine."
+    )
+    arguments: Mapping[str, str | bool | Number] = Field(
+        default_factory=dict, description="Of that model class of lm-eval, such as `tensor_parallel_size`."
+    )
+    exports: str | None = Field(None, description="Folder for the exported models; OUT/engine/exports by default.")
+    verify: int = Field(
+        4, ge=0, description="Prompts of the plan's tasks on which each export is compared with the hooks."
+    )
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the cells are run by commands of lm-eval, and not by this process."""
+        return self.name != STEERED_HF
+
+
 class Plan(_Part):
     """A whole plan."""
 
@@ -133,12 +156,15 @@ class Plan(_Part):
     controls: Controls = Field(default_factory=lambda: Controls.model_validate({}), description="Random controls.")
     choose: Choose | None = Field(None, description="Choose a factor.")
     then: Then | None = Field(None, description="Evaluate the chosen ones elsewhere.")
+    engine: Engine = Field(
+        default_factory=lambda: Engine.model_validate({}), description="What runs the cells; a name alone will do."
+    )
     limit: int | None = Field(None, gt=0, description="First items of each task; all by default.")
     num_fewshot: int | None = Field(None, ge=0, description="Examples in the prompt; the task's own by default.")
     apply_chat_template: bool = Field(False, description="Put prompts into the tokenizer's chat template.")
     system_instruction: str | None = Field(None, description="For the chat template.")
     gen_kwargs: Mapping[str, Any] | None = Field(None, description="Arguments of generation over the task's own.")
-    bootstrap_iters: int = Field(100_000, ge=0, description="Of standard errors that are not analytic; lm-eval's.")
+    bootstrap_iters: int = Field(BOOTSTRAPS, ge=0, description="Of standard errors that are not analytic; lm-eval's.")
     include_path: tuple[str, ...] = Field((), description="Folders with more task files.")
     metadata: Mapping[str, Any] = Field(default_factory=dict, description="For the tasks, such as data_dir.")
     allow_empty: bool = Field(False, description="Accept a language without neurons.")
@@ -157,6 +183,17 @@ class Plan(_Part):
     def _one_or_more(cls, found: Any) -> Any:
         return (found,) if isinstance(found, str) else found
 
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _name_alone(cls, found: Any) -> Any:
+        return {"name": found} if isinstance(found, str) else found
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> Plan:
+        if reason := _why_no_engine(self):
+            raise ValueError(reason)
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
         if self.then is not None and self.choose is None:
@@ -164,6 +201,27 @@ class Plan(_Part):
         if self.limit is not None and self.then is not None and self.choose and self.choose.split == "half":
             raise ValueError("limit beside choose.split=half: the first items are no half; leave one of the two out")
         return self
+
+
+def _why_no_engine(plan: Plan) -> str | None:
+    """Why the engine cannot be asked what the plan says; None where it can."""
+    engine, model = plan.engine, plan.model
+    if not engine.is_external:
+        return "engine.arguments: steered-hf takes its arguments from model" if engine.arguments else None
+    if other := sorted(set(model.model_extra or {}) - _RESCORING):
+        return f"model.{other[0]}: {engine.name} does not get it; write what it takes into engine.arguments"
+    for key, value in engine.arguments.items():
+        if key in ("pretrained", "revision", "peft", "lora_local_path", "tokenizer"):
+            return f"engine.arguments.{key}: the sweep says which model is loaded"
+        if set(",=") & set(f"{key}{value}"):
+            return f"engine.arguments.{key}: {value!r} cannot stand in --model_args, which splits at , and ="
+    if model.dtype is not None and engine.arguments.get("dtype", model.dtype) != model.dtype:
+        return f"model.dtype {model.dtype} beside engine.arguments.dtype {engine.arguments['dtype']}: write one"
+    if plan.bootstrap_iters != BOOTSTRAPS:
+        return f"bootstrap_iters: lm_eval's command has {BOOTSTRAPS} alone; leave it out with engine {engine.name}"
+    if len(plan.include_path) > 1:
+        return "include_path: lm_eval's command takes one folder; put the task files into one"
+    return None
 
 
 def _codes(found: Sequence[str]) -> tuple[str, ...]:
@@ -221,6 +279,7 @@ def _keys_at(place: Sequence[Any]) -> list[str]:
         "controls": Controls,
         "choose": Choose,
         "then": Then,
+        "engine": Engine,
         "slurm": Slurm,
     }
     if place:

@@ -22,28 +22,34 @@ def half_of(item: str, seed: int) -> str:
     return REPORT if hashlib.sha256(f"{seed} {item}".encode()).digest()[0] & 1 else CHOOSE
 
 
-def source_item(document: Mapping[str, Any], position: int, field: str | None, task: str) -> str:
-    """What names a document's source item in every language.
+def item_of(document: Mapping[str, Any], position: int, field: str | None) -> str | None:
+    """What names a document's source item in every language; None where it has no such field.
 
     Args:
         document: of lm-eval.
         position: of the document in its task.
         field: of the document; None takes the first of FIELDS, `doc_id` the position.
-        task: for the message.
-
-    Raises:
-        SteeringError: if the document has no such field.
     """
     if field == POSITION:
         return str(position)
-    name = field or next((name for name in FIELDS if document.get(name) is not None), None)
-    if name is None or document.get(name) is None:
+    names = (field,) if field else FIELDS
+    return next((str(document[name]) for name in names if document.get(name) is not None), None)
+
+
+def source_item(document: Mapping[str, Any], position: int, field: str | None, task: str) -> str:
+    """As `item_of`, of a task that is to be split.
+
+    Raises:
+        SteeringError: naming the task, if the document has no such field.
+    """
+    item = item_of(document, position, field)
+    if item is None:
         raise SteeringError(
             f"{task}: its documents have no {field or ' or '.join(FIELDS)} to split them by; name the field that a "
             "document shares with its translations, choose: {item: FIELD}, or doc_id where the order is the same in "
             f"all languages, or choose: {{split: whole}}; fields: {', '.join(map(str, document))}"
         )
-    return str(document[name])
+    return item
 
 
 def positions_of(task: Any, name: str, half: str, seed: int, field: str | None) -> list[int]:
@@ -63,7 +69,7 @@ def positions_of(task: Any, name: str, half: str, seed: int, field: str | None) 
 
 
 def halves(task: Any, name: str, samples: Sequence[Mapping[str, Any]], seed: int, field: str | None) -> dict[str, Any]:
-    """Half -> metrics, by the task's own aggregation over its items, and the number of documents.
+    """Half -> metrics, by the task's own aggregation over its items, and the number of items that each is over.
 
     Args:
         task: of lm-eval.
@@ -77,15 +83,13 @@ def halves(task: Any, name: str, samples: Sequence[Mapping[str, Any]], seed: int
     """
     aggregation = task.aggregation()
     values: dict[str, dict[str, list[Any]]] = {CHOOSE: {}, REPORT: {}}
-    documents: dict[str, set[int]] = {CHOOSE: set(), REPORT: set()}
     for sample in samples:
         half = half_of(source_item(sample["doc"], sample["doc_id"], field, name), seed)
-        documents[half].add(sample["doc_id"])
         for metric in sample["metrics"]:
             values[half].setdefault(f"{metric},{sample['filter']}", []).append(sample[metric])
     return {
         half: {
-            "n": len(documents[half]),
+            "n": {key: len(own) for key, own in sorted(values[half].items())},
             "metrics": {key: _aggregate(aggregation, key, own) for key, own in sorted(values[half].items())},
         }
         for half in (CHOOSE, REPORT)
@@ -93,7 +97,10 @@ def halves(task: Any, name: str, samples: Sequence[Mapping[str, Any]], seed: int
 
 
 def _aggregate(aggregation: Mapping[str, Any], key: str, values: list[Any]) -> Any:
-    """As lm-eval does it: the mean where a metric has no aggregation of its own."""
+    """As lm-eval does it: the mean where a metric has no aggregation of its own; of one that fails, how it did."""
     from lm_eval.api.metrics import mean
 
-    return aggregation.get(key.partition(",")[0], mean)(values)
+    try:
+        return aggregation.get(key.partition(",")[0], mean)(values)
+    except Exception as error:  # whatever a task's own function raises on fewer items must not end the sweep
+        return repr(error)

@@ -4,6 +4,7 @@ runs/x/sweep.json            which model the folder is for
        plan.json             the cells of the plan that was run last
        then/GROUP.json       what was chosen, and the cells that follow from it
        cells/NAME/           a finished cell: cell.json, results_DATE.json, samples_TASK_DATE.jsonl
+       halves/KEY.json       its metrics on each half of the items, under the last plan's rule
        timings/KEY.json      how long it took, and where
        failed/KEY.json       why it failed, with the traceback
        locks/KEY.lock        held by the runner that is at it
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 
     from lm_eval_steering.sweep.cells import Cell, Grid
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What may lie in the folder of a sweep that other runners are beginning at this moment.
-_OURS = {"plan.json", "then", "cells", "timings", "failed", "locks", "controls", "damaged", "jobs", "missing.csv"}
+_OURS = {
+    "plan.json", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs", "missing.csv",
+}  # fmt: skip
 DONE, RUNNING, FAILED, MISSING = "done", "running", "failed", "missing"
 
 
@@ -56,7 +59,12 @@ class Store:
 
         self._refuse_no_sweep()
         planned = {cell.key for cell in self.planned()}
-        rows = [row for stored in self.stored() for row in metric_rows(stored, stored.cell["key"] in planned)]
+        rule = self.rule()
+        rows = [
+            row
+            for stored in self.stored()
+            for row in metric_rows(stored, stored.cell["key"] in planned, self.halves(stored, rule))
+        ]
         return table(rows, ("cell", "metric", "filter"))
 
     def items(self) -> pd.DataFrame:
@@ -64,7 +72,8 @@ class Store:
         from lm_eval_steering.sweep.tables import item_rows, table
 
         self._refuse_no_sweep()
-        rows = [row for stored in self.stored() for row in item_rows(stored, self.samples(stored.cell["key"]))]
+        rule = self.rule()
+        rows = [row for stored in self.stored() for row in item_rows(stored, self.samples(stored.cell["key"]), rule)]
         return table(rows, ("cell", "doc_id", "filter"))
 
     def samples(self, cell: Cell | str) -> list[dict[str, Any]]:
@@ -74,8 +83,8 @@ class Store:
             StoreError: if it is not done, or its file is damaged.
         """
         stored = self.read(self._key(cell))
-        text = stored.text(next(name for name in stored.files if name.startswith("samples_")))
-        return [json.loads(line) for line in text.splitlines()]
+        text = stored.text(stored.samples_file)
+        return [json.loads(line) for line in text.split("\n") if line]  # not splitlines(): text may hold U+2028
 
     def missing(self) -> pd.DataFrame:
         """Cells of the last plan that are not done: name, task, status (`missing`, `running`, `failed`), why."""
@@ -111,6 +120,13 @@ class Store:
             if found["plan_hash"] == plan["plan_hash"]:
                 cells += [Cell.read(cell) for cell in found["cells"]]
         return list({cell.key: cell for cell in cells}.values())
+
+    def rule(self) -> dict[str, Any] | None:
+        """How the last plan halves the items (seed, item); None where it does not."""
+        if not (self.path / "plan.json").is_file():
+            return None
+        choose = self.json("plan.json")["plan"].get("choose") or {}
+        return {key: choose[key] for key in ("seed", "item")} if choose.get("split") == "half" else None
 
     def states(self) -> dict[str, str]:
         """Key of each planned cell -> `done`, `running`, `failed` or `missing`."""
@@ -154,9 +170,28 @@ class Store:
     def _refuse_no_sweep(self) -> None:
         if not (self.path / "sweep.json").is_file():
             raise StoreError(f"{self.path}: no sweep is here (no sweep.json)")
+        self._begun()
+
+    def _begun(self) -> dict[str, Any]:
+        found = self.json("sweep.json")
+        if found.get("format_version") != FORMAT_VERSION:
+            raise StoreError(f"{self.path}: format {found.get('format_version')}, this release reads {FORMAT_VERSION}")
+        return found
 
     def _key(self, cell: Cell | str) -> str:
         return (cell.rsplit("--", 1)[-1] if isinstance(cell, str) else cell.key)[:10]
+
+    def halves(self, stored: StoredCell, rule: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """A finished cell's metrics on each half under a rule; None where they are not known (yet)."""
+        path = self.path / "halves" / f"{stored.cell['key']}.json"
+        if rule is None or not path.is_file():
+            return None
+        found = read_json(path)
+        return dict(found["halves"]) if found["of"] == _halved(stored, rule) else None
+
+    def keep_halves(self, stored: StoredCell, rule: Mapping[str, Any], halves: Mapping[str, Any]) -> None:
+        """Note a finished cell's metrics on each half, and what they were computed from."""
+        self.keep(f"halves/{stored.cell['key']}.json", {"of": _halved(stored, rule), "halves": halves})
 
     # --- beside the cells -------------------------------------------------------------------------------------------
 
@@ -204,9 +239,7 @@ class Store:
             if foreign := sorted(name for name in there - _OURS if not name.endswith(".partial")):
                 raise StoreError(f"{self.path}: there are files here and no sweep ({foreign[0]}); take another folder")
             return
-        found = self.json("sweep.json")
-        if found.get("format_version") != FORMAT_VERSION:
-            raise StoreError(f"{self.path}: format {found.get('format_version')}, this release reads {FORMAT_VERSION}")
+        found = self._begun()
         if found["model"] != grid.model:
             wrong = sorted(k for k in {*found["model"], *grid.model} if found["model"].get(k) != grid.model.get(k))
             said = ", ".join(f"{key}: {found['model'].get(key)!r} here, {grid.model.get(key)!r} now" for key in wrong)
@@ -256,3 +289,8 @@ class Store:
                     folder.rename(place / f"{folder.name}.{number}")
                 said.append(f"{error}; it is in {place} now and is done again")
         return said
+
+
+def _halved(stored: StoredCell, rule: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell's halves follow from."""
+    return {**rule, "samples": stored.files[stored.samples_file]["sha256"]}

@@ -40,6 +40,11 @@ class StoredCell:
         """Name -> bytes and sha256."""
         return dict(self.facts["files"])
 
+    @property
+    def samples_file(self) -> str:
+        """Name of the file with lm-eval's samples."""
+        return next(name for name in self.files if name.startswith("samples_"))
+
     @cached_property
     def results(self) -> dict[str, Any]:
         """lm-eval's results."""

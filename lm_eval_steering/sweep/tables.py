@@ -13,22 +13,27 @@ if TYPE_CHECKING:
 
     from lm_eval_steering.sweep.stored import StoredCell
 
-_STEP = ("op", "value", "site", "layers", "positions", "scope", "seed")
+# Columns of a step; `value` is that of the metric.
+_STEP = {
+    "op": "op", "value": "step_value", "site": "site", "layers": "layers", "positions": "positions", "scope": "scope",
+    "seed": "seed",
+}  # fmt: skip
 
 
-def metric_rows(stored: StoredCell, planned: bool = True) -> Iterator[dict[str, Any]]:
+def metric_rows(
+    stored: StoredCell, planned: bool = True, halves: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
     """One row a metric of a finished cell.
 
     `value` is lm-eval's, over the items of the cell (`items`: all, or the half to report on); `value_choose` and
-    `value_report` are over the halves where the cell was split; what is no number stands in `text`.
+    `value_report` are over the `halves` where there are any; what is no number stands in `text`. `n`, `n_choose` and
+    `n_report` count the items that have the metric.
     """
-    facts, halves = stored.facts, stored.facts.get("halves") or {}
+    facts, halves = stored.facts, halves or {}
     own = stored.results["results"][facts["cell"]["task"]]
     for key, value in sorted(facts["metrics"].items()):
         metric, _, filter_ = key.partition(",")
-        parts = {
-            f"value_{half}": _number(halves.get(half, {}).get("metrics", {}).get(key)) for half in (CHOOSE, REPORT)
-        }
+        own_halves = {half: halves.get(half, {}) for half in (CHOOSE, REPORT)}
         yield {
             **identity(facts),
             "metric": metric,
@@ -36,26 +41,33 @@ def metric_rows(stored: StoredCell, planned: bool = True) -> Iterator[dict[str, 
             "value": _number(value),
             "stderr": _number(own.get(f"{metric}_stderr,{filter_}")),
             "text": value if isinstance(value, str) else None,
-            "n": facts["n"],
-            **parts,
-            "n_choose": halves.get(CHOOSE, {}).get("n"),
-            "n_report": halves.get(REPORT, {}).get("n"),
+            "n": facts["n"].get(key, 0),
+            **{f"value_{half}": _number(part.get("metrics", {}).get(key)) for half, part in own_halves.items()},
+            **{f"n_{half}": part["n"].get(key, 0) if part else None for half, part in own_halves.items()},
             "higher_is_better": facts["higher_is_better"].get(metric),
             "planned": planned,
         }
 
 
-def item_rows(stored: StoredCell, samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row an item and filter of a finished cell; a metric that is no number is JSON."""
-    from lm_eval_steering.sweep.split import half_of, source_item
+def item_rows(
+    stored: StoredCell, samples: Sequence[Mapping[str, Any]], rule: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """One row an item and filter of a finished cell; a metric that is no number is JSON.
+
+    Args:
+        stored: the cell.
+        samples: its samples.
+        rule: how the plan halves the items; a cell of one half alone has its own.
+    """
+    from lm_eval_steering.sweep.split import half_of, item_of
 
     facts = stored.facts
-    split = facts.get("split")
+    split = facts.get("split") or rule
     for sample in samples:
         item = half = None
         if split:
-            item = source_item(sample["doc"], sample["doc_id"], split["item"], facts["cell"]["task"])
-            half = half_of(item, split["seed"])
+            item = item_of(sample["doc"], sample["doc_id"], split["item"])
+            half = None if item is None else half_of(item, split["seed"])
         yield {
             **{key: identity(facts)[key] for key in ("cell", "task", "languages", "factor", "control", "target")},
             "doc_id": sample["doc_id"],
@@ -81,7 +93,7 @@ def identity(facts: Mapping[str, Any]) -> dict[str, Any]:
         "intervention": variant["name"],
         "languages": "+".join(variant["languages"]),
         "preset": variant["arguments"].get("preset"),
-        **{name: None if step.get(name) is None else str(step[name]) for name in _STEP},
+        **{column: None if step.get(name) is None else str(step[name]) for name, column in _STEP.items()},
         "factor": step.get("factor"),
         "deactivated": "+".join(silenced),
         "control": variant["control"],

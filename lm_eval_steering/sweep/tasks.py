@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from lm_eval_steering.errors import SteeringError, did_you_mean
+from lm_eval_steering.errors import UndefinedForLanguageError, did_you_mean
+from lm_eval_steering.fingerprint import fingerprint
+from lm_eval_steering.harness.families.lss import UNDEFINED
 from lm_eval_steering.harness.registration import register_all
 from lm_eval_steering.metrics.likelihood import MADE_FOR
 from lm_eval_steering.resources import tasks_folder
 from lm_eval_steering.sweep.schema import Plan, PlanError
+from lm_eval_steering.sweep.task_digest import documents_digest, settings_digest
 
 
 class TaskBook:
@@ -26,6 +29,8 @@ class TaskBook:
         self._plan = plan
         self._managers: dict[tuple[Path, str | None], Any] = {}
         self._tasks: dict[tuple[str, str | None], Any] = {}
+        self._settings: dict[tuple[str, str | None], str] = {}
+        self._digests: dict[tuple[str, str | None], str] = {}
         self._targeted: dict[str, bool] = {}
         self._undefined: dict[tuple[str, str | None], str] = {}
 
@@ -80,30 +85,46 @@ class TaskBook:
         return self._managers[place]
 
     def is_targeted(self, name: str) -> bool:
-        """Whether the task's documents depend on the steered language."""
+        """Whether the task's documents depend on the steered language.
+
+        Raises:
+            SteeringError: if it has no documents at all, such as DataError where its rows cannot be had.
+        """
         if name not in self._targeted:
             try:
-                self._targeted[name] = _made_for_a_language(self._built(name, None))
-            except SteeringError:
+                self._targeted[name] = MADE_FOR in _first_document(self._built(name, None))
+            except UndefinedForLanguageError:
                 self._targeted[name] = True  # it asks for one
         return self._targeted[name]
 
     def why_undefined(self, name: str, target: str | None) -> str | None:
-        """Why a task has no documents for a steered language, such as LSS towards its own base; None where it has."""
+        """Why a task has no documents for a steered language, such as LSS towards its own base; None where it has.
+
+        Raises:
+            SteeringError: if it should have some, and they cannot be had.
+        """
         if target is None or not self.is_targeted(name):
             return None
         place = (name, target)
         if place not in self._undefined:
             try:
-                self._built(name, target)
-                self._undefined[place] = ""
-            except SteeringError as error:
+                blank = _first_document(self._built(name, target)).get(UNDEFINED)
+                self._undefined[place] = "it is not defined for that language" if blank else ""
+            except UndefinedForLanguageError as error:
                 self._undefined[place] = str(error)
         return self._undefined[place] or None
 
     def task(self, name: str, target: str | None) -> Any:
         """The task, built at most once for each set of documents."""
         return self._built(name, target if self.is_targeted(name) else None)
+
+    def digest(self, name: str, target: str | None) -> str:
+        """Hash over what decides the task's items and their scores: its settings and its documents."""
+        place = (name, target if self.is_targeted(name) else None)
+        if place not in self._digests:
+            documents = documents_digest(self._built(*place), self._plan.limit)
+            self._digests[place] = fingerprint({"settings": self._settings[place], "documents": documents})
+        return self._digests[place]
 
     def forget_all_but(self, name: str, target: str | None) -> None:
         """Let go of other tasks' requests, which can be large; their documents are kept."""
@@ -116,7 +137,7 @@ class TaskBook:
         place = (name, target)
         if place not in self._tasks:
             (task,) = self.manager(name, target).load([name])["tasks"].values()
-            self._tasks[place] = task
+            self._tasks[place], self._settings[place] = task, settings_digest(task)
         return self._tasks[place]
 
 
@@ -135,6 +156,6 @@ def _members(entry: Any) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
-def _made_for_a_language(task: Any) -> bool:
+def _first_document(task: Any) -> Mapping[str, Any]:
     first = next(iter(task.eval_docs), None)
-    return isinstance(first, dict) and MADE_FOR in first
+    return first if isinstance(first, Mapping) else {}

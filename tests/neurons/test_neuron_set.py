@@ -108,7 +108,7 @@ def test_a_language_has_the_statistics_of_its_own_neurons() -> None:
     assert len(found.statistics("deu_Latn")) == len(found.neurons("deu_Latn"))
     with pytest.raises(NeuronSetError, match="holds no statistics; `lm-eval-steering calibrate`"):
         make_set(PAIRS, calibrated=False).statistics("deu_Latn")
-    with pytest.raises(NeuronSetError, match="has statistics of .*, not of spa_Latn"):
+    with pytest.raises(NeuronSetError, match=r"has statistics of .*, not of spa_Latn"):
         found.calibrated.lookup(np.array([[0, 1]]), "spa_Latn", "activation", "mean")
 
 

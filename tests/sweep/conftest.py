@@ -49,6 +49,16 @@ def fragile(document, results):
     if broken.exists() and broken.read_text() in ("", str(document["id"])):
         raise ArithmeticError("the metric of item %s is not defined" % document["id"])
     return tasks.perplexity_metrics(document, results)
+
+def separated(**settings):
+    documents = few(tasks.perplexity_documents(**settings))["test"]
+    return {{"test": documents.map(lambda one: {{"text": one["text"] + "\\u2028\\u2029\\u0085."}})}}
+
+def partial(document, results):
+    return {{"even": 1.0}} if document["id"] % 2 == 0 else {{"odd": 0.0}}
+
+def nothing_json_knows(values):
+    return object()
 """
 TASKS = {
     "small_lss": ("_lss", "{base: eng_Latn}", "lss", ""),
@@ -65,6 +75,22 @@ TASKS = {
         "{evaluated: deu_Latn, items: report}",
         "perplexity",
         "process_results: !function functions.fragile",
+    ),
+    # Metrics that some documents have, and text with what other readers of lines take for their end.
+    "small_partial": (
+        "_perplexity",
+        "{evaluated: deu_Latn, items: report}",
+        "separated",
+        "process_results: !function functions.partial\n"
+        "metric_list: [{metric: even, aggregation: mean}, {metric: odd, aggregation: mean}]",
+    ),
+    "small_unwritable": (
+        "_perplexity",
+        "{evaluated: deu_Latn, items: report}",
+        "perplexity",
+        "process_results: !function functions.partial\n"
+        "metric_list: [{metric: even, aggregation: !function functions.nothing_json_knows}, "
+        "{metric: odd, aggregation: mean}]",
     ),
 }
 

@@ -51,9 +51,23 @@ def documents(evaluated: str, variant: str = "", **settings: Any) -> dict[str, A
                         ("1", "2", "3", "4"), origin)  # fmt: skip
         prompt = as_gurgurov(row, languages.english_name(evaluated)) if paper else as_lm_eval(row)
         label = int(number) - 1
-        return {**row, "prompt": prompt, "choices": list(LETTERS), "label": label, "gold": LETTERS[label]}
+        return {
+            **item_id(row),
+            **row,
+            "prompt": prompt,
+            "choices": list(LETTERS),
+            "label": label,
+            "gold": LETTERS[label],
+        }
 
     return as_dataset(document(row) for row in load_rows(origin, settings))
+
+
+def item_id(row: Mapping[str, Any]) -> dict[str, str]:
+    """The name of a question in all languages: its passage's link and its number; nothing where the rows lack them."""
+    if row.get("link") is None or row.get("question_number") is None:
+        return {}
+    return {"id": f"{row['link']} {row['question_number']}"}
 
 
 def as_lm_eval(row: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering import languages
-from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.errors import SteeringError, UndefinedForLanguageError
 from lm_eval_steering.harness import tasks
 from lm_eval_steering.harness.expected import ABOUT_LANGUAGE, EXPECTED_LANGUAGE
 from lm_eval_steering.harness.families import group_file, task_file, task_name
@@ -84,7 +84,9 @@ def documents(evaluated: str, variant: str = "", **settings: Any) -> dict[str, A
     chosen = VARIANTS[variant]
     target = tasks.steered_language(settings, f"CLaS-Bench from {evaluated}")
     if chosen.targets and target not in chosen.targets:
-        raise SteeringError(f"track {variant} of CLaS-Bench steers to {', '.join(chosen.targets)}; found {target}")
+        raise UndefinedForLanguageError(
+            f"track {variant} of CLaS-Bench steers to {', '.join(chosen.targets)}; found {target}"
+        )
     if target == evaluated and not chosen.same:
         return _blank(variant, target)
     name = str(settings.get("clas_identifier") or IDENTIFIER)

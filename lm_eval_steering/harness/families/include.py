@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.harness.families import code_of, expect, group_file, language_tag, task_file, task_name
+from lm_eval_steering.harness.families.item_ids import text_id
 from lm_eval_steering.harness.families.task_files import is_other_wording, keeps_to_its_file
 from lm_eval_steering.harness.sources import DataError, Hub, Source, as_dataset, hub_places, load_rows
 
@@ -80,6 +81,7 @@ def documents(evaluated: str, size: str, domain: str = "", variant: str = "", **
     write = as_rahmanisa if is_other_wording(variant, "rahmanisa") else as_lm_eval
     return as_dataset(
         {
+            "id": text_id(row["question"]),
             **row,
             **write(row, evaluated),
             "label": expect(row, "answer", (0, 1, 2, 3), origin),

@@ -56,15 +56,16 @@ def documents(evaluated: str, variant: str = "", **settings: Any) -> dict[str, A
     """Prompt, choices and the label."""
     origin, paper = source(evaluated), is_other_wording(variant, "gurgurov")
 
-    def document(row: Mapping[str, Any]) -> dict[str, Any]:
+    def document(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
         label = expect(row, "label", (0, 1, 2), origin)
         if paper:
             wording: dict[str, Any] = {"prompt": as_gurgurov(row, languages.english_name(evaluated))}
         else:
             wording = {"choices": as_lm_eval(row, CODES[evaluated])}
-        return {**row, **wording, "gold": RELATIONS[label]}
+        # The rows of all languages are translations of each other, in one order.
+        return {"id": number, **row, **wording, "gold": RELATIONS[label]}
 
-    return as_dataset(document(row) for row in load_rows(origin, settings))
+    return as_dataset(document(number, row) for number, row in enumerate(load_rows(origin, settings)))
 
 
 def as_lm_eval(row: Mapping[str, Any], code: str) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.harness.families import code_of, expect, group_file, language_tag, task_file, task_name
+from lm_eval_steering.harness.families.item_ids import text_id
 from lm_eval_steering.harness.families.task_files import is_other_wording, keeps_to_its_file
 from lm_eval_steering.harness.sources import DataError, Source, as_dataset, hub_places, load_rows
 
@@ -37,6 +38,7 @@ def documents(evaluated: str, variant: str = "", **settings: Any) -> dict[str, A
     origin, natural = source(evaluated), is_other_wording(variant, "natural")
     return as_dataset(
         {
+            "id": text_id(row["sentence"]),
             **row,
             **halves(row, origin, natural=natural),
             "label": ("1", "2").index(expect(row, "answer", ("1", "2"), origin)),

@@ -32,7 +32,8 @@ def test_letters(text: str, found: str | None) -> None:
         ("3 hypotheses", "contradiction"), ("neither entailment nor contradiction: neutral", "neutral"),
         ("It is not neutral", None), ("no entailment", None), ("The premise entails it.", "entailment"),
         ("Nothing", None), ("Incorrect.", "contradiction"), ("२", "neutral"), ("non-entailment", None),
-        ("It does not necessarily entail it.", None), ("It cannot be entailed.", None), ("not necessarily an entailment", None),
+        ("It does not necessarily entail it.", None), ("It cannot be entailed.", None),
+        ("not necessarily an entailment", None),
     ],
 )  # fmt: skip
 def test_relations(text: str, found: str | None) -> None:
