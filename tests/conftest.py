@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def make_set(
         Provenance("tiny", "", architecture, LAYERS, UNITS),
         Statistics(union, tuple(rows), values) if calibrated else None,
     )
+
+
+@pytest.fixture(autouse=True)
+def heard() -> None:
+    """What lm-eval logs reaches `caplog`, whatever an earlier test's command made of its logger."""
+    logger = logging.getLogger("lm_eval")
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(params=sorted(CONFIGS))

@@ -37,8 +37,9 @@ def sweep(
 ) -> None:
     """Run every factor x language x task of a plan: what is missing of it. Exit code 1 where a cell failed."""
     os.environ["TQDM_DISABLE"] = "1"  # read by tqdm once, when it is imported
+    from lm_eval_steering.harness.repeated import be_quiet
     from lm_eval_steering.neurons.ranks import launched
-    from lm_eval_steering.sweep.runner import Shard, be_quiet, run_sweep
+    from lm_eval_steering.sweep.runner import Shard, run_sweep
     from lm_eval_steering.sweep.schema import read_plan
 
     found = read_plan(plan, set_ or ())

@@ -84,7 +84,7 @@ def fetch_data(
 ) -> None:
     """Load the data of tasks where there is a network, for machines that have none."""
     from lm_eval_steering.harness.listing import fetch
-    from lm_eval_steering.sweep.runner import be_quiet
+    from lm_eval_steering.harness.repeated import be_quiet
 
     be_quiet()
     written = 0

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +18,7 @@ from lm_eval_steering.demo import picture, tables
 from lm_eval_steering.demo.figures import FACTORS, Figures
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.harness.registration import register_all
+from lm_eval_steering.harness.repeated import be_quiet, look_up_the_machine_once
 from lm_eval_steering.harness.tasks import demo_languages
 from lm_eval_steering.languages import choose
 from lm_eval_steering.neurons.find import Method, control_sets, find_neurons
@@ -51,9 +51,8 @@ class Evaluator:
 
         self.progress.update(self.task, description=name)
         self.lm.intervene(neuron_set, target_language=target, **intervention)
-        manager = TaskManager(
-            include_defaults=False, include_path=str(resources.tasks_folder()), metadata={"target_language": target}
-        )
+        folder = str(resources.tasks_folder() / "demo")  # an index of all tasks takes a second each time
+        manager = TaskManager(include_defaults=False, include_path=folder, metadata={"target_language": target})
         results = simple_evaluate(
             model=self.lm, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, log_samples=True
         )
@@ -95,9 +94,9 @@ def run_demo(out: Path, languages: Sequence[str] = LANGUAGES, controls: int = 3)
         controls: number of matched random sets.
     """
     console = Console(record=True)
-    _be_quiet()
+    be_quiet()
     register_all()
-    _look_up_the_machine_once()
+    look_up_the_machine_once()
     out.mkdir(parents=True, exist_ok=True)
     lm, neuron_set, randoms = _prepare(console, out, controls)
     figures = Figures(tuple(languages))
@@ -215,16 +214,3 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
-
-
-def _look_up_the_machine_once() -> None:
-    """lm-eval describes the machine anew in each of dozens of result files, half a second each time."""
-    from torch.utils import collect_env
-
-    collect_env.get_pretty_env_info = cache(collect_env.get_pretty_env_info)
-
-
-def _be_quiet() -> None:
-    """Errors alone: what lm-eval says at every evaluation would bury the demo's own lines."""
-    for name in ("lm_eval", "transformers", "datasets", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)

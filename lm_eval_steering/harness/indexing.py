@@ -6,8 +6,9 @@ a manager of our files alone answers; the first question of any other kind makes
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from inspect import BoundArguments
 from pathlib import Path
@@ -57,13 +58,12 @@ def read_ours_once(index: Any) -> None:
     original = index.load_yaml
     if hasattr(original, "_lm_eval_steering"):
         return
-    folder = tasks_folder().resolve()
+    folder = f"{tasks_folder()}{os.sep}"  # as managers are given it: to resolve 14,000 paths takes seconds
 
     def load_yaml(path: str | Path, *, resolve_func: bool = True, **options: Any) -> dict[str, Any]:
-        own = Path(path).expanduser().resolve()
-        if resolve_func or options.get("recursive") is False or folder not in own.parents:
+        if resolve_func or options.get("recursive") is False or not os.fspath(path).startswith(folder):
             return original(path, resolve_func=resolve_func, **options)
-        return read(own)
+        return read(Path(path).resolve())
 
     load_yaml._lm_eval_steering = True  # type: ignore[attr-defined]
     index.load_yaml = load_yaml
@@ -91,7 +91,7 @@ def answer_from_ours(kind: Any, initialise: Callable[..., None]) -> None:
         kind: lm-eval's `TaskManager`.
         initialise: its own `__init__`.
     """
-    match_tasks, load = kind.match_tasks, kind.load
+    match_tasks, load, task_index = kind.match_tasks, kind.load, kind.task_index
 
     def ours(manager: Any) -> Any:
         if _OURS not in manager.__dict__:
@@ -107,6 +107,9 @@ def answer_from_ours(kind: Any, initialise: Callable[..., None]) -> None:
         known = _concerns_ours(self, names) and all(name in ours(self).task_index for name in names)
         return load(ours(self) if known else self, task_list)
 
+    def index(self: Any) -> Any:
+        return _Index(self, ours) if _LATER in self.__dict__ else task_index.fget(self)
+
     def missing(self: Any, name: str) -> Any:
         later = None if name.startswith("__") else self.__dict__.pop(_LATER, None)
         if later is None:
@@ -114,7 +117,24 @@ def answer_from_ours(kind: Any, initialise: Callable[..., None]) -> None:
         initialise(*later.args, **later.kwargs)
         return getattr(self, name)
 
-    kind.match_tasks, kind.load, kind.__getattr__ = matched, loaded, missing
+    kind.match_tasks, kind.load, kind.task_index, kind.__getattr__ = matched, loaded, property(index), missing
+
+
+class _Index(Mapping[str, Any]):
+    """The index of a manager that has none yet: `lm_eval` looks up every task that it has loaded, to log its path."""
+
+    def __init__(self, manager: Any, ours: Callable[[Any], Any]) -> None:
+        self._manager, self._ours = manager, ours
+
+    def __getitem__(self, name: str) -> Any:
+        manager = self._ours(self._manager) if _concerns_ours(self._manager, name) else self._manager
+        return manager._index[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._manager._index)
+
+    def __len__(self) -> int:
+        return len(self._manager._index)
 
 
 def _concerns_ours(manager: Any, names: Sequence[Any]) -> bool:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -212,13 +211,3 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB"
     except OSError:
         return "unknown"
-
-
-def look_up_the_machine_once() -> None:
-    """lm-eval describes the machine and its checkout anew in each result file, half a second each time."""
-    from lm_eval import evaluator
-    from torch.utils import collect_env
-
-    for module, name in ((collect_env, "get_pretty_env_info"), (evaluator, "get_git_commit_hash")):
-        if not hasattr(getattr(module, name), "cache_info"):
-            setattr(module, name, cache(getattr(module, name)))

@@ -35,8 +35,9 @@ class ShardJob:
     def __call__(self) -> int:
         """Run the part; the exit code of `lm-eval-steering sweep`."""
         self._join_other_processes()
+        from lm_eval_steering.harness.repeated import be_quiet
         from lm_eval_steering.sweep.cells import spell_out
-        from lm_eval_steering.sweep.runner import Shard, be_quiet, run_sweep
+        from lm_eval_steering.sweep.runner import Shard, run_sweep
 
         be_quiet()
         grid = spell_out(build_plan(self.plan))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import socket
@@ -17,11 +16,12 @@ from typing import Any
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.fingerprint import weights_digest
+from lm_eval_steering.harness.repeated import be_quiet, look_up_the_machine_once
 from lm_eval_steering.neurons.ranks import launched
 from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments
 from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves
 from lm_eval_steering.sweep.controls import Controls
-from lm_eval_steering.sweep.evaluate import StorageFullError, evaluate, look_up_the_machine_once, store_cell
+from lm_eval_steering.sweep.evaluate import StorageFullError, evaluate, store_cell
 from lm_eval_steering.sweep.locks import locked, why_unsafe
 from lm_eval_steering.sweep.model import RankError, SweepModel, is_out_of_memory
 from lm_eval_steering.sweep.progress import Estimate, Progress
@@ -299,12 +299,6 @@ class Runner:
     def _same(self, value: Any) -> Any:
         """The first process's value, on all of them."""
         return self.ranks.gather(value)[0]
-
-
-def be_quiet() -> None:
-    """Errors alone: what lm-eval says at every evaluation would bury the sweep's own lines."""
-    for name in ("lm_eval", "transformers", "datasets", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def run_sweep(grid: Grid, out: Path, shard: Shard | None = None, retry_failed: bool = False) -> Outcome:

@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks.export import QUICK, measure
 from lm_eval_steering.resources import demo_model
 from lm_eval_steering.steering.signature import parse
-from tests.harness.test_command import TASK, XCOPA, XCOPA_YAML, numbers, results_of
+from tests.commands import run_together
+from tests.harness.test_command import numbers, results_of
 
 BIN = Path(sys.executable).parent
 MODEL = f"pretrained={demo_model()}"
 EXPORT = ("export", "--model", str(demo_model()), "--neurons", "demo", "--language", "fra_Latn")
+TASKS = ("steering_demo_continuation_fra_Latn", "steering_demo_continuation_deu_Latn")
 FORMS = {
     "checkpoint": {"op": "add", "value": "mean", "site": "product", "factor": "4"},
     "lora": {"op": "scale", "factor": "3"},
@@ -33,41 +35,10 @@ def run(program: str, *arguments: str | Path, code: int = 0) -> subprocess.Compl
     return done
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, XCOPA)))
-    (folder / "xcopa_it_local.yaml").write_text(XCOPA_YAML.format(file=folder / "items.jsonl"))
-    return folder
-
-
-# Commands one after another in one process, each from its own entry point: most of an `lm_eval` command's time goes
-# into imports and into reading the YAML files of 14,000 tasks, which are read once here.
-_COMMANDS = """
-import json, sys
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.tasks.manager import TaskIndex
-from lm_eval_steering.cli import app
-build, built = TaskIndex.build, {}
-def once(paths):
-    key = tuple(map(str, paths))
-    if key not in built:
-        built[key] = build(paths)
-    return dict(built[key])
-TaskIndex.build = staticmethod(once)
-for command in json.loads(sys.argv[1]):
-    sys.argv = command
-    if command[0] == "lm_eval":
-        cli_evaluate()
-    else:
-        app(standalone_mode=False)
-"""
-
-
-def lm_eval(out: Path, tasks: Path, model: str, model_args: str) -> list[str]:
+def lm_eval(out: Path, model: str, model_args: str) -> list[str]:
     command = [
-        "lm_eval", "--model", model, "--model_args", model_args, "--tasks", f"xcopa_it_local,{TASK}", "--device", "cpu",
-        "--batch_size", "16", "--include_path", tasks, "--output_path", out, "--log_samples",
+        "lm_eval", "--model", model, "--model_args", model_args, "--tasks", ",".join(TASKS), "--device", "cpu",
+        "--batch_size", "16", "--output_path", out, "--log_samples",
     ]  # fmt: skip
     return list(map(str, command))
 
@@ -80,7 +51,7 @@ def scores(out: Path) -> tuple[dict[str, float], list[float]]:
     return accuracies, [float(one[0][0]) for row in rows for one in row["resps"]]
 
 
-def test_lm_eval_gives_an_export_the_scores_of_steered_hf(tasks: Path, tmp_path: Path) -> None:
+def test_lm_eval_gives_an_export_the_scores_of_steered_hf(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     commands = []
@@ -91,17 +62,15 @@ def test_lm_eval_gives_an_export_the_scores_of_steered_hf(tasks: Path, tmp_path:
             ["lm-eval-steering", *EXPORT, *options, "--as", form, "--out", out, "--verify", "2", "--text", text]
         )
         own = ",".join([MODEL, "neurons=demo", "language=fra_Latn", *(f"{k}={v}" for k, v in arguments.items())])
-        commands.append(lm_eval(tmp_path / f"{form}-steered", tasks, "steered-hf", own))
+        commands.append(lm_eval(tmp_path / f"{form}-steered", "steered-hf", own))
         where = f"pretrained={out}" if form == "checkpoint" else f"{MODEL},peft={out}"
-        commands.append(lm_eval(tmp_path / f"{form}-hf", tasks, "hf", where))
-    listed = json.dumps([[str(part) for part in command] for command in commands])
-    done = subprocess.run([sys.executable, "-c", _COMMANDS, listed], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+        commands.append(lm_eval(tmp_path / f"{form}-hf", "hf", where))
+    done = run_together(*commands)
     assert done.stdout.count("verified: 2 prompts") == 2
     for form in FORMS:
         expected, ours = scores(tmp_path / f"{form}-steered")
         found, theirs = scores(tmp_path / f"{form}-hf")
-        assert set(found) == {"xcopa_it_local", TASK} and found == expected
+        assert set(found) == set(TASKS) and found == expected
         assert len(theirs) == len(ours) > 50 and max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) <= 1e-4
         record = json.loads((tmp_path / form / "steering.json").read_text())
         assert parse(record["signature"]).model_dump(mode="json") == record["intervention"]

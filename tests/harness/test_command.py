@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lm_eval_steering.resources import demo_model, find_neuron_set
+from tests.commands import run_together
 
 BIN = Path(sys.executable).parent
 MODEL = f"pretrained={demo_model()}"
@@ -81,23 +82,19 @@ def numbers(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {task: {k: v for k, v in row.items() if k != "name"} for task, row in results["results"].items()}
 
 
-def evaluate(run: Run, out: Path, local_task: Path, model: str, model_args: str, *tasks: str, **options: str) -> Any:
+def evaluation(out: Path, model: str, model_args: str, *tasks: str, **options: str | Path) -> list[str | Path]:
     extra = [part for key, value in options.items() for part in (f"--{key}", value)]
-    run(
+    return [
         "lm_eval", "--model", model, "--model_args", model_args, "--tasks", ",".join(tasks), "--device", "cpu",
-        "--batch_size", "16", "--include_path", local_task, "--output_path", out, "--log_samples", *extra,
-    )  # fmt: skip
-    return results_of(out)
+        "--batch_size", "16", "--output_path", out, "--log_samples", *extra,
+    ]  # fmt: skip
 
 
-def test_bare_lm_eval_steers_and_proves_it_and_a_second_run_comes_from_the_cache(
-    run: Run, local_task: Path, tmp_path: Path
-) -> None:
-    tasks = (TASK, "xcopa_it_local", "steering_demo_lss_eng_Latn", "steering_demo_perplexity_fra_Latn",
-             "steering_demo_forcing")  # fmt: skip
-    cache = {"use_cache": str(tmp_path / "cache")}
-    first = evaluate(run, tmp_path / "one", local_task, "steered-hf", STEERED, *tasks, **cache)
-    again = evaluate(run, tmp_path / "two", local_task, "steered-hf", STEERED, *tasks, **cache)
+def test_bare_lm_eval_steers_and_proves_it_and_a_second_run_comes_from_the_cache(run: Run, tmp_path: Path) -> None:
+    tasks = (TASK, "steering_demo_lss_eng_Latn", "steering_demo_perplexity_fra_Latn", "steering_demo_forcing")
+    for name in ("one", "two"):
+        run(*evaluation(tmp_path / name, "steered-hf", STEERED, *tasks, use_cache=tmp_path / "cache"))
+    first, again = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     report = first["config"]["steering"]
     assert report["signature"].startswith("op:add|value:mean|factor:4|lang:fra_Latn|site:product|layers:all|neurons:")
     assert report["neuron_set"]["model"] == "demo-model"
@@ -116,50 +113,46 @@ def test_bare_lm_eval_steers_and_proves_it_and_a_second_run_comes_from_the_cache
     assert scores["steering_demo_forcing"]["lfs,none"] == sum(row["lfs"] for row in rows) / 40
 
 
-def test_factor_one_gives_the_numbers_of_hf_to_the_last_digit(run: Run, local_task: Path, tmp_path: Path) -> None:
+def test_factor_one_gives_the_numbers_of_hf_to_the_last_digit(tmp_path: Path) -> None:
     one = f"{MODEL},neurons=demo,language=fra_Latn,op=scale,factor=1,scoring=plain"
-    plain = evaluate(run, tmp_path / "hf", local_task, "hf", MODEL, TASK, "xcopa_it_local")
-    ours = evaluate(run, tmp_path / "ours", local_task, "steered-hf", one, TASK, "xcopa_it_local")
-    assert numbers(ours) == numbers(plain)
+    tasks = (TASK, "steering_demo_continuation_deu_Latn")
+    run_together(
+        evaluation(tmp_path / "hf", "hf", MODEL, *tasks), evaluation(tmp_path / "ours", "steered-hf", one, *tasks)
+    )
+    assert numbers(results_of(tmp_path / "ours")) == numbers(results_of(tmp_path / "hf"))
 
     def log_likelihoods(folder: str) -> list[Any]:
         files = sorted(p for p in (tmp_path / folder).rglob("*") if p.name.startswith("samples_"))
         return [json.loads(line)["resps"] for file in files for line in file.read_text().splitlines()]
 
-    assert len(log_likelihoods("hf")) == 64
+    assert len(log_likelihoods("hf")) > 60
     assert log_likelihoods("ours") == log_likelihoods("hf")
 
 
-def test_our_tasks_are_listed_and_other_models_still_work(run: Run, local_task: Path) -> None:
-    listed = run("lm_eval", "ls", "tasks").stdout
-    assert TASK in listed and "steering_demo_lss_jpn_Jpan" in listed and "xcopa_it" in listed
-    run("lm_eval", "--model", "dummy", "--tasks", f"xcopa_it_local,{TASK}", "--include_path", local_task)
+def test_other_models_and_tasks_of_the_user_still_work(run: Run, local_task: Path, tmp_path: Path) -> None:
+    run(*evaluation(tmp_path, "dummy", "", "xcopa_it_local", TASK, include_path=local_task))
+    assert set(numbers(results_of(tmp_path))) == {"xcopa_it_local", TASK}
 
 
-def test_the_start_up_file_can_be_switched_off_and_our_own_command_does_without(
-    run: Run, local_task: Path, tmp_path: Path
-) -> None:
-    arguments = ("--model", "steered-hf", "--model_args", STEERED, "--tasks", "xcopa_it_local", "--device", "cpu",
-                 "--include_path", local_task)  # fmt: skip
+def test_the_start_up_file_can_be_switched_off_and_our_own_command_does_without(run: Run, tmp_path: Path) -> None:
+    arguments = ("--model", "steered-hf", "--model_args", STEERED, "--tasks", TASK, "--device", "cpu")
     off = {"LM_EVAL_STEERING_NO_STARTUP": "1"}
-    assert "steered-hf" in run("lm_eval", *arguments, fails=True, **off).stderr
+    assert TASK in run("lm_eval", *arguments, fails=True, **off).stderr
     run("lm-eval-steering", "run", *arguments, "--output_path", tmp_path, **off)
     assert results_of(tmp_path)["config"]["steering"]["evidence"]["forwards"] > 0
 
 
-def test_accelerate_launch_works(run: Run, local_task: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_works(run: Run, tmp_path: Path) -> None:
     run(
         "accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "lm_eval", "--model", "steered-hf",
-        "--model_args", STEERED, "--tasks", "xcopa_it_local", "--device", "cpu", "--include_path", local_task,
-        "--output_path", tmp_path,
+        "--model_args", STEERED, "--tasks", TASK, "--device", "cpu", "--output_path", tmp_path,
     )  # fmt: skip
     assert results_of(tmp_path)["config"]["steering"]["evidence"]["fired"] > 0
 
 
-def test_a_mistake_is_one_line_and_a_traceback_only_at_debug(run: Run, local_task: Path) -> None:
+def test_a_mistake_is_one_line_and_a_traceback_only_at_debug(run: Run) -> None:
     arguments, message = STEERED.replace("=demo", "=dmo"), "neuron set 'dmo': no such file; did you mean 'demo'?"
-    command = ("lm_eval", "--model", "steered-hf", "--model_args", arguments, "--tasks", "xcopa_it_local",
-               "--include_path", local_task)  # fmt: skip
+    command = ("lm_eval", "--model", "steered-hf", "--model_args", arguments, "--tasks", TASK)
     error = run(*command, fails=True).stderr
     assert f"lm-eval-steering: error: {message}" in error.splitlines()[-1]
     assert "Traceback" not in error
@@ -200,14 +193,6 @@ def test_find_writes_a_set_that_lm_eval_takes(run: Run, local_task: Path, tmp_pa
     base = ("lm-eval-steering", "find", "--model", demo_model(), "--corpus", tmp_path / "text", "--rows", "sentences")
     run(*base, "--languages", "fr,de", "--out", out)
     assert out.is_file()
-    for wrong, message in (
-        (("--languages", "fr,frensh", "--out", out), "unknown language 'frensh'"),
-        (("--languages", "fr,es", "--out", out), "corpus for spa_Latn: no file"),
-        (("--languages", "fr,de", "--out", out, "--rate", "0"), "rate=0.0: expected a number in (0, 1]"),
-        (("--languages", "fr,de", "--out", out, "--tokens", "0"), "--tokens 0: expected a number above 0"),
-    ):
-        done = run(*base, *wrong, fails=True)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_is_light(run: Run) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from typer import Typer
 from typer.testing import CliRunner
 
 from lm_eval_steering.cli.rescore import rescore as verb
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.harness.expected import expected_language
+from lm_eval_steering.harness.model import SteeredHFLM
 from lm_eval_steering.harness.registration import METRICS
 from lm_eval_steering.harness.rescore import Asked, rescore
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.resources import demo_model
+from tests.commands import run_together
 
 STEERED = f"pretrained={demo_model()},neurons=demo,language=fra_Latn,op=add,value=mean,site=product,factor=4"
 FORCING = "steering_demo_forcing"
@@ -62,16 +63,11 @@ def own_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def evaluate(out: Path, tasks: Path, *extra: str, model: str = "steered-hf", model_args: str = STEERED) -> None:
-    done = subprocess.run(
-        [
-            Path(sys.executable).parent / "lm_eval", "--model", model, "--model_args", model_args,
-            "--tasks", f"{FORCING},rescore_own", "--include_path", tasks, "--device", "cpu", "--batch_size", "16",
-            "--limit", "16", "--output_path", out, *extra,
-        ],
-        capture_output=True, text=True, cwd=out.parent, env=os.environ, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+def command(out: Path, tasks: Path, *extra: str, model: str = "steered-hf", model_args: str = STEERED) -> list[Any]:
+    return [
+        "lm_eval", "--model", model, "--model_args", model_args, "--tasks", f"{FORCING},rescore_own", "--include_path",
+        tasks, "--device", "cpu", "--batch_size", "16", "--limit", "16", "--output_path", out, *extra,
+    ]  # fmt: skip
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -79,24 +75,30 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.fixture(scope="module")
-def direct(own_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("work") / "direct"
-    evaluate(out, own_task, "--log_samples")
-    return out
+def runs(own_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("work")
+    run_together(
+        command(work / "direct", own_task, "--log_samples"),
+        command(work / "predicted", own_task, "--predict_only"),
+        command(work / "plain", own_task, "--log_samples", model="hf", model_args=f"pretrained={demo_model()}"),
+        cwd=work,
+    )
+    return work
 
 
-@pytest.fixture(scope="module")
-def predicted(own_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("work") / "predicted"
-    evaluate(out, own_task, "--predict_only")
-    return out
+@pytest.fixture
+def direct(runs: Path) -> Path:
+    return runs / "direct"
 
 
-@pytest.fixture(scope="module")
-def plain(own_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("work") / "plain"
-    evaluate(out, own_task, "--log_samples", model="hf", model_args=f"pretrained={demo_model()}")
-    return out
+@pytest.fixture
+def predicted(runs: Path) -> Path:
+    return runs / "predicted"
+
+
+@pytest.fixture
+def plain(runs: Path) -> Path:
+    return runs / "plain"
 
 
 def results_of(out: Path) -> dict[str, Any]:
@@ -197,18 +199,16 @@ def test_what_cannot_be_rescored_is_said(tmp_path: Path) -> None:
         Asked(about="words")
 
 
-def test_what_cannot_be_is_refused_before_anything_is_generated(own_task: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_before_anything_is_generated(
+    own_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     yaml = (own_task / "own.yaml").read_text().replace("task: rescore_own", "task: rescore_wrong")
     (tmp_path / "own.yaml").write_text(yaml.replace("- metric: lpr\n", "- {metric: lpr, expected: frensh}\n"))
-    done = subprocess.run(
-        [
-            Path(sys.executable).parent / "lm_eval", "--model", "steered-hf", "--model_args", STEERED,
-            "--tasks", "rescore_wrong", "--include_path", tmp_path, "--device", "cpu",
-        ],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0 and "unknown language 'frensh'" in done.stderr
-    assert "Running generate_until requests" not in done.stderr
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    lm = SteeredHFLM(pretrained=str(demo_model()), device="cpu")
+    monkeypatch.setattr(lm, "generate_until", lambda *_, **__: pytest.fail("something was generated"))
+    with pytest.raises(SteeringError, match="unknown language 'frensh'"):
+        simple_evaluate(model=lm, tasks=["rescore_wrong"], task_manager=manager)
 
 
 @pytest.mark.parametrize(

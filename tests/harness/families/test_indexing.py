@@ -14,7 +14,7 @@ from lm_eval_steering.harness import indexing
 from lm_eval_steering.harness.registration import register_all
 from lm_eval_steering.resources import tasks_folder
 
-SOME = "steering_xcopa_ita_Latn"
+SOME, DEMO = "steering_xcopa_ita_Latn", "steering_demo_continuation_fra_Latn"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,6 +42,7 @@ def test_names_of_ours_need_no_index_of_lm_evals(monkeypatch: pytest.MonkeyPatch
     assert manager.match_tasks([SOME]) == [SOME]
     assert manager.match_tasks(["steering_xcopa_*"]) and manager.match_tasks(["steering_nothing"]) == []
     assert len(manager.match_tasks(["steering_xcopa", "steering_deu_Latn"])) == 2  # a group and a tag
+    assert SOME in manager.task_index and "steering_nothing" not in manager.task_index
 
 
 def _only_ours(paths: Any) -> list[Any]:
@@ -55,7 +56,8 @@ def _only_ours(paths: Any) -> list[Any]:
         lambda manager: manager.match_tasks([SOME, "hellaswag"]),
         lambda manager: manager.match_tasks(["*copa_it*"]),
         lambda manager: manager.all_tasks,
-        lambda manager: manager.task_index,
+        lambda manager: list(manager.task_index),
+        lambda manager: "hellaswag" in manager.task_index,
         lambda manager: manager.load([SOME, {"task": "x"}]),
     ],
 )
@@ -82,13 +84,20 @@ def test_tasks_of_the_user_are_indexed_at_once(tmp_path: Any, monkeypatch: pytes
     assert manager.match_tasks(["steering_mine", SOME]) == sorted(["steering_mine", SOME])
 
 
-def test_the_command_validates_ours_without_the_whole_index() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["validate", "--tasks", SOME], "All tasks found and valid"),
+        (["run", "--model", "dummy", "--tasks", DEMO, "--limit", "2"], DEMO),
+    ],
+)
+def test_the_command_does_ours_without_the_whole_index(arguments: list[str], answer: str) -> None:
     code = (
         "import sys, lm_eval.tasks._index as index; build = index.TaskIndex.build\n"
         "index.TaskIndex.build = staticmethod(lambda paths: (print(len(paths), 'folders'), build(paths))[1])\n"
-        f"sys.argv = ['lm_eval', 'validate', '--tasks', '{SOME}']\n"
+        f"sys.argv = ['lm_eval', *{arguments}]\n"
         "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "1 folders" in done.stdout and "2 folders" not in done.stdout, done.stderr
-    assert "All tasks found and valid" in done.stdout
+    assert answer in done.stdout

@@ -1,0 +1,44 @@
+"""Commands one after another in one process, each from its own entry point.
+
+Most of an `lm_eval` command's time goes into imports and into reading the YAML files of 14,000 tasks: once here.
+What depends on a process of its own is tested in one of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_COMMANDS = """
+import json, sys
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.tasks.manager import TaskIndex
+from lm_eval_steering.cli import app
+build, built = TaskIndex.build, {}
+def once(paths):
+    key = tuple(map(str, paths))
+    if key not in built:
+        built[key] = build(paths)
+    return dict(built[key])
+TaskIndex.build = staticmethod(once)
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    if command[0] == "lm_eval":
+        cli_evaluate()
+    else:
+        app(standalone_mode=False)
+"""
+
+
+def run_together(*commands: Sequence[str | Path], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What they print, all of them; the first that fails ends it."""
+    listed = json.dumps([[str(part) for part in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", _COMMANDS, listed], capture_output=True, text=True, cwd=cwd, env=os.environ, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
