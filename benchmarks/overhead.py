@@ -134,14 +134,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds of a small model")
     parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--rounds", type=int, help="timed rounds; 27 by default, 5 with --quick")
+    parser.add_argument("--rounds", type=int, help="timed rounds; 9 by default, 5 with --quick")
     parser.add_argument("--peak", choices=("none", "scale"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         print(peak(options.peak))
         return
     model, neurons = build(options.quick)
-    rounds = options.rounds or (5 if options.quick else 27)
+    rounds = options.rounds or (5 if options.quick else 9)
     result = {"rounds": rounds, "steered_share": STEERED, **timed(model, neurons, rounds), "memory": memory()}
     report(result, options.json)
 

@@ -1,4 +1,4 @@
-"""Commands one after another in one process, each from its own entry point.
+"""Commands one after another in one process, each from its own entry point, and processes to kill.
 
 Most of an `lm_eval` command's time goes into imports and into reading the YAML files of 14,000 tasks: once here.
 What depends on a process of its own is tested in one of its own.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _COMMANDS = """
@@ -42,3 +44,24 @@ def run_together(*commands: Sequence[str | Path], cwd: Path | None = None) -> su
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def forked(work: Callable[[], int]) -> int:
+    """Number of a process that does something and exits with its code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """Exit code of a forked process; minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -53,7 +53,7 @@ def test_a_set_of_names_has_one_fingerprint_in_every_process() -> None:
         subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
         ).stdout
-        for seed in ("3", "4", "5")
+        for seed in ("3", "4")
     }
     assert len(found) == 1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml  # type: ignore[import-untyped,unused-ignore]
+import yaml
 from numpy.typing import NDArray
 
 from lm_eval_steering.harness.evaluated import evaluated_language

@@ -12,7 +12,7 @@ from lm_eval_steering.sweep.store import Store
 from lm_eval_steering.sweep.stored import StoreError
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
 
 def merge(folders: Sequence[Path], out: Path, items: bool = False) -> tuple[list[Path], list[str]]:

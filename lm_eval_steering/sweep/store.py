@@ -25,14 +25,15 @@ from lm_eval_steering.sweep import locks
 from lm_eval_steering.sweep.stored import StoredCell, StoreError, as_json, read_json
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
     from lm_eval_steering.sweep.cells import Cell, Grid
 
 FORMAT_VERSION = 2
 # What may lie in the folder of a sweep that other runners are beginning at this moment.
 _OURS = {
-    "plan.json", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs", "missing.csv",
+    "plan.json", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs", "engine",
+    "missing.csv",
 }  # fmt: skip
 DONE, RUNNING, FAILED, MISSING = "done", "running", "failed", "missing"
 

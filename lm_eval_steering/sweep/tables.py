@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_steering.sweep.cells import ALL, CHOOSE, REPORT
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    import pandas as pd
 
     from lm_eval_steering.sweep.stored import StoredCell
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from lm_eval_steering import resources
+from lm_eval_steering.cli import app
 from lm_eval_steering.errors import CorpusError, DidNotHappenError, NeuronSetError, RecordingError, SteeringError
 from lm_eval_steering.neurons.calibrate import calibrated
 from lm_eval_steering.neurons.find import Method, control_sets, find_neurons, random_set, select_neurons
@@ -24,6 +26,7 @@ from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording_folder import RecordingFolder
 from lm_eval_steering.neurons.runner import Runner
+from tests.commands import ended, forked
 from tests.conftest import LAYERS, UNITS, tiny_model, tiny_tokenizer
 
 LANGUAGES = ("fra_Latn", "deu_Latn", "tur_Latn")
@@ -223,31 +226,44 @@ def find_arguments(out: Path) -> list[str | Path]:
             "--rows", "sentences", "--batch-size", "4", "--rate", "0.05", "--out", out]  # fmt: skip
 
 
+def in_this_process(*arguments: str | Path) -> int:
+    app([str(argument) for argument in arguments], standalone_mode=False)
+    return 0
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A process that is forked must not need the threads of its parent."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole" / "m.safetensors", tmp_path / "killed" / "m.safetensors"
-    subprocess.run(command("find", *find_arguments(whole)), check=True, capture_output=True, env=environment)
-    process = subprocess.Popen(
-        command("find", *find_arguments(killed)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-    )
+    in_this_process("find", *find_arguments(whole))
+    process = forked(lambda: in_this_process("find", *find_arguments(killed)))
     counts = tmp_path / "killed" / "m.recording" / "counts"
     deadline = time.monotonic() + 120
     while len(list(counts.glob("*.safetensors"))) < 2:  # the third language is being recorded
-        assert process.poll() is None and time.monotonic() < deadline
+        assert os.waitpid(process, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    assert ended(process) == -signal.SIGKILL
     assert not killed.exists()
     done = {file: file.stat().st_mtime_ns for file in counts.glob("*.safetensors")}
-    subprocess.run(command("find", *find_arguments(killed)), check=True, capture_output=True, env=environment)
+    in_this_process("find", *find_arguments(killed))
     assert killed.read_bytes() == whole.read_bytes()
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in done.items()), "a finished language was done again"
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     shared = ["record", *find_arguments(tmp_path)[:-4], "--sentence-means", "--sentences", "20", "--tokens", "1500"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command(*shared, "--out", tmp_path / "one"), check=True, capture_output=True, env=environment)
+    in_this_process(*shared, "--out", tmp_path / "one")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--redirects", "3"]
     launch += ["--log-dir", str(tmp_path / "logs")]
     subprocess.run(

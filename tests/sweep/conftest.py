@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -174,27 +170,6 @@ def small_run(spell: Spell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("small") / "run"
     assert run(spell(PLAIN), out).exit_code == 0
     return out
-
-
-def forked(work: Callable[[], int]) -> int:
-    """Number of a process that does something and exits with its code."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = work()
-    except BaseException:
-        traceback.print_exc()
-        code = 99
-    os._exit(code)
-
-
-def ended(pid: int) -> int:
-    """Exit code of a forked process; minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def merged(folders: list[Path], out: Path) -> dict[str, bytes]:

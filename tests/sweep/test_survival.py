@@ -25,7 +25,8 @@ from lm_eval_steering.sweep.progress import Progress
 from lm_eval_steering.sweep.runner import Shard
 from lm_eval_steering.sweep.status import status
 from lm_eval_steering.sweep.store import Store
-from tests.sweep.conftest import PLAIN, Spell, ended, forked, merged, run
+from tests.commands import ended, forked
+from tests.sweep.conftest import PLAIN, Spell, merged, run
 
 KILLS = 10
 
