@@ -34,6 +34,7 @@ INTERVENTIONS: dict[str, dict[str, Any]] = {
     "add": {"op": "add", "value": "mean", "factor": 3.0},
     "set": {"op": "set", "value": "mean"},
     "live_max": {"op": "add", "value": "live_max"},
+    "product": {"op": "scale", "factor": 3.0, "site": "product"},
 }
 LIMITS = {"forward": 1.03, "generate": 1.05}
 

@@ -64,13 +64,16 @@ class EditAtWork:
         self._tensors: dict[torch.device, tuple[_Tensors, ...]] = {}
         self._sourced = any(each.all_terms for each in edit.maps)
 
-    def __call__(self, units: torch.Tensor, rows: ForwardRows | None, changes: LargestChange) -> torch.Tensor:
-        """A new tensor (..., unit) with the chosen units edited at the chosen positions, every other one bit-identical.
+    def __call__(
+        self, units: torch.Tensor, rows: ForwardRows | None, changes: LargestChange, in_place: bool = False
+    ) -> torch.Tensor:
+        """A tensor (..., unit) with the chosen units edited at the chosen positions, every other one bit-identical.
 
         Args:
             units: (row, position, unit), or (row * position, unit) where the family flattens them.
             rows: of the forward pass; None where a layer runs by itself.
             changes: counts the largest.
+            in_place: write into `units`, which nobody else reads; a copy of them all costs more than the edit.
         """
         check_width(units, self._width, self.edit.layer)
         rows = ForwardRows.all_prompt(units) if rows is None else rows
@@ -91,7 +94,7 @@ class EditAtWork:
         self.fired_in_forward += 1
         self.fired += 1
         changes.add(wide.detach(), after.detach())
-        return units.index_copy(-1, index, after)
+        return units.index_copy_(-1, index, after) if in_place else units.index_copy(-1, index, after)
 
     def _map(
         self,

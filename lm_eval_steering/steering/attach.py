@@ -195,8 +195,11 @@ class Steering:
 
     def _hook(self, site: LayerSites, place: _Place) -> RemovableHandle:
         # The edit is looked up in each call, so that a changed plan needs no other hook.
-        def output_hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-            return self._edits[place](output, self._rows, self._counters.largest) if self._on else None
+        def output_hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+            if not self._on:
+                return None
+            ours = _is_ours_alone(module, inputs, output)
+            return self._edits[place](output, self._rows, self._counters.largest, in_place=ours)
 
         def input_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
             if not self._on:
@@ -206,6 +209,16 @@ class Steering:
         if place[1] == "activation":
             return site.activation.register_forward_hook(_eager(output_hook))
         return site.down.register_forward_pre_hook(_eager(input_hook))
+
+
+def _is_ours_alone(module: nn.Module, inputs: Any, output: torch.Tensor) -> bool:
+    """Whether nobody misses what a module's output held: made anew, for no other hook, and not by autograd."""
+    if output.requires_grad or output.is_inference() != torch.is_inference_mode_enabled():
+        return False
+    if len(module._forward_hooks) > 1 or torch.nn.modules.module._global_forward_hooks:
+        return False
+    own = output.untyped_storage().data_ptr()
+    return all(one.untyped_storage().data_ptr() != own for one in inputs if isinstance(one, torch.Tensor))
 
 
 def forget_compiled() -> None:

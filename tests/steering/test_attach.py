@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm_eval_steering import steer
 from lm_eval_steering.architectures import FAMILIES, sites_of
@@ -272,3 +273,19 @@ def test_the_table_in_the_docs_is_the_table_in_the_code() -> None:
         for name, family in FAMILIES.items()
     ]
     assert rows[1:] == expected  # the first one is the header
+
+
+def test_what_others_hold_is_not_written_over() -> None:
+    """The activation of these models gives its input back, which another hook has seen and a gradient may need."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **CONFIGS["llama"], hidden_act="linear")
+    model = AutoModelForCausalLM.from_config(config).eval()
+    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda _m, _i, out: held.append((out, out.clone())))
+    plain = logits(model)
+    with steer(model, make_set({"fra_Latn": [(0, 1), (2, 3)]}), "fra_Latn", **STRONG):
+        steered = logits(model)
+        loss = model(IDS).logits.sum()
+    loss.backward()
+    assert not torch.equal(steered, plain) and len(held) == 3
+    assert all(torch.equal(out, copy) for out, copy in held)
