@@ -70,7 +70,7 @@ class LargestChange:
         if size > _SMALL:
             self._count(before.device, before, after)
             return
-        self._waiting.setdefault(before.device, []).append((before.reshape(-1), after.reshape(-1)))
+        self._waiting.setdefault(before.device, []).append((before, after))
         self._size += size
         if self._size > _SMALL * _MANY:
             self.settle()
@@ -78,7 +78,9 @@ class LargestChange:
     def settle(self) -> None:
         """Count what waits, and let go of it."""
         for device, pairs in self._waiting.items():
-            self._count(device, *(torch.cat(parts) for parts in zip(*pairs, strict=True)))
+            self._count(
+                device, *(torch.cat([part.reshape(-1) for part in parts]) for parts in zip(*pairs, strict=True))
+            )
         self._waiting.clear()
         self._size = 0
 

@@ -11,6 +11,8 @@ from lm_eval_steering.harness.scoring.tree import Row
 # Logits in hand at once, in numbers: 32 MB in float32 on a processor, 256 MB in bfloat16 elsewhere.
 LOGITS = {"cpu": 2**23}
 LOGITS_ELSEWHERE = 2**27
+# Tokens of a batch, beyond which its activations leave a processor's cache (`benchmarks.rolling`).
+TOKENS = {"cpu": 768}
 # Pads of a batch, in tokens, at which a forward pass more costs less.
 PADS = {"cpu": 48}
 PADS_ELSEWHERE = 1024
@@ -32,9 +34,10 @@ class Budget:
 
     @classmethod
     def like(cls, batch_size: int, longest: int, vocabulary: int, device: str) -> Budget:
-        """The tokens that lm-eval's own first batch would hold: `batch_size` rows of the longest request."""
+        """The tokens that lm-eval's own first batch would hold, `batch_size` rows of the longest request, or fewer."""
         positions = LOGITS.get(device, LOGITS_ELSEWHERE) // vocabulary
-        return cls(batch_size * longest, max(1, positions), PADS.get(device, PADS_ELSEWHERE))
+        tokens = min(batch_size * longest, TOKENS.get(device, sys.maxsize))
+        return cls(tokens, max(1, positions), PADS.get(device, PADS_ELSEWHERE))
 
     @classmethod
     def unlimited(cls) -> Budget:
