@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BENCHMARKS := scoring memory loop rolling generation growth overhead record export
 
+# Many processes are started here: what they import is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test bench check clean
 .DELETE_ON_ERROR:
 
@@ -11,8 +14,9 @@ demo: $(VENV)/installed
 	$(BIN)/lm-eval-steering sweep "$$($(BIN)/lm-eval-steering where demo-plan)" --out demo-results/sweep
 	$(BIN)/lm-eval-steering report demo-results/sweep --out demo-results/report
 
+# In the order of the files: those with the fewest tests, which would come last, take the longest.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/installed
 	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done

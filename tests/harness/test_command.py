@@ -165,11 +165,14 @@ def test_a_broken_plugin_does_not_break_lm_eval(run: Run, local_task: Path, tmp_
     for folder in (package.parent, package):
         (folder / "__init__.py").touch()
     (package / "registration.py").write_text("raise RuntimeError('broken on purpose')")
-    done = run(
-        "lm_eval", "--model", "dummy", "--tasks", "xcopa_it_local", "--include_path", local_task,
-        PYTHONPATH=str(tmp_path),
-    )  # fmt: skip
+    evaluate = (
+        "from lm_eval import simple_evaluate; from lm_eval.tasks import TaskManager;"
+        f"own = TaskManager(include_path={str(local_task)!r}, include_defaults=False);"
+        "print(simple_evaluate('dummy', tasks=['xcopa_it_local'], task_manager=own)['results'])"
+    )
+    done = run("python", "-c", evaluate, PYTHONPATH=str(tmp_path))
     assert "could not register with lm_eval.models: RuntimeError('broken on purpose')" in done.stderr
+    assert "xcopa_it_local" in done.stdout
 
 
 def test_where_answers_people_and_scripts(run: Run) -> None:
