@@ -39,7 +39,8 @@ def sweep(
     os.environ["TQDM_DISABLE"] = "1"  # read by tqdm once, when it is imported
     from lm_eval_steering.harness.repeated import be_quiet
     from lm_eval_steering.neurons.ranks import launched
-    from lm_eval_steering.sweep.runner import Shard, run_sweep
+    from lm_eval_steering.sweep.run import run_sweep
+    from lm_eval_steering.sweep.runner import Shard
     from lm_eval_steering.sweep.schema import read_plan
 
     found = read_plan(plan, set_ or ())

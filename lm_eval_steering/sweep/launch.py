@@ -37,7 +37,8 @@ class ShardJob:
         self._join_other_processes()
         from lm_eval_steering.harness.repeated import be_quiet
         from lm_eval_steering.sweep.cells import spell_out
-        from lm_eval_steering.sweep.runner import Shard, run_sweep
+        from lm_eval_steering.sweep.run import run_sweep
+        from lm_eval_steering.sweep.runner import Shard
 
         be_quiet()
         grid = spell_out(build_plan(self.plan))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError
@@ -299,14 +298,3 @@ class Runner:
     def _same(self, value: Any) -> Any:
         """The first process's value, on all of them."""
         return self.ranks.gather(value)[0]
-
-
-def run_sweep(grid: Grid, out: Path, shard: Shard | None = None, retry_failed: bool = False) -> Outcome:
-    """Run what is missing of a plan into a folder."""
-    if grid.plan.engine.is_external:
-        from lm_eval_steering.sweep.engine import run_engine  # which builds on this module
-
-        if shard is not None:
-            raise PlanError(f"--shard with engine {grid.plan.engine.name}: its commands are what is dealt to jobs")
-        return run_engine(grid, out)
-    return Runner(grid, Store(out), shard, retry_failed).run()

@@ -26,7 +26,8 @@ from lm_eval_steering.sweep import Store
 from lm_eval_steering.sweep.cells import Grid
 from lm_eval_steering.sweep.engine import EngineRunner, engine_grid
 from lm_eval_steering.sweep.progress import Progress
-from lm_eval_steering.sweep.runner import SOME_FAILED, WAITING, Outcome, Shard, run_sweep
+from lm_eval_steering.sweep.run import run_sweep
+from lm_eval_steering.sweep.runner import SOME_FAILED, WAITING, Outcome, Shard
 from lm_eval_steering.sweep.schema import build_plan
 from lm_eval_steering.sweep.status import describe, status
 from tests.commands import ended, forked
