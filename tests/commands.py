@@ -11,9 +11,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 _COMMANDS = """
 import json, sys
@@ -33,6 +37,10 @@ for command in json.loads(sys.argv[1]):
         app(standalone_mode=False)
 """
 
+# tqdm's own lock is one for all processes, and stays held where one is killed that has it. A thread may hold this one
+# at the moment of a fork, so each child gets its own.
+tqdm.set_lock(threading.RLock())
+
 
 def run_together(*commands: Sequence[str | Path], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """What they print, all of them; the first that fails ends it."""
@@ -51,6 +59,8 @@ def forked(work: Callable[[], int]) -> int:
     pid = os.fork()
     if pid:
         return pid
+    tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(1)  # PyTorch's own pool, made anew here and not by two threads that load weights at once
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         code = work()
