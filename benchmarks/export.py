@@ -10,7 +10,6 @@ model's files that were looked at, and that the system takes back where it needs
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from benchmarks.measure import report
+from benchmarks.measure import options_of, report
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
 
 LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -108,10 +107,7 @@ def measure(work: Path, shape: dict[str, int], layers: int, shard_bytes: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = options_of(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as work:
         found = measure(Path(work), QUICK, 4, 10**8) if options.quick else measure(Path(work), LARGE, 8, 10**9)
     report(found, options.json)

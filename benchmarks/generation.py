@@ -11,10 +11,8 @@ longer or shorter ones in `clauses`. Ours also identifies the language of each o
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from lm_eval.api.instance import Instance
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.items import demo_model, rivals, texts
-from benchmarks.measure import interleaved, ratio, report
+from benchmarks.measure import interleaved, options_of, ratio, report
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"until": [], "do_sample": False, "max_gen_toks": 16, "min_new_tokens": 16},
@@ -74,10 +72,7 @@ def compare(plain: Any, ours: Any, requests: list[Instance], rounds: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = options_of(__doc__).parse_args()
     number, rounds = (16, 3) if options.quick else (48, 7)
     result: dict[str, Any] = {"demo": measured(demo_model, number, rounds), "limit": LIMIT}
     if not options.quick:

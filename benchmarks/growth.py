@@ -11,7 +11,6 @@ Factors share the unsteered scores, languages do not.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from benchmarks.items import Pairs, demo_model, lss, requests_of, rivals, texts
-from benchmarks.measure import interleaved, report
+from benchmarks.measure import interleaved, options_of, report
 
 OPTIONS, CONTEXTS, REPEATS = (1, 2, 4, 8), (25, 50, 100, 200), (1, 2, 4)
 QUICK = ((1, 4), (25, 100), (1, 4))
@@ -96,9 +95,7 @@ def draw(tables: dict[str, Table], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser = options_of(__doc__)
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     options, contexts, numbers = QUICK if arguments.quick else (OPTIONS, CONTEXTS, REPEATS)

@@ -10,10 +10,8 @@ removes the hooks. Interleaved rounds; the median of the ratios in each round.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from benchmarks.items import (
     rolling_of,
     texts,
 )
-from benchmarks.measure import interleaved, ratio, report
+from benchmarks.measure import interleaved, options_of, ratio, report
 
 ITEMS = {"xcopa": 60, "options": 12, "lss": 80, "xwinograd": 60}
 LIMITS = {"xcopa": 0.5, "options": 0.5, "lss": 0.5, "xwinograd": 0.8, "rolling": 0.8}
@@ -117,10 +115,7 @@ def measured(build: Callable[[], Any], shapes: list[str], share: float, rounds: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = options_of(__doc__).parse_args()
     share, rounds = (0.4, 3) if options.quick else (1.0, 7)
     demo = measured(demo_model, [*ITEMS, "rolling"], share, rounds)
     result: dict[str, Any] = {"demo": demo, "limits": LIMITS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -64,3 +65,11 @@ def report(result: Mapping[str, Any], file: Path | None) -> None:
     print(text)
     if file is not None:
         file.write_text(text + "\n")
+
+
+def options_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few items and rounds, or a small model")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    return parser

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.items import SHAPES, large_vocabulary_model, requests_of, rivals
-from benchmarks.measure import report
+from benchmarks.measure import options_of, report
 
 ITEMS = {"xcopa": 20, "options": 3, "belebele": 4}
 QUICK = {"xcopa": 8}
@@ -70,9 +70,7 @@ def peaks(items: Mapping[str, int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser = options_of(__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="xcopa", help=argparse.SUPPRESS)
     parser.add_argument("--items", type=int, default=8, help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=NAMES, help=argparse.SUPPRESS)

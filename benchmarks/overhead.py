@@ -15,14 +15,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import interleaved, ratio, report
+from benchmarks.measure import interleaved, options_of, ratio, report
 from lm_eval_steering import steer
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance, Statistics, union_of
 
@@ -132,9 +131,7 @@ def memory() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds of a small model")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser = options_of(__doc__)
     parser.add_argument("--rounds", type=int, help="timed rounds; 9 by default, 5 with --quick")
     parser.add_argument("--peak", choices=("none", "scale"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -9,16 +9,14 @@ tokens a second.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import interleaved, ratio, report
+from benchmarks.measure import interleaved, options_of, ratio, report
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.observe import Batches
 from lm_eval_steering.neurons.recording import count_active
@@ -48,10 +46,7 @@ def build(quick: bool) -> tuple[Any, Batches]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = options_of(__doc__).parse_args()
     model, batches = build(options.quick)
     sites = sites_of(model)
 

@@ -9,21 +9,16 @@ the largest relative difference of unsteered values.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from pathlib import Path
 
 from benchmarks.items import demo_model, rivals, rolling_of, texts
-from benchmarks.measure import interleaved, ratio, report
+from benchmarks.measure import interleaved, options_of, ratio, report
 
 LIMIT = 0.95
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = options_of(__doc__).parse_args()
     plain, ours = rivals(demo_model)
     requests = rolling_of(texts(12 if options.quick else 40))
     works = {

@@ -11,16 +11,14 @@ there is peak memory too (`benchmarks.memory`).
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
 
 from benchmarks.items import SHAPES, demo_model, large_vocabulary_model, requests_of, rivals
-from benchmarks.measure import interleaved, ratio, report
+from benchmarks.measure import interleaved, options_of, ratio, report
 from benchmarks.memory import ITEMS as MEMORY
 from benchmarks.memory import peaks
 
@@ -84,10 +82,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = options_of(__doc__).parse_args()
     demo = measured(demo_model, QUICK if options.quick else ITEMS, 5 if options.quick else 9)
     result = {"ratios": ratios(demo), "limits": LIMITS, "demo": demo}
     if not options.quick:

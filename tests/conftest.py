@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lm_eval_steering import cli
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics, union_of
 
 # A busy machine is no failure.
@@ -118,3 +122,31 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"no shared data at {SHARED} (set LM_EVAL_STEERING_SHARED): its licences keep it out of here")
     return SHARED / "data"
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Our command in this process: (exit code, output, errors)."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lm-eval-steering", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """A process that is forked must not need the threads of its parent."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

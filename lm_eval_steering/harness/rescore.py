@@ -17,6 +17,7 @@ from typing import Any
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.fingerprint import fingerprint
+from lm_eval_steering.harness.aggregation import aggregated
 from lm_eval_steering.harness.expected import expected_language, options_of
 from lm_eval_steering.harness.registration import METRICS, register_all
 from lm_eval_steering.languages import normalise
@@ -28,7 +29,6 @@ from lm_eval_steering.neurons.loading import versions
 
 _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
 _SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<date>{_DATE})\.jsonl")
-_BOOTSTRAPS = 100_000  # lm-eval's own number; none of our aggregations is bootstrapped
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,6 @@ def _options(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _aggregate(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, int]]:
     """One task's scores under lm-eval's keys, with lm-eval's standard errors, and the number of values of each."""
-    from lm_eval.api.metrics import stderr_for_metric
     from lm_eval.api.registry import aggregation_registry
 
     items: dict[tuple[str, str], list[Any]] = defaultdict(list)
@@ -236,10 +235,7 @@ def _aggregate(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[
                 items[name, row["filter"]].append(row[name])
     scores: dict[str, Any] = {}
     for (name, of), values in items.items():
-        aggregation = aggregation_registry.get(METRICS[name][2])
-        error = stderr_for_metric(aggregation, _BOOTSTRAPS)
-        scores[f"{name},{of}"] = aggregation(values)
-        scores[f"{name}_stderr,{of}"] = error(values) if error and len(values) > 1 else "N/A"
+        scores |= aggregated(name, of, aggregation_registry.get(METRICS[name][2]), values)
     return scores, {f"{name},{of}": len(values) for (name, of), values in items.items()}
 
 

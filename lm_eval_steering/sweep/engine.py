@@ -317,8 +317,3 @@ class EngineRunner(Runner):
         if "\n" in command:
             raise PlanError("engine: a line break, as in system_instruction, cannot stand in commands.txt; take it out")
         return command
-
-
-def run_engine(grid: Grid, out: Path, progress: Progress | None = None) -> Outcome:
-    """Read the engine's results into a sweep's folder, and write commands for what is missing."""
-    return EngineRunner(grid, Store(out), progress).run()

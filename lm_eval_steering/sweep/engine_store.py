@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.fingerprint import fingerprint
+from lm_eval_steering.harness.aggregation import aggregated, values_of
 from lm_eval_steering.harness.registration import METRICS
 from lm_eval_steering.metrics import pass_rates
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
@@ -19,7 +20,7 @@ from lm_eval_steering.sweep.cells import Cell, Grid
 from lm_eval_steering.sweep.engine_items import prepared
 from lm_eval_steering.sweep.engine_results import Answer, Asked
 from lm_eval_steering.sweep.evaluate import facts_of, put_cell
-from lm_eval_steering.sweep.schema import BOOTSTRAPS, Plan
+from lm_eval_steering.sweep.schema import Plan
 
 _BY_TASK = {
     "results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes",
@@ -52,8 +53,10 @@ def rescore(answer: Answer, task: Any, name: str, identifier: LanguageIdentifier
     """
     if task.OUTPUT_TYPE != "generate_until" or not set(task.aggregation()) & set(METRICS):
         return
-    before = _values(answer.samples)
-    after: dict[tuple[str, str], list[Any]] = {}
+    from lm_eval.api.metrics import mean
+
+    before = values_of(answer.samples)
+    after: dict[tuple[str, str], list[Any]] = {}  # before they become JSON
     for sample in answer.samples:
         texts = [_identified(found, identifier, targets) for found in sample["filtered_resps"]]
         for metric in sample["metrics"]:
@@ -68,7 +71,7 @@ def rescore(answer: Answer, task: Any, name: str, identifier: LanguageIdentifier
         row.pop(f"{metric}_stderr,{filter_}", None)
     for (metric, filter_), values in after.items():
         if before.get((metric, filter_)) != _plain(values):
-            row |= _aggregated(task, metric, filter_, values)
+            row |= aggregated(metric, filter_, task.aggregation().get(metric, mean), values)
 
 
 def _identified(found: Any, identifier: LanguageIdentifier, targets: Sequence[str]) -> Any:
@@ -77,31 +80,11 @@ def _identified(found: Any, identifier: LanguageIdentifier, targets: Sequence[st
     return IdentifiedText.of(found, identifier, targets) if isinstance(found, str) else found
 
 
-def _values(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Any]]:
-    found: dict[tuple[str, str], list[Any]] = {}
-    for sample in samples:
-        for metric in sample["metrics"]:
-            found.setdefault((metric, sample["filter"]), []).append(sample[metric])
-    return found
-
-
 def _plain(found: Any) -> Any:
     """As JSON gives it back."""
     from lm_eval.utils import handle_non_serializable
 
     return json.loads(json.dumps(found, default=handle_non_serializable))
-
-
-def _aggregated(task: Any, metric: str, filter_: str, values: list[Any]) -> dict[str, Any]:
-    """lm-eval's two entries of a metric; standard errors as lm-eval's own default has them."""
-    from lm_eval.api.metrics import mean, stderr_for_metric
-
-    aggregation = task.aggregation().get(metric, mean)
-    error = stderr_for_metric(aggregation, BOOTSTRAPS)
-    return {
-        f"{metric},{filter_}": aggregation(values),
-        f"{metric}_stderr,{filter_}": error(values) if error and len(values) > 1 else "N/A",
-    }
 
 
 def store_answer(folder: Path, grid: Grid, cell: Cell, answer: Answer, asked: Asked) -> None:

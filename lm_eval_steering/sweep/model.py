@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.harness.aggregation import values_of
 from lm_eval_steering.harness.model import SteeredHFLM
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -202,7 +203,7 @@ class SweepModel(SteeredHFLM):
         if _are_samples(found):
             self._samples = {task: in_order([part[task] for part in found]) for task in found[0]}
             return [self._samples]
-        values = {task: _metric_values(self._samples[task]) for task in obj}
+        values = {task: values_of(self._samples[task]) for task in obj}
         for task, own in values.items():
             if unseen := own.keys() - obj[task].keys():
                 # lm-eval looks for the metrics of its first process alone, and would leave this one out.
@@ -235,12 +236,3 @@ def in_order(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         sample["resps"] = [answers[:repeats] for answers in sample["resps"]]
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     return sorted(samples, key=lambda sample: (filters.index(sample["filter"]), sample["doc_id"]))
-
-
-def _metric_values(samples: list[dict[str, Any]]) -> dict[tuple[str, str], list[Any]]:
-    """lm-eval's raw values by (metric, filter)."""
-    found: dict[tuple[str, str], list[Any]] = {}
-    for sample in samples:
-        for metric in sample["metrics"]:
-            found.setdefault((metric, sample["filter"]), []).append(sample[metric])
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lm_eval_steering.sweep.cells import Grid
-from lm_eval_steering.sweep.engine import run_engine
+from lm_eval_steering.sweep.engine import EngineRunner
 from lm_eval_steering.sweep.runner import Outcome, Runner, Shard
 from lm_eval_steering.sweep.schema import PlanError
 from lm_eval_steering.sweep.store import Store
@@ -18,4 +18,4 @@ def run_sweep(grid: Grid, out: Path, shard: Shard | None = None, retry_failed: b
         return Runner(grid, Store(out), shard, retry_failed).run()
     if shard is not None:
         raise PlanError(f"--shard with engine {engine.name}: its commands are what is dealt to jobs")
-    return run_engine(grid, out)
+    return EngineRunner(grid, Store(out)).run()

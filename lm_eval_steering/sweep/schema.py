@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lm_eval_steering import languages as codes
 from lm_eval_steering.errors import SteeringError, did_you_mean
+from lm_eval_steering.harness.aggregation import BOOTSTRAPS
 
 Number = float | int
 STEERED_HF: Literal["steered-hf"] = "steered-hf"
 _RESCORING = {"lid", "lid_threshold", "lid_letters"}  # arguments of `steered-hf` that are about finished text
-BOOTSTRAPS = 100_000  # of lm-eval's command
 
 
 class PlanError(SteeringError):

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,15 +228,6 @@ def find_arguments(out: Path) -> list[str | Path]:
 def in_this_process(*arguments: str | Path) -> int:
     app([str(argument) for argument in arguments], standalone_mode=False)
     return 0
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A process that is forked must not need the threads of its parent."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from lm_eval_steering import cli
 from lm_eval_steering.report.make import read_sweep
 from lm_eval_steering.report.results import compute
 from lm_eval_steering.sweep.merge import merge
 from lm_eval_steering.sweep.split import REPORT, half_of
+from tests.conftest import Command
 from tests.report.synthetic import FolderOfCells, right
 
-Command = Callable[..., tuple[int, str, str]]
 TASK = "steering_xcopa_fra_Latn"
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lm-eval-steering", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lm_eval_steering.resources import tasks_folder
 from lm_eval_steering.sweep.cells import Grid, spell_out
@@ -111,12 +110,8 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A process that is forked must not need the threads of its parent."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def ready_to_fork(one_thread: None) -> None:
+    """All of these tests may fork."""
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
-from lm_eval_steering import cli
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.sweep import Store
 from lm_eval_steering.sweep.cells import Grid
@@ -105,21 +101,6 @@ def test_the_whole_set_where_the_plan_says_so(spell: Spell, tmp_path: Path) -> N
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[object]:
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lm-eval-steering", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
 
 
 def test_sweep_status_and_merge(command, spell: Spell, task_files: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -35,16 +35,15 @@ class Baseline:
         """Number of answers."""
         return self._size
 
-    def get(self, batch: Sequence[Row]) -> list[Numbered] | None:
-        """Answers of a batch, if they are kept."""
-        key = _digest(batch)
+    def get(self, key: bytes) -> list[Numbered] | None:
+        """Answers of the batch with this `digest_of`, if they are kept."""
         if key in self._batches:
             self._batches.move_to_end(key)
         return self._batches.get(key)
 
-    def keep(self, batch: Sequence[Row], answers: list[Numbered]) -> None:
+    def keep(self, key: bytes, answers: list[Numbered]) -> None:
         """Keep the answers of a batch that `get` did not find."""
-        self._batches[_digest(batch)] = answers
+        self._batches[key] = answers
         self._size += len(answers)
         while self._size > self._limit and len(self._batches) > 1:
             self._size -= len(self._batches.popitem(last=False)[1])
@@ -55,7 +54,7 @@ class Baseline:
         self._size = 0
 
 
-def _digest(batch: Sequence[Row]) -> bytes:
+def digest_of(batch: Sequence[Row]) -> bytes:
     """What a batch is: tokens and depths tell the trees."""
     told = [(row.tokens, row.depths, row.scored) for row in batch]
     return hashlib.sha256(repr(told).encode()).digest()

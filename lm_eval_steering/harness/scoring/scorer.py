@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.harness.batches import Request, Rows
-from lm_eval_steering.harness.scoring.baseline import Answer, Baseline, Numbered
+from lm_eval_steering.harness.scoring.baseline import Answer, Baseline, Numbered, digest_of
 from lm_eval_steering.harness.scoring.batches import Budget, batches
 from lm_eval_steering.harness.scoring.choose import Way, way_of
 from lm_eval_steering.harness.scoring.head import head_at, log_probabilities, with_inputs
@@ -188,11 +188,12 @@ class Scorer:
             return steered, []
         if self._lm.steering is None:
             return steered, steered
-        unsteered = self._baseline.get(batch)
+        key = digest_of(batch)
+        unsteered = self._baseline.get(key)
         if unsteered is None:
             with self._lm.steering.suspended():
                 unsteered = self._answers(packed)
-            self._baseline.keep(batch, unsteered)
+            self._baseline.keep(key, unsteered)
         return steered, unsteered
 
     def _pack(self, way: Way, batch: list[Row]) -> Packed:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from lm_eval_steering.harness.scoring.baseline import Baseline
+from lm_eval_steering.harness.scoring.baseline import Baseline, digest_of
 from lm_eval_steering.harness.scoring.tree import Entry, Row
 from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
 from tests.harness.scoring.conftest import FRENCH, instances, loaded, neurons
 
 
-def batch(*tokens: int) -> list[Row]:
+def batch(*tokens: int) -> bytes:
     row = Row(prompt=1)
     row.add(Entry(tokens, 1, (1,), 0), 0)
-    return [row]
+    return digest_of([row])
 
 
 def test_what_was_not_asked_for_longest_goes() -> None:
