@@ -20,7 +20,7 @@ from lm_eval_steering.fingerprint import weights_digest
 from lm_eval_steering.neurons.loading import LazyModel, versions
 from lm_eval_steering.neurons.log import Log
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.steering.attach import fitting_sites
+from lm_eval_steering.steering.fitting import fitting_sites
 
 _WIDTH = 100  # columns of plain text
 

@@ -31,7 +31,8 @@ from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.log import Log
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.steering.attach import fitting_sites, steer
+from lm_eval_steering.steering.attach import steer
+from lm_eval_steering.steering.fitting import fitting_sites
 
 _STATES = 64  # hidden states that go through the head at a time: 64 x vocabulary floats
 

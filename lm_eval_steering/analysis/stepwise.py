@@ -24,7 +24,8 @@ from lm_eval_steering.metrics.language_id import UNKNOWN, Identified, LanguageId
 from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.log import Log
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.steering.attach import fitting_sites, steer
+from lm_eval_steering.steering.attach import steer
+from lm_eval_steering.steering.fitting import fitting_sites
 
 EMPTY = "empty"
 

@@ -80,7 +80,7 @@ class EditAtWork:
         if units.shape[:-1].numel() != rows.shape[0] * rows.shape[1]:
             raise InterventionError(
                 f"layer {self.edit.layer}: {tuple(units.shape)} units where the decoder was given {rows.shape[0]} rows "
-                f"of {rows.shape[1]} positions (a prompt-tuning adapter adds positions of its own)"
+                f"of {rows.shape[1]} positions"
             )
         maps = self._on(units.device)
         index = self._index[units.device]

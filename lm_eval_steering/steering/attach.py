@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lm_eval_steering.architectures import LayerSites, ModelSites, model_type_of, sites_of
-from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError
-from lm_eval_steering.fingerprint import weights_sketch
+from lm_eval_steering.architectures import LayerSites, ModelSites
+from lm_eval_steering.errors import DidNotHappenError, InterventionError
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.apply import EditAtWork
 from lm_eval_steering.steering.evidence import Counters, Evidence
+from lm_eval_steering.steering.fitting import fitting_sites
 from lm_eval_steering.steering.intervention import from_arguments
 from lm_eval_steering.steering.plan import Plan, compile_plan
 from lm_eval_steering.steering.rows import Declared, ForwardRows, RowReader
 
-__all__ = ["Evidence", "Steering", "fitting_sites", "steer"]
+__all__ = ["Evidence", "Steering", "steer"]
 
 _Place = tuple[int, str]  # layer and site
 
@@ -38,7 +38,7 @@ class Steering:
         """Prepare; nothing is attached yet.
 
         Args:
-            sites: where the model's units are (`architectures.sites_of`, `fitting_sites`).
+            sites: where the model's units are (`architectures.sites_of`, `fitting.fitting_sites`).
             plan: compiled for this model's shape.
         """
         self._sites = sites
@@ -230,53 +230,6 @@ def forget_compiled() -> None:
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     """The same, which torch.compile leaves as it is: its counters and checks are Python's."""
     return torch.compiler.disable(hook)
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Refuse tensor parallelism, in which each device holds a part of every layer's units.
-
-    Raises:
-        ArchitectureError: naming a split parameter.
-    """
-    for name, parameter in model.named_parameters():
-        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
-            raise ArchitectureError(
-                f"{name} is split over devices (tensor parallelism), so a unit's number means another neuron on each; "
-                "load the model without tp_plan, whole or with parallelize=True"
-            )
-
-
-def fitting_sites(
-    model: nn.Module,
-    neurons: NeuronSet,
-    *,
-    sites: str | None = None,
-    force: bool = False,
-    sketch: Sequence[float] | None = None,
-    name: str = "this model",
-    found: ModelSites | None = None,
-) -> ModelSites:
-    """Where the model's units are, if the neuron set is of this model.
-
-    Args:
-        model: a causal language model of transformers, PEFT-wrapped or not.
-        neurons: the set.
-        sites: where the units are, if neither the family is known nor the set says it.
-        force: accept a set of other weights, or of another model that has all of the neurons.
-        sketch: of the model's weights, if it is known already.
-        name: of the model, for the message.
-        found: where the units are, if it was found out before.
-
-    Raises:
-        NeuronSetError: if the set belongs to another model.
-        ArchitectureError: if the units are not found, or are split over devices.
-    """
-    refuse_sharded(model)
-    found = found or sites_of(model, sites or neurons.provenance.sites or None)
-    neurons.check_model(found.shape.layers, found.shape.units, model_type_of(model.config), force)
-    if not force:
-        neurons.check_weights(weights_sketch(model) if sketch is None else sketch, name)
-    return found
 
 
 def steer(

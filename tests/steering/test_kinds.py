@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from lm_eval_steering import steer
 from lm_eval_steering.architectures import sites_of
@@ -147,13 +148,8 @@ def test_tensors_follow_the_device_of_their_layer() -> None:
     assert {device.type for device in edit._index} == {"meta"}
 
 
-def test_a_prompt_tuning_adapter_is_refused_by_its_shape() -> None:
-    from lm_eval_steering.errors import InterventionError
-
-    model = tiny_model("llama")
-    with steer(model, SET, "fra", op="add") as steering:
-        steering._before_forward(model, (IDS,), {})
-        rows = steering._rows
-        edit = next(iter(steering._edits.values()))
-        with pytest.raises(InterventionError, match="prompt-tuning adapter adds positions"):
-            edit(torch.zeros(2, 8, 24), rows, LargestChange())
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_an_adapter_that_adds_positions_is_refused(kind: Any) -> None:
+    adapted = get_peft_model(tiny_model("llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ArchitectureError, match="adds positions of its own to every request"):
+        steer(adapted, SET, "fra", op="add")
