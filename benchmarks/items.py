@@ -26,6 +26,7 @@ LARGE_VOCABULARY = LlamaConfig(
     hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8, vocab_size=128_256,
     max_position_embeddings=2048, tie_word_embeddings=False,
 )  # fmt: skip
+LANGUAGES = ("eng_Latn", "deu_Latn", "fra_Latn")
 STEERED = 1 / 32  # share of the units that are steered in each layer
 Pairs = list[list[tuple[str, str]]]  # of each item: (context, continuation) of each option
 
@@ -89,10 +90,19 @@ def lss(number: int) -> Pairs:
     ]  # fmt: skip
 
 
+def sentences(number: int) -> list[str]:
+    """Of FLORES, in languages that the demo model knows."""
+    rows = itertools.chain.from_iterable(_rows("flores200", f"{code}.devtest.jsonl") for code in LANGUAGES)
+    found = [row["sentence"] for row in itertools.islice(rows, number)]
+    if len(found) < number:
+        raise ValueError(f"{number} sentences were asked for, {len(found)} are in {LANGUAGES}")
+    return found
+
+
 def texts(number: int) -> list[str]:
     """Paragraphs of five sentences."""
-    sentences = [row.get("text", row.get("sentence", "")) for row in _rows("flores200", "eng_Latn.devtest.jsonl")]
-    return [" ".join(sentences[5 * place : 5 * place + 5]) for place in range(number)]
+    found = sentences(5 * number)
+    return [" ".join(found[5 * place : 5 * place + 5]) for place in range(number)]
 
 
 SHAPES: dict[str, Callable[[int], Pairs]] = {

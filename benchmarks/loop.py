@@ -24,12 +24,14 @@ from benchmarks.items import (
     requests_of,
     rivals,
     rolling_of,
+    sentences,
     texts,
 )
 from benchmarks.measure import interleaved, options_of, ratio, report
 
 ITEMS = {"xcopa": 60, "options": 12, "lss": 80, "xwinograd": 60}
-LIMITS = {"xcopa": 0.5, "options": 0.5, "lss": 0.5, "xwinograd": 0.8, "rolling": 0.8}
+ROLLING = {"rolling, sentences": (sentences, 80), "rolling, paragraphs": (texts, 16)}
+LIMITS = {"xcopa": 0.5, "options": 0.5, "lss": 0.5, "xwinograd": 0.8, **dict.fromkeys(ROLLING, 0.8)}
 LIMITS_LARGE = {"xcopa": 0.3, "options": 0.3, "lss": 0.3}
 
 
@@ -72,10 +74,10 @@ class Loop:
                 handle.remove()
         return scores
 
-    def rolling(self, paragraphs: list[str]) -> list[float]:
+    def rolling(self, wholes: list[str]) -> list[float]:
         """Likelihoods of whole texts, each in one window."""
         scores = []
-        for text in paragraphs:
+        for text in wholes:
             handles = self._hooks()
             tokens = self._windows(text)
             scores.append(self._row([0, *tokens], len(tokens)))
@@ -90,11 +92,12 @@ def measured(build: Callable[[], Any], shapes: list[str], share: float, rounds: 
     loop = Loop(ours, build())
     found = {}
     for name in shapes:
-        if name == "rolling":
-            paragraphs = texts(max(4, int(16 * share)))
-            requests = rolling_of(paragraphs)
+        if name in ROLLING:
+            wholes, number = ROLLING[name]
+            whole = wholes(max(4, int(number * share)))
+            requests = rolling_of(whole)
             works: dict[str, Callable[[], Any]] = {
-                "loop": lambda p=paragraphs: loop.rolling(p),
+                "loop": lambda w=whole: loop.rolling(w),
                 "ours": lambda r=requests: ours.loglikelihood_rolling(r, disable_tqdm=True),
             }
         else:
@@ -117,7 +120,7 @@ def measured(build: Callable[[], Any], shapes: list[str], share: float, rounds: 
 def main() -> None:
     options = options_of(__doc__).parse_args()
     share, rounds = (0.4, 3) if options.quick else (1.0, 7)
-    demo = measured(demo_model, [*ITEMS, "rolling"], share, rounds)
+    demo = measured(demo_model, [*ITEMS, *ROLLING], share, rounds)
     result: dict[str, Any] = {"demo": demo, "limits": LIMITS}
     if not options.quick:
         result["vocabulary of 128k"] = measured(large_vocabulary_model, list(LIMITS_LARGE), 0.2, 5)

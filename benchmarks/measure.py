@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import bootstrap
 
 
 def interleaved(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -39,6 +41,13 @@ def synchronize() -> None:
 def ratio(seconds: Mapping[str, list[float]], name: str, rival: str) -> float:
     """Median over the rounds of one work's time over its rival's in the same round."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[rival], strict=True))
+
+
+def interval(seconds: Mapping[str, list[float]], name: str, rival: str) -> tuple[float, float]:
+    """95 % of the bootstrapped medians of the same ratios."""
+    ratios = np.array(seconds[name]) / np.array(seconds[rival])
+    low, high = bootstrap((ratios,), np.median, method="percentile", rng=0).confidence_interval
+    return float(low), float(high)
 
 
 def machine() -> dict[str, Any]:

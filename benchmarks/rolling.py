@@ -1,4 +1,4 @@
-"""Rolling likelihood of a steered model against lm-eval's `--model hf`, unsteered, on paragraphs of unequal length.
+"""Rolling likelihood of a steered model against lm-eval's `--model hf`, unsteered, on sentences and on paragraphs.
 
     python -m benchmarks.rolling             # the demo model
     python -m benchmarks.rolling --quick --json rolling.json
@@ -10,8 +10,9 @@ the largest relative difference of unsteered values.
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
-from benchmarks.items import demo_model, rivals, rolling_of, texts
+from benchmarks.items import demo_model, rivals, rolling_of, sentences, texts
 from benchmarks.measure import interleaved, options_of, ratio, report
 
 LIMIT = 0.95
@@ -20,24 +21,29 @@ LIMIT = 0.95
 def main() -> None:
     options = options_of(__doc__).parse_args()
     plain, ours = rivals(demo_model)
-    requests = rolling_of(texts(12 if options.quick else 40))
+    rounds = 5 if options.quick else 9
+    shapes = {"sentences": sentences(60 if options.quick else 200), "paragraphs": texts(12 if options.quick else 40)}
+    found = {name: measured(plain, ours, own, rounds) for name, own in shapes.items()}
+    report({**found, "limit": LIMIT, "scoring": ours.scorer.report()}, options.json)
+
+
+def measured(plain: Any, ours: Any, own: list[str], rounds: int) -> dict[str, Any]:
+    """Seconds and ratios, and the largest relative difference."""
+    requests = rolling_of(own)
     works = {
         "hf": lambda: plain.loglikelihood_rolling(requests, disable_tqdm=True),
         "ours": lambda: ours.loglikelihood_rolling(requests, disable_tqdm=True),
         "again": lambda: plain.loglikelihood_rolling(requests, disable_tqdm=True),
     }
-    seconds = interleaved(works, 5 if options.quick else 9)
+    seconds = interleaved(works, rounds)
     with ours.steering.suspended():
         found = ours.loglikelihood_rolling(requests, disable_tqdm=True)
     expected = plain.loglikelihood_rolling(requests, disable_tqdm=True)
-    result = {
-        "seconds": {name: round(statistics.median(own), 4) for name, own in seconds.items()},
+    return {
+        "seconds": {name: round(statistics.median(each), 4) for name, each in seconds.items()},
         "ratios": {name: round(ratio(seconds, name, "hf"), 3) for name in ("ours", "again")},
-        "limit": LIMIT,
         "relative difference": max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)),
-        "scoring": ours.scorer.report(),
     }
-    report(result, options.json)
 
 
 if __name__ == "__main__":
