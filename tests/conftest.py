@@ -43,8 +43,8 @@ GPT = {**TOKENS, "n_positions": 64, "n_embd": 16, "n_layer": LAYERS, "n_head": 2
 FOUR_TIMES = {**TOKENS, "n_layers": LAYERS, "n_heads": 2, "initializer_range": 0.3}  # of a hidden size of UNITS / 4
 CONFIGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "olmo2", "cohere", "phi3", "phi", "starcoder2", "gpt_neox"), USUAL),
-    "qwen3": USUAL | {"head_dim": 8},
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), GEMMA),
+    **dict.fromkeys(("qwen3", "gemma"), USUAL | {"head_dim": 8}),
+    **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
     "gpt2": GPT | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "gptj": GPT | {"rotary_dim": 4},
     "gpt_neo": USUAL | {"num_layers": LAYERS, "num_heads": 2, "attention_types": [[["global"], LAYERS]]},

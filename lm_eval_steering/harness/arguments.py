@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from lm_eval_steering.resources import find_neuron_set
 from lm_eval_steering.steering.intervention import ARGUMENTS, from_arguments
 from lm_eval_steering.steering.plan import Plan, compile_plan
 
+SCORING = ("auto", "shared", "plain")
+GENERATION = ("auto", "static", "compiled", "plain")
 # What transformers' from_pretrained takes beside attributes of the model's config; `hf` passes these on.
 _FROM_PRETRAINED = {
     "attn_implementation", "cache_dir", "code_revision", "config", "device_map", "experts_implementation",
@@ -54,6 +56,7 @@ class SteeringArguments:
         force: use a neuron set of another model.
         sites: where the units are in a family that is not known (`architectures.sites_of`).
         scoring: `auto`, `shared` or `plain`: how log-likelihoods are computed (`harness.scoring`).
+        generation: `auto`, `static`, `compiled` or `plain`: how texts are generated (`harness.generation`).
     """
 
     neurons: str | None = None
@@ -79,14 +82,14 @@ class SteeringArguments:
     force: bool = False
     sites: str | None = None
     scoring: str = "auto"
+    generation: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("allow_empty", "force"):
             if not isinstance(getattr(self, name), bool):
                 raise InterventionError(f"{name}={getattr(self, name)!r}: expected True or False")
-        from lm_eval_steering.harness.scoring.choose import check_setting
-
-        check_setting(self.scoring)
+        _check_setting("scoring", self.scoring, SCORING)
+        _check_setting("generation", self.generation, GENERATION)
         if self.sites is not None:
             parse_sites(self.sites)
         wants = [name for name in ARGUMENTS if getattr(self, name) is not None]
@@ -119,6 +122,12 @@ class SteeringArguments:
     def steps(self) -> dict[str, Any]:
         """The arguments that describe the intervention."""
         return {name: getattr(self, name) for name in ARGUMENTS}
+
+
+def _check_setting(name: str, found: Any, expected: Sequence[str]) -> None:
+    if found not in expected:
+        hint = did_you_mean(str(found), expected)
+        raise InterventionError(f"{name}={found!r}: expected {', '.join(expected)}{hint}")
 
 
 def split(given: Mapping[str, Any], parent: type, config: Any) -> tuple[SteeringArguments, dict[str, Any]]:

@@ -68,8 +68,6 @@ class PartialAnswers:
             return None
         if self._lm.steering is not None and self._lm.steering.overflowed():
             return None
-        if kind == "generate_until":
-            return self._lm.identify(answer)
         if kind == "loglikelihood":
             return Score(answer, tokens=self._tokens[tuple(request)], targets=self._lm.targets)
         if kind == "loglikelihood_rolling":

@@ -34,6 +34,7 @@ def identity_of(lm: Any) -> dict[str, Any]:
         "think_end_token": lm.think_end_token,
         "identifier": lm.identifier.signature(),
         "scoring": "plain" if lm.scorer.setting == "plain" else "shared",
+        "generation": lm.generator.setting,
         "attention": getattr(lm.model.config, "_attn_implementation", None),
         "logits_cache": lm.logits_cache,
     }

@@ -25,7 +25,8 @@ from lm_eval_steering.harness.arguments import (
 )
 from lm_eval_steering.harness.batches import BatchSizes, RowBook, parts, refuse_stale, wants_twin
 from lm_eval_steering.harness.cache import DecoratingCacheHook, PartialAnswers, salt
-from lm_eval_steering.harness.generation import generate, own_random_numbers
+from lm_eval_steering.harness.generation.identifying import Identifying
+from lm_eval_steering.harness.generation.ways import Generator, own_random_numbers
 from lm_eval_steering.harness.identity import identity_of
 from lm_eval_steering.harness.report import refuse_nothing, report_of, signature_of
 from lm_eval_steering.harness.scoring.encode import Encoded
@@ -34,7 +35,8 @@ from lm_eval_steering.harness.scoring.scorer import GivenRows, Scorer
 from lm_eval_steering.metrics.likelihood import RollingScore, Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.steering.attach import Steering, fitting_sites
+from lm_eval_steering.steering.attach import Steering
+from lm_eval_steering.steering.fitting import fitting_sites
 from lm_eval_steering.steering.intervention import Intervention, from_arguments
 from lm_eval_steering.steering.plan import Plan, compile_plan
 
@@ -66,6 +68,7 @@ class SteeredHFLM(HFLM):
         self._partial = PartialAnswers(self)
         self.book: RowBook | GivenRows | None = None  # of the scoring batches in hand
         self.scorer = Scorer(self, own.scoring)
+        self.generator = Generator(self, own.generation)
         self._encoded = Encoded(self)
         self._sites = own.sites
         self._found: dict[str, ModelSites] = {}
@@ -166,9 +169,9 @@ class SteeredHFLM(HFLM):
         """One batch of generation, with its padding handed to the intervention."""
         mask = kwargs.get("attention_mask")
         if self.steering is None or not self.steering.active or mask is None:
-            return generate(self, context, *args, **kwargs)
+            return self.generator(context, *args, **kwargs)
         with self._happening(self.steering), self.steering.rows(mask):
-            return generate(self, context, *args, **kwargs)
+            return self.generator(context, *args, **kwargs)
 
     @contextmanager
     def _happening(self, steering: Steering) -> Iterator[None]:
@@ -228,9 +231,9 @@ class SteeredHFLM(HFLM):
         """Generate, and identify the language of each output."""
         refuse_stale(requests, self.targets)
         self.identifier.refuse_unknown(self.targets)
-        with own_random_numbers(self), self._proven():
+        with own_random_numbers(self), self._proven(), Identifying(self) as identifying:
             texts = super().generate_until(requests, disable_tqdm=disable_tqdm)
-        return [self.identify(text) for text in self._finite(texts)]
+            return [identifying.text(text) for text in self._finite(texts)]
 
     @contextmanager
     def _proven(self) -> Iterator[None]:

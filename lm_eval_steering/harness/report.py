@@ -34,6 +34,7 @@ def report_of(lm: Any) -> dict[str, Any]:
         "language_identifier": lm.identifier.signature(),
         "pass_rates": pass_rates.signature(),
         "scoring": lm.scorer.report(),
+        "generation": lm.generator.report(),
         "versions": versions(),
     }
     if lm.steering is not None and lm.neuron_set is not None:

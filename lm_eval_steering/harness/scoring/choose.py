@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lm_eval_steering.errors import InterventionError, did_you_mean
 from lm_eval_steering.harness.scoring.packing import Masks
 
-SETTINGS = ("auto", "shared", "plain")
 # Families whose layers take a mask and position ids as given, which the tests compare with lm-eval's own scores.
 PACKABLE = {
     **dict.fromkeys(("llama", "olmo2", "cohere", "gemma", "phi", "gpt2", "gptj", "gpt_neox", "opt"), Masks.FULL),
@@ -41,17 +39,6 @@ class Way:
     def shared(self) -> bool:
         """Whether it is one of ours."""
         return self.name != "plain"
-
-
-def check_setting(setting: Any) -> None:
-    """Refuse what is no value of `scoring=`.
-
-    Raises:
-        InterventionError: naming the nearest one.
-    """
-    if setting not in SETTINGS:
-        hint = did_you_mean(str(setting), SETTINGS)
-        raise InterventionError(f"scoring={setting!r}: expected {', '.join(SETTINGS)}{hint}")
 
 
 def way_of(model: nn.Module, backend: str, lookahead: bool, needs_rows: bool) -> Way:
@@ -90,8 +77,13 @@ def _against_ours(model: Any, backend: str, lookahead: bool) -> str:
         return "a prompt-tuning adapter adds positions of its own"
     if model.get_output_embeddings() is None:
         return "the model names no head"
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    if kinds & _BY_BATCH:
-        return f"rope_type={(kinds & _BY_BATCH).pop()}: positions are scaled by the longest row of the batch"
+    if rope := rope_by_batch(model.config):
+        return f"rope_type={rope}: positions are scaled by the longest row of the batch"
     return ""
+
+
+def rope_by_batch(config: Any) -> str:
+    """The kind of rotary embeddings, if they are scaled by the longest row of a batch; else empty."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
+    return min(kinds & _BY_BATCH, default="")

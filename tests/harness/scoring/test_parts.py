@@ -119,6 +119,7 @@ def test_log_probabilities_are_those_of_a_softmax(dtype: torch.dtype, monkeypatc
     logits = (torch.randn(7, 19) * 30).to(dtype)
     logits[2, 4] = logits[2, 9] = logits[2].max() + 5  # a tie: the first of them is the most likely token
     logits[3, 0] = math.inf
+    logits[5, :7] = -math.inf
     place = torch.tensor([0, 0, 1, 2, 2, 3, 4, 5, 6])
     targets = torch.tensor([1, 5, 2, 4, 9, 3, int(logits[4].argmax()), 0, 18])
     found, greedy = log_probabilities(logits, place, targets)
