@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-BENCHMARKS := scoring memory loop rolling generation growth overhead record export
+BENCHMARKS := scoring memory loop rolling generation growth overhead record export accelerator
 
 # Many processes are started here: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE

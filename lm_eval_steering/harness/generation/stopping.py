@@ -50,7 +50,7 @@ def against_early_ends(lm: Any, stop: Sequence[str], arguments: Mapping[str, Any
         f"a {lm.backend} model": lm.backend != "causal",
         "think_end_token": lm.think_end_token is not None,
         "rotary embeddings that keep the longest batch so far": rope_by_batch(lm.model.config) == "dynamic",
-        "a model in which rows meet (experts, quantised activations)": _rows_meet(lm.model),
+        "a model in which rows may meet (experts, quantisation)": _rows_meet(lm.model),
         "the end token ends no text in the model's generation config": lm.eot_token_id not in ends,
         "an empty stop string": "" in stop,
         "stop strings that can overlap": not independent(stop),
@@ -66,7 +66,7 @@ def independent(stop: Sequence[str]) -> bool:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether a string's end is a part of another one's beginning."""
+    """Whether a string ends in what another one begins with."""
     return any(one[-number:] == other[:number] for number in range(1, min(len(one), len(other))))
 
 
@@ -84,7 +84,7 @@ def _special(lm: Any, stop: Sequence[str]) -> bool:
 
 
 def _rows_meet(model: Any) -> bool:
-    """Whether a row's numbers depend on the tokens of others, in half precision by enough to decide its own."""
+    """Whether a row's numbers may depend on the tokens of others, in half precision by enough to decide its own."""
     try:
         refuse_unsupported(model.config)
     except ArchitectureError:
