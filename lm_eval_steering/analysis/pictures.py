@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -20,10 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from lm_eval_steering.analysis.steps import Step
 from lm_eval_steering.metrics.language_id import in_language
-
-if TYPE_CHECKING:
-    from lm_eval_steering.analysis.stepwise import Step
 
 _DPI = 200
 _WIDTH = 7.2  # inches

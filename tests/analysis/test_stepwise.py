@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_steering import resources, steer
 from lm_eval_steering.analysis.prompts import Prompts, batches, demo_prompts, read_prompts
-from lm_eval_steering.analysis.stepwise import Decoding, Fallback, Step, deactivate_stepwise, order_of, table, write
+from lm_eval_steering.analysis.steps import Step
+from lm_eval_steering.analysis.stepwise import Decoding, Fallback, deactivate_stepwise, order_of, table, write
 from lm_eval_steering.cli import analysis
 from lm_eval_steering.errors import DidNotHappenError, NeuronSetError, SteeringError, UnknownLanguageError
 from lm_eval_steering.metrics.language_id import Identified, LanguageIdentifier

@@ -73,7 +73,7 @@ def test_every_kind_of_intervention_writes_what_it_writes_in_the_plain_way(argum
     assert found[0] == found[1]
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=7),
     picked=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 11)), max_size=4),
