@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from lm_eval_steering.harness.generation.stopping import StopStrings
-from lm_eval_steering.harness.scoring.batches import PADS, PADS_ELSEWHERE, TOKENS
+from lm_eval_steering.harness.scoring.batches import Budget, alike
 from lm_eval_steering.harness.scoring.choose import rope_by_batch
 
 # (row, position) bool of the prompts' real tokens, and (row,) number of them: of the next forward passes.
@@ -148,7 +148,8 @@ class Leaving:
         self, model: Any, input_ids: torch.Tensor, cache: DynamicCache, inputs: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """The same after the prompts, which are read in groups of similar length; the cache is as if read at once."""
-        groups = alike(self._lengths.tolist(), input_ids.device.type)
+        lengths = self._lengths.tolist()
+        groups = alike(range(len(lengths)), lengths.__getitem__, lambda _: 1, Budget.of_prompts(input_ids.device.type))
         # What has left a sliding window is not in the cache, and in a row of other pads it would be other tokens.
         if len(groups) == 1 or any(layer.is_sliding for layer in cache.layers):
             with self._declare(self._real, self._lengths):
@@ -156,7 +157,7 @@ class Leaving:
         found: list[torch.Tensor] = []
         parts: list[DynamicCache] = []
         for rows in groups:
-            longest = int(self._lengths[rows].max())
+            longest = lengths[rows[0]]
             part = {
                 name: _last(each[rows], longest) if isinstance(each, torch.Tensor) else each
                 for name, each in inputs.items()
@@ -176,25 +177,6 @@ class Leaving:
         for layer in cache.layers:
             layer.batch_select_indices(staying.to(layer.keys.device))
         return {name: each[staying] if isinstance(each, torch.Tensor) else each for name, each in inputs.items()}
-
-
-def alike(lengths: Sequence[int], device: str) -> list[list[int]]:
-    """Numbers of the rows in groups of similar length, longest first, within the scoring batches' limits.
-
-    A pass more costs less than the pads that it saves, and one of more tokens would be slower on a processor.
-    """
-    groups: list[list[int]] = []
-    pads = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        pads += longest - lengths[row]
-        tokens = longest * (len(groups[-1]) + 1) if groups else 0
-        if groups and pads <= PADS.get(device, PADS_ELSEWHERE) and tokens <= TOKENS.get(device, tokens):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-            pads = 0
-    return groups
 
 
 def _keep_lengths(processors: Iterable[Any], staying: torch.Tensor) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lm_eval_steering.harness.scoring.tree import Row
 
@@ -16,6 +17,7 @@ TOKENS = {"cpu": 768}
 # Pads of a batch, in tokens, at which a forward pass more costs less.
 PADS = {"cpu": 48}
 PADS_ELSEWHERE = 1024
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Budget:
         return cls(tokens, max(1, positions), PADS.get(device, PADS_ELSEWHERE))
 
     @classmethod
+    def of_prompts(cls, device: str) -> Budget:
+        """For prompts of one of lm-eval's batches, of which each needs the logits of its last token."""
+        return cls(TOKENS.get(device, sys.maxsize), sys.maxsize, PADS.get(device, PADS_ELSEWHERE))
+
+    @classmethod
     def unlimited(cls) -> Budget:
         """For requests that are few."""
         return cls(sys.maxsize, sys.maxsize, sys.maxsize)
@@ -53,17 +60,37 @@ class Budget:
 
 def batches(rows: Iterable[Row], budget: Budget) -> list[list[Row]]:
     """Batches of rows of similar length, longest first; rows that branch, and need a mask, are kept apart."""
-    rows = sorted(rows, key=lambda row: (row.branches, -len(row.tokens)))
-    found: list[list[Row]] = []
-    positions = pads = 0
+    apart: dict[bool, list[Row]] = {False: [], True: []}
     for row in rows:
-        own = row.positions
-        if found and found[-1][0].branches == row.branches:
-            longest = len(found[-1][0].tokens)
-            tokens, positions, pads = (len(found[-1]) + 1) * longest, positions + own, pads + longest - len(row.tokens)
-            if tokens <= budget.tokens and positions <= budget.positions and pads <= budget.pads:
-                found[-1].append(row)
+        apart[row.branches].append(row)
+    return [batch for kind in apart.values() for batch in alike(kind, _length, lambda row: row.positions, budget)]
+
+
+def _length(row: Row) -> int:
+    return len(row.tokens)
+
+
+def alike(
+    items: Iterable[Item], length: Callable[[Item], int], positions: Callable[[Item], int], budget: Budget
+) -> list[list[Item]]:
+    """Groups of items of similar length within a budget, longest first.
+
+    Args:
+        items: of any kind.
+        length: of one, in tokens.
+        positions: of one, at which logits are made.
+        budget: of each group.
+    """
+    found: list[list[Item]] = []
+    logits = pads = 0
+    for item in sorted(items, key=lambda item: -length(item)):
+        if found:
+            longest = length(found[-1][0])
+            tokens = (len(found[-1]) + 1) * longest
+            logits, pads = logits + positions(item), pads + longest - length(item)
+            if tokens <= budget.tokens and logits <= budget.positions and pads <= budget.pads:
+                found[-1].append(item)
                 continue
-        found.append([row])
-        positions, pads = own, 0
+        found.append([item])
+        logits, pads = positions(item), 0
     return found

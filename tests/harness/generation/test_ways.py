@@ -14,8 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 
 from lm_eval_steering.errors import InterventionError
-from lm_eval_steering.harness.generation.leaving import alike
 from lm_eval_steering.harness.model import SteeredHFLM
+from lm_eval_steering.harness.scoring.batches import Budget, alike
 from tests.conftest import make_set, tiny_model, tiny_tokenizer
 from tests.harness.scoring.conftest import FRENCH, neurons
 
@@ -117,7 +117,7 @@ def test_in_half_precision_forward_passes_have_the_shape_of_lm_evals(dtype: torc
 
 
 def test_where_rows_must_not_leave_they_stay_with_the_same_texts() -> None:
-    def asking_for(name: str, value: Any) -> list[HFLM]:
+    def asking_for(name: str, value: Any) -> tuple[HFLM, ...]:
         found = loaded(HFLM), loaded()
         for lm in found:
             setattr(lm.model.generation_config, name, value)
@@ -171,7 +171,7 @@ def test_another_setting_is_refused_with_the_nearest_one() -> None:
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=20))
 def test_groups_are_of_similar_length(lengths: list[int]) -> None:
-    groups = alike(lengths, "cpu")
+    groups = alike(range(len(lengths)), lengths.__getitem__, lambda _: 1, Budget.of_prompts("cpu"))
     assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
     for rows in groups:
         longest = max(lengths[row] for row in rows)
