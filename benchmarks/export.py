@@ -38,7 +38,7 @@ from pathlib import Path
 from lm_eval_steering.export.job import Job, export_checkpoint
 from lm_eval_steering.export.source import skeleton_of
 from lm_eval_steering.export.verify import Loader
-from lm_eval_steering.neurons.log import Log
+from lm_eval_steering.progress import Log
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 def resident():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,8 +15,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lm_eval_steering.harness.families.xcopa import as_lm_eval
-from lm_eval_steering.harness.model import SteeredHFLM
+from lm_eval_steering.lmeval.model import SteeredHFLM
+from lm_eval_steering.lmeval.task_families.xcopa import as_lm_eval
 from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
 

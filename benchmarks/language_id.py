@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from lm_eval_steering.harness.tasks import UNSPACED, demo_languages, sentence
+from lm_eval_steering.lmeval.task_families.demo import UNSPACED, demo_languages, sentence
 from lm_eval_steering.metrics.language_id import DEFAULT, UNKNOWN, LanguageIdentifier, in_language
 from lm_eval_steering.metrics.text import scripts
 

@@ -18,9 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import interleaved, options_of, ratio, report
 from lm_eval_steering.architectures import sites_of
-from lm_eval_steering.neurons.observe import Batches
 from lm_eval_steering.neurons.recording import count_active
-from lm_eval_steering.neurons.rows import Rows
+from lm_eval_steering.neurons.running import Batches, Rows
 
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
 LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_eval_steering.neurons.average_precision import average_precision
-from lm_eval_steering.neurons.select import Selection, activated, lape_rates
+from lm_eval_steering.neurons.select import Selection, activated, average_precision, lape_rates
 
 RATES = (0.01, 0.02, 0.03, 0.04, 0.05)
 TOKENS = 1_000_000  # a language

@@ -25,7 +25,7 @@ import yaml
 from benchmarks.measure import report
 from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments, spell_out
 from lm_eval_steering.sweep.controls import Controls
-from lm_eval_steering.sweep.schema import build_plan
+from lm_eval_steering.sweep.plan import build_plan
 from lm_eval_steering.sweep.store import Store
 
 BIN = Path(sys.executable).parent
@@ -83,7 +83,7 @@ def scores(results: dict[str, Any], task: str) -> dict[str, Any]:
 
 def measured_controls(grid: Grid, folder: Path) -> Path:
     """Folder with the control sets, which the loop needs as files."""
-    from lm_eval_steering.neurons.ranks import Ranks
+    from lm_eval_steering.neurons.running import Ranks
     from lm_eval_steering.sweep.model import SweepModel
 
     arguments = model_arguments(grid.plan)

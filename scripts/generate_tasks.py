@@ -1,6 +1,6 @@
 """Write the task files that differ in a few words: `python scripts/generate_tasks.py` (a test says when to run it).
 
-Each family's module under lm_eval_steering/harness/families says which files it has (`generated_files()`); the shared
+Each module under lm_eval_steering/lmeval/task_families says which files it has (`generated_files()`); the shared
 templates, whose names begin with an underscore, are written by hand.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lm_eval_steering.harness import families
-from lm_eval_steering.harness.tasks import demo_languages
+from lm_eval_steering.lmeval import task_families as families
+from lm_eval_steering.lmeval.task_families.demo import demo_languages
 
 TASKS = Path(__file__).parents[1] / "tasks"
 # family -> the argument of its dataset function that names the language

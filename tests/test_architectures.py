@@ -24,12 +24,11 @@ from lm_eval_steering.architectures import (
     text_config_of,
 )
 from lm_eval_steering.errors import ArchitectureError
-from lm_eval_steering.neurons.observe import Batches
 from lm_eval_steering.neurons.recording import count_active
-from lm_eval_steering.neurons.rows import Rows
+from lm_eval_steering.neurons.running import Batches, Rows
 from lm_eval_steering.steering.attach import Steering
+from lm_eval_steering.steering.compiled import compile_plan
 from lm_eval_steering.steering.intervention import from_arguments
-from lm_eval_steering.steering.plan import compile_plan
 from tests.conftest import CONFIGS, GEMMA, GPT, LAYERS, TOKENS, UNITS, USUAL, make_set, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9]])

@@ -12,9 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from lm_eval_steering import NeuronSet, resources
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.cli import app
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.neurons.loading import LazyModel
 
 CODES = "fra_Latn,deu_Latn,tur_Latn"
 
@@ -100,7 +100,7 @@ def test_set_algebra_random_controls_and_export(neuron_set: Path, tmp_path: Path
 
 @pytest.mark.parametrize("together", [True, False])
 def test_counts_of_other_scripts_become_a_recording(recording: Path, tmp_path: Path, together: bool) -> None:
-    from lm_eval_steering.neurons.recording_folder import RecordingFolder
+    from lm_eval_steering.neurons.recording import RecordingFolder
 
     ours = RecordingFolder(recording).load(CODES.split(","))
     records = [

@@ -6,8 +6,7 @@ from collections import Counter
 
 import pytest
 
-from lm_eval_steering.language_families import _FAMILIES, UNKNOWN, family_of, family_order
-from lm_eval_steering.languages import normalise
+from lm_eval_steering.languages import _FAMILIES, UNKNOWN, family_of, family_order, normalise
 
 # The table "Languages in FLORES-200" of github.com/facebookresearch/flores, flores200/README.md.
 _README = """

@@ -42,7 +42,7 @@ def test_the_start_up_line_is_one_import_and_the_same_entry_twice(wheel: zipfile
 def test_entry_points_are_what_the_start_up_file_registers(wheel: zipfile.ZipFile) -> None:
     from importlib.metadata import entry_points
 
-    from lm_eval_steering.harness.registration import AGGREGATIONS, METRICS, MODELS
+    from lm_eval_steering.lmeval.registration import AGGREGATIONS, METRICS, MODELS
 
     for group, registered in (
         ("lm_eval.models", MODELS),

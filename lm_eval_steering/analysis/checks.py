@@ -6,16 +6,190 @@ numbers, so that they are defined for every neuron set. `invariance` holds the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from lm_eval_steering.analysis.bench import Bench
-from lm_eval_steering.neurons.neuron_set import SITES
-from lm_eval_steering.steering.attach import steer
+from lm_eval_steering.architectures import ModelSites, Shape, text_config_of
+from lm_eval_steering.architectures.weights import weights_digest
+from lm_eval_steering.errors import NeuronSetError
+from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance
+from lm_eval_steering.steering.attach import Steering, steer
+
+# --- A loaded model on the bench: token rows, forward passes in every layout, and what hooks see while it runs
+
+ROW_LENGTHS = (12, 9, 7, 12)  # tokens; two rows of one length, so that a batch without padding can be made
+_SHARE = 0.01  # of each layer's units that a random set takes, as LAPE's default rate
+
+
+@dataclass
+class Bench:
+    """A model, a neuron set that fits it, and where its units are.
+
+    Attributes:
+        model: a causal language model of transformers in evaluation mode.
+        neurons: at least one language of it has neurons.
+        sites: of the model.
+        override: where the units are, as the user said it.
+        seed: of the token rows.
+    """
+
+    model: Any
+    neurons: NeuronSet
+    sites: ModelSites
+    override: str | None = None
+    seed: int = 0
+
+    @cached_property
+    def languages(self) -> tuple[str, str]:
+        """The two languages with most neurons; the same one twice where only one has any.
+
+        Raises:
+            NeuronSetError: if none has.
+        """
+        sizes = {code: len(self.neurons.neurons(code)) for code in self.neurons.languages}
+        ordered = [code for code in sorted(sizes, key=lambda code: (-sizes[code], code)) if sizes[code]]
+        if not ordered:
+            raise NeuronSetError("no language of the neuron set has neurons, so there is nothing to try out")
+        return ordered[0], ordered[min(1, len(ordered) - 1)]
+
+    def steer(self, language: str | None = None, **arguments: Any) -> Steering:
+        """The public `steer`, for the first language by default; that the set fits was checked already."""
+        return steer(
+            self.model, self.neurons, language or self.languages[0], force=True, sites=self.override, **arguments
+        )
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @cached_property
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """Seeded rows (token,) of ordinary tokens, ROW_LENGTHS long."""
+        text = text_config_of(self.model.config)
+        special = {
+            number
+            for config in (self.model.config, text)
+            for name, number in vars(config).items()
+            if name.endswith("_token_id") and isinstance(number, int)
+        }
+        size = min(int(text.vocab_size), len(self.model.get_input_embeddings().weight))
+        usual = np.array([number for number in range(size) if number not in special])
+        generator = np.random.default_rng(self.seed)
+        return tuple(
+            torch.from_numpy(generator.choice(usual, length)).to(self.device) for length in ROW_LENGTHS
+        )  # fmt: skip
+
+    @property
+    def row(self) -> torch.Tensor:
+        """The first row as a batch (1, token)."""
+        return self.rows[0][None]
+
+    @torch.no_grad()
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None, **inputs: Any) -> Any:
+        """The model's output; with a mask (row, position) the places of the tokens are given too.
+
+        Args:
+            ids: (row, token).
+            mask: 1 for real tokens, over the cached ones as well.
+            inputs: what else the model takes.
+        """
+        if mask is not None:
+            inputs["attention_mask"] = mask
+            # BLOOM and MPT place tokens by distance and take no positions.
+            if "position_ids" in self._parameters:
+                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return self.model(ids, **inputs)
+
+    def logits(self, ids: torch.Tensor, mask: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
+        """(row, position, vocabulary)."""
+        return self.forward(ids, mask, **inputs).logits
+
+    def padded(self, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows as one batch, (ids, mask) of shape (row, position), padded on this side."""
+        longest = max(ROW_LENGTHS) + 3  # the first row is padded too
+        ids = self.rows[0].new_full((len(self.rows), longest), int(self.rows[0][0]))
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(self.rows):
+            place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+            ids[number, place], mask[number, place] = row, 1
+        return ids, mask
+
+    def prefill_and_decode(self, ids: torch.Tensor, mask: torch.Tensor, decoded: int) -> torch.Tensor:
+        """Logits (row, position, vocabulary) of a prompt at once, and of its last tokens one at a time."""
+        start = ids.shape[1] - decoded
+        output = self.forward(ids[:, :start], mask[:, :start], use_cache=True)
+        parts = [output.logits]
+        for place in range(start, ids.shape[1]):
+            output = self.forward(
+                ids[:, place : place + 1], mask[:, : place + 1],
+                past_key_values=output.past_key_values, use_cache=True,
+            )  # fmt: skip
+            parts.append(output.logits)
+        return torch.cat(parts, 1)
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(signature(self.model.forward).parameters)
+
+    # --- what hooks see -----------------------------------------------------------------------------------------
+
+    def path(self, module: nn.Module) -> str:
+        """Name of a module, as `model.named_modules()` has it."""
+        return next((path for path, found in self.model.named_modules() if found is module), type(module).__name__)
+
+    @contextmanager
+    def watching(self, site: str) -> Iterator[list[torch.Tensor]]:
+        """The units of every layer at this site as they are when these hooks' turn comes: [(..., unit)] by layer."""
+        seen: list[torch.Tensor] = []
+        handles = []
+        for layer in self.sites.layers:
+            if site == "activation":
+                handles.append(layer.activation.register_forward_hook(lambda _m, _i, out: seen.append(out.clone())))
+            else:
+                handles.append(layer.down.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].clone())))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def hooks(self) -> int:
+        """Number of hooks on all modules."""
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self.model.modules())
+
+
+def random_neurons(shape: Shape, architecture: str, seed: int) -> NeuronSet:
+    """A seeded set of two made-up languages: 1 % of the units, one in every layer, one in every other layer.
+
+    Args:
+        shape: of the model.
+        architecture: its `model_type`.
+        seed: of the draw.
+    """
+    generator = np.random.default_rng(seed)
+    count = max(1, round(_SHARE * shape.units))
+    every = {"eng_Latn": range(shape.layers), "fra_Latn": range(0, shape.layers, 2)}
+    assignments = {
+        code: np.array(
+            [(layer, unit) for layer in layers for unit in sorted(generator.choice(shape.units, count, replace=False))],
+            dtype=np.int64,
+        )
+        for code, layers in every.items()
+    }
+    provenance = Provenance(
+        "random", "", architecture, shape.layers, shape.units, selection={"method": "random", "seed": seed}
+    )
+    return NeuronSet(tuple(assignments), assignments, provenance)
+
 
 STRONG: dict[str, Any] = {"op": "add", "value": 1.0, "factor": 1.5}
 LIVE: dict[str, Any] = {"op": "add", "value": "live_max", "factor": 0.5, "scope": "token"}
@@ -235,3 +409,139 @@ def listed(found: list[str]) -> str:
     """The first three, and how many more there are."""
     more = f", and {len(found) - 3} more" if len(found) > 3 else ""
     return "; ".join(found[:3]) + more
+
+
+# --- The checks of `doctor` on rows and on what is left behind
+#
+# A row's result must not depend on its batch, its padding or the KV cache; and after steering the model must be the
+# one that it was before.
+
+# --- rows, padding, cache -------------------------------------------------------------------------------------------
+
+
+def batch_composition(bench: Bench, arguments: dict[str, Any]) -> Finding:
+    """A row beside another row is what it is alone."""
+
+    def compare() -> float:
+        alone = bench.logits(bench.row)
+        pair = torch.stack([bench.rows[3], bench.rows[0]])
+        return share_of_largest(bench.logits(pair)[1:], alone)
+
+    return _invariant(bench, arguments, compare)
+
+
+def batch_size(bench: Bench, arguments: dict[str, Any]) -> Finding:
+    """A row in a batch of eight is what it is alone."""
+
+    def compare() -> float:
+        alone = bench.logits(bench.row)
+        return share_of_largest(bench.logits(bench.row.repeat(8, 1))[-1:], alone)
+
+    return _invariant(bench, arguments, compare)
+
+
+def padding(bench: Bench, arguments: dict[str, Any], side: str) -> Finding:
+    """Rows of a padded batch are what they are alone."""
+
+    def compare() -> float:
+        ids, mask = bench.padded(side)
+        together = bench.logits(ids, mask)
+        return max(
+            share_of_largest(together[number, mask[number].bool()], bench.logits(row[None])[0])
+            for number, row in enumerate(bench.rows)
+        )
+
+    return _invariant(bench, arguments, compare)
+
+
+def cache(bench: Bench, arguments: dict[str, Any]) -> Finding:
+    """Prefill and decoding with a KV cache give what one forward pass gives, alone and in a left-padded batch."""
+
+    def compare() -> float:
+        ids, mask = bench.padded("left")
+        whole, alone = bench.logits(ids, mask), torch.ones_like(bench.row)
+        stepwise = bench.prefill_and_decode(ids, mask, decoded=4)
+        return max(
+            share_of_largest(stepwise[mask.bool()], whole[mask.bool()]),
+            share_of_largest(bench.prefill_and_decode(bench.row, alone, decoded=4), bench.logits(bench.row)),
+        )
+
+    return _invariant(bench, arguments, compare)
+
+
+# --- leaving the model as it was ------------------------------------------------------------------------------------
+
+
+def detaching(bench: Bench) -> Finding:
+    """After steering, and after an error inside it, the model computes the same bits and carries no hook of ours."""
+    plain, hooks = bench.logits(bench.row), bench.hooks()
+    with bench.steer(**STRONG):
+        bench.logits(bench.row)
+    worst = difference(bench.logits(bench.row), plain)
+    try:
+        with bench.steer(**STRONG):
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        worst = max(worst, difference(bench.logits(bench.row), plain))
+    left = bench.hooks() - hooks
+    return worst == 0 and left == 0, f"{worst:.3g}, {left} hooks left", "0, 0", ""
+
+
+def one_after_another(bench: Bench) -> Finding:
+    """Steering to one language, to another, and to the first again gives the first result again, bit by bit."""
+    first, second = bench.languages
+
+    def steered(code: str, **arguments: Any) -> torch.Tensor:
+        with bench.steer(code, **arguments):
+            return bench.logits(bench.row)
+
+    before = steered(first, **STRONG)
+    steered(second, op="set", value=2.0)
+    worst = difference(steered(first, **STRONG), before)
+    return worst == 0, f"{worst:.3g}", "0", ""
+
+
+def foreign_hooks(bench: Bench) -> Finding:
+    """Hooks of others on the same modules run before, while and after the model is steered."""
+    calls = {"activation": 0, "down": 0, "decoder": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    layer = bench.sites.layers[int(bench.neurons.neurons(bench.languages[0])[0, 0])]
+    modules = {"activation": layer.activation, "down": layer.down, "decoder": bench.sites.decoder}
+    handles = [module.register_forward_hook(count(name)) for name, module in modules.items()]
+    try:
+        bench.logits(bench.row)
+        for site in SITES:
+            with bench.steer(site=site, **STRONG):
+                bench.logits(bench.row)
+        bench.logits(bench.row)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [
+        f"a hook on {bench.path(modules[name])} ran {found} times" for name, found in calls.items() if found != 4
+    ]
+    return not missing, "/".join(map(str, calls.values())), "4/4/4 calls", listed(missing)
+
+
+def weights_untouched(bench: Bench, before: str) -> Finding:
+    """The digest of the weights is what it was before the checks."""
+    after = weights_digest(bench.model)
+    return after == before, after[:8], before[:8], ""
+
+
+def _invariant(bench: Bench, arguments: dict[str, Any], compare: Callable[[], float]) -> Finding:
+    limit = tolerance(bench.model.dtype)
+    worst = 0.0
+    for site in SITES:
+        with bench.steer(site=site, **arguments):
+            worst = max(worst, compare())
+    passed = worst <= limit
+    # A model may depend on its batch by itself; that is worth knowing, and no fault of the intervention.
+    detail = "" if passed else f"the unsteered model: {compare():.3g}"
+    return passed, f"{worst:.2g}", f"<= {limit:.2g} of the largest logit", detail

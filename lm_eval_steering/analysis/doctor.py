@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
-from lm_eval_steering.analysis import checks, invariance
-from lm_eval_steering.analysis.bench import Bench, random_neurons
-from lm_eval_steering.analysis.checks import Check, Finding
+from lm_eval_steering.analysis import checks
+from lm_eval_steering.analysis import checks as invariance
+from lm_eval_steering.analysis.checks import Bench, Check, Finding, random_neurons
 from lm_eval_steering.architectures import model_type_of, sites_of
+from lm_eval_steering.architectures.loading import LazyModel
+from lm_eval_steering.architectures.weights import weights_digest
 from lm_eval_steering.errors import ArchitectureError
-from lm_eval_steering.fingerprint import weights_digest
-from lm_eval_steering.neurons.loading import LazyModel, versions
-from lm_eval_steering.neurons.log import Log
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.steering.fitting import fitting_sites
+from lm_eval_steering.progress import Log
+from lm_eval_steering.provenance import versions
+from lm_eval_steering.steering.attach import fitting_sites
 
 _WIDTH = 100  # columns of plain text
 

@@ -9,9 +9,10 @@ is the model's own output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,196 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from lm_eval_steering.analysis.checks import tolerance
-from lm_eval_steering.analysis.lens_head import ModelHead
 from lm_eval_steering.analysis.prompts import Batch, Prompts, batches, placed
 from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv, write_json
-from lm_eval_steering.analysis.token_labels import TokenLabels, by_class, masses
-from lm_eval_steering.architectures import sites_of, text_config_of
-from lm_eval_steering.errors import DidNotHappenError, SteeringError
-from lm_eval_steering.metrics.language_id import LanguageIdentifier
-from lm_eval_steering.neurons.loading import LazyModel
-from lm_eval_steering.neurons.log import Log
+from lm_eval_steering.architectures import ModelSites, sites_of, text_config_of
+from lm_eval_steering.architectures.loading import LazyModel
+from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, SteeringError
+from lm_eval_steering.metrics.language_id import UNKNOWN, LanguageIdentifier, in_language
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.steering.attach import steer
-from lm_eval_steering.steering.fitting import fitting_sites
+from lm_eval_steering.progress import Log
+from lm_eval_steering.steering.attach import fitting_sites, steer
+
+# --- Language and script of single tokens, and the probability mass of each
+#
+# A token is a short text: fastText is often unsure of it, and below the identifier's threshold it is `unknown`, which
+# is a class of its own. The script of its letters needs no identifier, and is surer where languages write differently.
+
+
+class TokenLabels:
+    """Labels of a tokenizer's tokens; each token is looked up once, when it is first asked for.
+
+    Attributes:
+        languages: names that the numbers of `language` stand for, in the order in which they were met.
+        scripts: the same for `script`: ISO 15924 codes, `Zyyy` for tokens without letters.
+    """
+
+    def __init__(self, tokenizer: Any, identifier: LanguageIdentifier, vocabulary: int) -> None:
+        """Nothing is known yet.
+
+        Args:
+            tokenizer: decodes tokens.
+            identifier: of their languages.
+            vocabulary: width of the model's head, often larger than the tokenizer's vocabulary.
+        """
+        self._tokenizer, self._identifier = tokenizer, identifier
+        self.languages: list[str] = []
+        self.scripts: list[str] = []
+        self.language = np.full(vocabulary, -1)  # (token,) number in `languages`, -1 for not looked up
+        self.script = np.full(vocabulary, -1)
+
+    def learn(self, tokens: NDArray[np.int64]) -> None:
+        """Look up tokens that are not known yet."""
+        new = np.unique(tokens[self.language[tokens] < 0])
+        texts = [self._text(int(token)) for token in new]
+        for token, text, found in zip(new, texts, self._identifier.identify(texts), strict=True):
+            # A text without a letter has no language, whatever the identifier guesses.
+            spoken = found.language if any(map(str.isalpha, text)) else UNKNOWN
+            self.language[token] = _number(self.languages, spoken)
+            self.script[token] = _number(self.scripts, found.script)
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.all_special_ids)
+
+    def _text(self, token: int) -> str:
+        """Empty for special tokens, ids beyond the tokenizer's vocabulary, and pieces of a character."""
+        if token in self._special or token >= len(self._tokenizer):
+            return ""
+        text = self._tokenizer.decode([token])
+        return "" if "\ufffd" in text else text
+
+
+def _number(names: list[str], name: str) -> int:
+    if name not in names:
+        names.append(name)
+    return names.index(name)
+
+
+def masses(labels: NDArray[np.int64], probabilities: NDArray[np.float64], classes: int) -> NDArray[np.float64]:
+    """(class,) sums of the probabilities of the tokens of each class; not renormalised.
+
+    Args:
+        labels: (token,) number of each token's class.
+        probabilities: (token,).
+        classes: their number.
+    """
+    return np.bincount(labels, weights=probabilities, minlength=classes).astype(np.float64)
+
+
+def by_class(languages: Mapping[str, float], targets: Sequence[str]) -> dict[str, float]:
+    """Mass of the target languages, of English, of other languages and of `unknown`.
+
+    Languages are compared at the identifier's grain (`language_id.in_language`). Where English is a target it has
+    no class of its own.
+
+    Args:
+        languages: code, or `unknown`, -> mass.
+        targets: codes.
+    """
+
+    def is_one_of(code: str, codes: Sequence[str]) -> bool:
+        return any(in_language(code, other) for other in codes)
+
+    english = not is_one_of("eng_Latn", targets)
+    found = {"target": 0.0, **({"English": 0.0} if english else {}), "other": 0.0, "unknown": 0.0}
+    for code, mass in languages.items():
+        if code == UNKNOWN:
+            found["unknown"] += mass
+        elif is_one_of(code, targets):
+            found["target"] += mass
+        elif english and is_one_of(code, ["eng_Latn"]):
+            found["English"] += mass
+        else:
+            found["other"] += mass
+    return found
+
+
+# --- The end of a model, from hidden states to logits, computed by the model itself
+#
+# Final norm, head, and what a family does to its logits (Gemma's soft-cap, Cohere's and Granite's scales) are not
+# written again here. The model runs on rows of one token, and its last layer's output is replaced by the hidden states
+# in question; all of what follows a layer works on each position by itself. The cost is one token a hidden state.
+
+
+class ModelHead:
+    """Reads the hidden state after each layer, and turns any hidden state into logits."""
+
+    def __init__(self, model: Any, sites: ModelSites) -> None:
+        """Find the layers.
+
+        Args:
+            model: a causal language model of transformers.
+            sites: of it.
+
+        Raises:
+            ArchitectureError: if no list of modules holds the layers.
+        """
+        self._model = model
+        self.layers = _layers_of(sites)
+
+    @contextmanager
+    def states(self) -> Iterator[list[torch.Tensor]]:
+        """Outputs (row, position, hidden) of every layer in the forward pass that follows, in the order of layers."""
+        seen: list[torch.Tensor] = []
+        handles = [
+            layer.register_forward_hook(lambda _m, _i, output: seen.append(_hidden(output).detach()))
+            for layer in self.layers
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(state, vocabulary) logits of hidden states (state, hidden), as the model would give them.
+
+        Raises:
+            ArchitectureError: if the last layer returns something else than one hidden state a token.
+        """
+        device = self._model.get_input_embeddings().weight.device
+        # What the layers make of these tokens is thrown away.
+        ids = torch.zeros(len(states), 1, dtype=torch.long, device=device)
+        handle = self.layers[-1].register_forward_hook(_replaced_by(states[:, None]))
+        try:
+            return self._model(ids, use_cache=False).logits[:, -1]
+        finally:
+            handle.remove()
+
+
+def _layers_of(sites: ModelSites) -> Sequence[nn.Module]:
+    """The decoder's layers: the list whose members hold one activation module each."""
+    for module in sites.decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == len(sites.layers):
+            pairs = zip(module, sites.layers, strict=True)
+            if all(any(part is site.activation for part in layer.modules()) for layer, site in pairs):
+                return list(module)
+    raise ArchitectureError("the decoder's list of layers is not found, so no hidden state can be read")
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _replaced_by(states: torch.Tensor) -> Callable[..., Any]:
+    """A hook that puts hidden states (row, 1, hidden) in the place of a layer's output."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        before = _hidden(output)
+        if before.shape != states.shape:
+            raise ArchitectureError(
+                f"the last layer returned {tuple(before.shape)}, expected hidden states of {tuple(states.shape)}"
+            )
+        new = states.to(before.device)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    return hook
+
 
 _STATES = 64  # hidden states that go through the head at a time: 64 x vocabulary floats
 
@@ -276,7 +453,7 @@ def write(found: Lens, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    from lm_eval_steering.analysis.pictures import lens_lines, write_figure
+    from lm_eval_steering.analysis.figures import lens_lines, write_figure
 
     classes = {run.name: [by_class(masses, found.targets) for masses in run.languages] for run in found.runs}
     kinds = list(classes["unsteered"][0])

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.resources import demo_model, demo_sentences
 
 _UNSPACED = ("jpn_Jpan", "zho_Hans")  # no blank between clauses

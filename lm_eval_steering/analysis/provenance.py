@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.analysis.prompts import Prompts
-from lm_eval_steering.fingerprint import fingerprint, weights_digest
+from lm_eval_steering.architectures.loading import LazyModel
+from lm_eval_steering.architectures.weights import weights_digest
+from lm_eval_steering.files import write_bytes
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
-from lm_eval_steering.neurons.loading import LazyModel, versions
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.neurons.storage import write_bytes
+from lm_eval_steering.provenance import fingerprint, versions
+from lm_eval_steering.steering.compiled import compile_plan
 from lm_eval_steering.steering.intervention import from_arguments
-from lm_eval_steering.steering.plan import compile_plan
 
 
 def signature_of(arguments: Mapping[str, Any], neurons: NeuronSet | None) -> str:

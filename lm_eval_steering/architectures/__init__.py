@@ -21,14 +21,7 @@ from lm_eval_steering.architectures.families import (
     shape_of,
     text_config_of,
 )
-from lm_eval_steering.architectures.sites import (
-    LayerSites,
-    ModelSites,
-    check_width,
-    layer_sites,
-    submodule,
-    text_part,
-)
+from lm_eval_steering.architectures.sites import LayerSites, ModelSites, check_width, layer_sites, submodule, text_part
 from lm_eval_steering.errors import ArchitectureError
 
 __all__ = [

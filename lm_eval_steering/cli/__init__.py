@@ -37,7 +37,7 @@ class Place(StrEnum):
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def run(context: typer.Context) -> None:
     """Evaluate: the same as `lm_eval ...`, with our model, metrics and tasks registered without a start-up file."""
-    from lm_eval_steering.harness.registration import register_all
+    from lm_eval_steering.lmeval.registration import register_all
 
     register_all()
     from lm_eval.__main__ import cli_evaluate
@@ -65,7 +65,7 @@ def where(name: Annotated[Place, typer.Argument(help="What to look up.")]) -> No
     from lm_eval_steering import resources
 
     if name is Place.DEMO_LANGUAGES:
-        from lm_eval_steering.harness.tasks import demo_languages
+        from lm_eval_steering.lmeval.task_families.demo import demo_languages
 
         typer.echo("\n".join(demo_languages()))
         return
@@ -93,7 +93,7 @@ def main() -> None:
     try:
         app()
     except (SteeringError, DidNotHappenError) as error:
-        from lm_eval_steering.harness.registration import debugging, one_line
+        from lm_eval_steering.lmeval.registration import debugging, one_line
 
         if debugging():
             raise

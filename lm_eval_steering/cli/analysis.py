@@ -14,8 +14,8 @@ from lm_eval_steering.cli import options
 from lm_eval_steering.errors import SteeringError
 
 if TYPE_CHECKING:
+    from lm_eval_steering.architectures.loading import LazyModel
     from lm_eval_steering.metrics.language_id import LanguageIdentifier
-    from lm_eval_steering.neurons.loading import LazyModel
     from lm_eval_steering.neurons.neuron_set import NeuronSet
 
 
@@ -54,7 +54,7 @@ def doctor(
     """Try out on your model every guarantee that can be tried out. Exit code 1 where one does not hold."""
     from lm_eval_steering.analysis.doctor import examine, passed, plain_text, report, rich_table, summary
     from lm_eval_steering.analysis.provenance import write_json
-    from lm_eval_steering.neurons.log import Log
+    from lm_eval_steering.progress import Log
 
     if json is not None:
         options.check_out(json)
@@ -99,7 +99,7 @@ def stepwise(
     from lm_eval_steering.analysis.prompts import read_prompts
     from lm_eval_steering.analysis.provenance import signature_of
     from lm_eval_steering.analysis.stepwise import Decoding, deactivate_stepwise, order_of, table, write
-    from lm_eval_steering.neurons.log import Log
+    from lm_eval_steering.progress import Log
 
     _check_folder(out)
     found = _load(neurons)
@@ -149,7 +149,7 @@ def logit_lens(
     from lm_eval_steering.analysis.logit_lens import Looking, look, table, write
     from lm_eval_steering.analysis.prompts import read_prompts
     from lm_eval_steering.analysis.provenance import signature_of
-    from lm_eval_steering.neurons.log import Log
+    from lm_eval_steering.progress import Log
 
     _check_folder(out)
     given = {
@@ -196,7 +196,7 @@ def _model(
     Raises:
         SteeringError: if there is no such model, or the set is of another one.
     """
-    from lm_eval_steering.neurons.loading import LazyModel
+    from lm_eval_steering.architectures.loading import LazyModel
 
     lazy = LazyModel(name, revision, dtype, device, sites)
     if neurons is not None:

@@ -11,11 +11,11 @@ import typer
 from lm_eval_steering.cli import options
 
 if TYPE_CHECKING:
+    from lm_eval_steering.architectures.loading import LazyModel
     from lm_eval_steering.neurons.find import Method
-    from lm_eval_steering.neurons.loading import LazyModel
     from lm_eval_steering.neurons.neuron_set import NeuronSet
     from lm_eval_steering.neurons.recorder import Recorder, Search
-    from lm_eval_steering.neurons.runner import Runner
+    from lm_eval_steering.neurons.running import Runner
 
 Recording = Annotated[Path, typer.Option(help="Folder of a recording.")]
 
@@ -111,7 +111,7 @@ def select(
 ) -> None:
     """Select language neurons from a recording; no model is loaded. `calibrate` adds their statistics."""
     from lm_eval_steering.neurons.find import select_neurons
-    from lm_eval_steering.neurons.recording_folder import RecordingFolder
+    from lm_eval_steering.neurons.recording import RecordingFolder
 
     options.check_out(out, ".safetensors")
     chosen = _method(method, rate, out, filter_rate, bar_rate, top_k, bottom_k, threshold)
@@ -199,16 +199,15 @@ def _model(
     sites: str | None,
 ) -> LazyModel:
     """The model's config is read here; its weights are not."""
-    from lm_eval_steering.neurons.loading import LazyModel
-    from lm_eval_steering.neurons.ranks import launched
+    from lm_eval_steering.architectures.loading import LazyModel
+    from lm_eval_steering.neurons.running import launched
 
     return LazyModel(name, revision, dtype, device or launched()[1], sites, device_map, trust_remote_code)
 
 
 def _runner(model: LazyModel, batch_size: str, context: int | None) -> Runner:
-    from lm_eval_steering.neurons.log import Log
-    from lm_eval_steering.neurons.ranks import launched
-    from lm_eval_steering.neurons.runner import CONTEXT, Runner
+    from lm_eval_steering.neurons.running import CONTEXT, Runner, launched
+    from lm_eval_steering.progress import Log
 
     ranks = launched()[0]
     return Runner(model, options.read_batch_size(batch_size), ranks, Log(show=ranks.first), context or CONTEXT)
@@ -216,7 +215,7 @@ def _runner(model: LazyModel, batch_size: str, context: int | None) -> Runner:
 
 def _recorder(runner: Runner, search: Search, folder: Path) -> Recorder:
     from lm_eval_steering.neurons.recorder import Recorder
-    from lm_eval_steering.neurons.recording_folder import RecordingFolder
+    from lm_eval_steering.neurons.recording import RecordingFolder
 
     return Recorder(runner, search, RecordingFolder(folder))
 

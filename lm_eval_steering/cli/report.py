@@ -26,7 +26,7 @@ def report(
 ) -> None:
     """Make a page, figures and tables of a sweep: self against cross, with intervals and tests."""
     from lm_eval_steering.report.make import make_report, read_sweep
-    from lm_eval_steering.report.read_plain import add_baseline
+    from lm_eval_steering.report.read import add_baseline
 
     check_folder(out)
     found = read_sweep(sweep, max_samples)

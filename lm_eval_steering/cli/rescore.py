@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lm_eval_steering.harness.rescore import Rescored
+    from lm_eval_steering.lmeval.rescore import Rescored
 
 
 def rescore(
@@ -29,9 +29,9 @@ def rescore(
     lid_letters: Annotated[int, typer.Option(help="With --lid: smallest number of letters that counts.")] = 3,
 ) -> None:
     """Compute the output-language metrics of a finished run from its samples; its own files stay as they are."""
-    from lm_eval_steering.harness.rescore import Asked, codes
-    from lm_eval_steering.harness.rescore import rescore as score
     from lm_eval_steering.languages import normalise
+    from lm_eval_steering.lmeval.rescore import Asked, codes
+    from lm_eval_steering.lmeval.rescore import rescore as score
     from lm_eval_steering.metrics.language_id import LanguageIdentifier
 
     asked = Asked(

@@ -28,10 +28,11 @@ def import_(
     revision: options.Revision = "main",
 ) -> None:
     """Turn other people's files into ours. Only the model's config is read; nothing in a file is executed."""
+    from lm_eval_steering.architectures.loading import LazyModel
     from lm_eval_steering.neurons.convert import holds_recording, import_lists, import_recordings
-    from lm_eval_steering.neurons.loading import LazyModel, versions
     from lm_eval_steering.neurons.neuron_set import Provenance
-    from lm_eval_steering.neurons.recording_folder import RecordingFolder
+    from lm_eval_steering.neurons.recording import RecordingFolder
+    from lm_eval_steering.provenance import versions
 
     options.check_out(out)
     codes = languages.split(",")
@@ -57,9 +58,9 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; none are drawn without it.")] = None,
 ) -> None:
     """Print where a neuron set comes from and what is in it; draw its layers, overlaps and entropies."""
+    from lm_eval_steering.analysis.inspect import describe
+    from lm_eval_steering.analysis.neuron_figures import draw
     from lm_eval_steering.neurons.neuron_set import NeuronSet
-    from lm_eval_steering.report.neuron_pictures import draw
-    from lm_eval_steering.report.neurons import describe
     from lm_eval_steering.resources import find_neuron_set
 
     found = NeuronSet.load(find_neuron_set(neuron_set))
@@ -82,7 +83,7 @@ def export(neuron_set: Set, out: options.OutFile) -> None:
 @neurons.command()
 def intersect(sets: Sets, out: options.OutFile) -> None:
     """Neurons that a language has in all sets."""
-    from lm_eval_steering.neurons import algebra
+    from lm_eval_steering.neurons import set_algebra as algebra
 
     _save(algebra.intersect([_load(path) for path in sets]), out)
 
@@ -90,7 +91,7 @@ def intersect(sets: Sets, out: options.OutFile) -> None:
 @neurons.command()
 def union(sets: Sets, out: options.OutFile) -> None:
     """Neurons that a language has in any set."""
-    from lm_eval_steering.neurons import algebra
+    from lm_eval_steering.neurons import set_algebra as algebra
 
     _save(algebra.union([_load(path) for path in sets]), out)
 
@@ -98,7 +99,7 @@ def union(sets: Sets, out: options.OutFile) -> None:
 @neurons.command()
 def subtract(neuron_set: Set, others: Sets, out: options.OutFile) -> None:
     """Neurons that a language has in the first set and in none of the others."""
-    from lm_eval_steering.neurons import algebra
+    from lm_eval_steering.neurons import set_algebra as algebra
 
     _save(algebra.subtract(_load(neuron_set), [_load(path) for path in others]), out)
 

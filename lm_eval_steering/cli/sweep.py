@@ -37,11 +37,11 @@ def sweep(
 ) -> None:
     """Run every factor x language x task of a plan: what is missing of it. Exit code 1 where a cell failed."""
     os.environ["TQDM_DISABLE"] = "1"  # read by tqdm once, when it is imported
-    from lm_eval_steering.harness.repeated import be_quiet
-    from lm_eval_steering.neurons.ranks import launched
+    from lm_eval_steering.lmeval.repeated import be_quiet
+    from lm_eval_steering.neurons.running import launched
+    from lm_eval_steering.sweep.plan import read_plan
     from lm_eval_steering.sweep.run import run_sweep
     from lm_eval_steering.sweep.runner import Shard
-    from lm_eval_steering.sweep.schema import read_plan
 
     found = read_plan(plan, set_ or ())
     part = Shard.parse(shard) if shard else None

@@ -12,7 +12,7 @@ import typer
 from lm_eval_steering.errors import SteeringError, UnknownLanguageError, did_you_mean
 
 if TYPE_CHECKING:
-    from lm_eval_steering.harness.listing import Listed
+    from lm_eval_steering.lmeval.listing import Listed
 
 
 def tasks(
@@ -20,7 +20,7 @@ def tasks(
     language: Annotated[str | None, typer.Option(help="Only what is evaluated in this language.")] = None,
 ) -> None:
     """List the task families: languages, wordings, metrics, and what each needs."""
-    from lm_eval_steering.harness.listing import listed
+    from lm_eval_steering.lmeval.listing import listed
 
     found = listed() if language is None else _in_language(listed(), language)
     families = sorted({entry.family for entry in found})
@@ -39,7 +39,7 @@ def tasks(
 
 def _in_language(entries: list[Listed], language: str) -> list[Listed]:
     from lm_eval_steering import languages
-    from lm_eval_steering.harness.families import nearest
+    from lm_eval_steering.lmeval.task_families import nearest
 
     known = sorted({code for entry in entries for code in entry.languages})
     near = nearest(language, known)
@@ -52,7 +52,7 @@ def _in_language(entries: list[Listed], language: str) -> list[Listed]:
 
 
 def _summary(family: str, entries: list[Listed]) -> str:
-    from lm_eval_steering.harness.listing import needs
+    from lm_eval_steering.lmeval.listing import needs
 
     singles = [entry for entry in entries if not entry.group]
     codes = sorted({code for entry in singles for code in entry.languages})
@@ -83,8 +83,8 @@ def fetch_data(
     metadata: Annotated[str, typer.Option(help="JSON, as for lm_eval: what some tasks must know.")] = "{}",
 ) -> None:
     """Load the data of tasks where there is a network, for machines that have none."""
-    from lm_eval_steering.harness.listing import fetch
-    from lm_eval_steering.harness.repeated import be_quiet
+    from lm_eval_steering.lmeval.listing import fetch
+    from lm_eval_steering.lmeval.repeated import be_quiet
 
     be_quiet()
     written = 0

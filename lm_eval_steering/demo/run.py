@@ -14,19 +14,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lm_eval_steering import resources
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.demo import picture, tables
 from lm_eval_steering.demo.figures import FACTORS, Figures
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.harness.registration import register_all
-from lm_eval_steering.harness.repeated import be_quiet, look_up_the_machine_once
-from lm_eval_steering.harness.tasks import demo_languages
 from lm_eval_steering.languages import choose
+from lm_eval_steering.lmeval.registration import register_all
+from lm_eval_steering.lmeval.repeated import be_quiet, look_up_the_machine_once
+from lm_eval_steering.lmeval.task_families.demo import demo_languages
 from lm_eval_steering.neurons.find import Method, control_sets, find_neurons
-from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
-from lm_eval_steering.neurons.recording_folder import RecordingFolder
-from lm_eval_steering.neurons.runner import Runner
+from lm_eval_steering.neurons.recording import RecordingFolder
+from lm_eval_steering.neurons.running import Runner
 
 LANGUAGES = ("deu_Latn", "spa_Latn", "tur_Latn", "jpn_Jpan")
 STEERING = {"op": "add", "value": "mean", "site": "product"}  # what steers the demo model best
@@ -114,7 +114,7 @@ def run_demo(out: Path, languages: Sequence[str] = LANGUAGES, controls: int = 3)
 
 
 def _prepare(console: Console, out: Path, controls: int) -> tuple[Any, NeuronSet, list[NeuronSet]]:
-    from lm_eval_steering.harness.model import SteeredHFLM
+    from lm_eval_steering.lmeval.model import SteeredHFLM
 
     lm = SteeredHFLM(str(resources.demo_model()), batch_size=32)
     for method in ("loglikelihood", "generate_until"):  # one bar of our own instead of dozens of lm-eval's

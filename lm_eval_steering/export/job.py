@@ -2,34 +2,203 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lm_eval_steering.architectures import FAMILIES
+from lm_eval_steering.architectures.loading import LazyModel
+from lm_eval_steering.architectures.weights import weights_digest, weights_sketch
 from lm_eval_steering.errors import InterventionError, SteeringError
 from lm_eval_steering.export import lora
-from lm_eval_steering.export.algebra import LayerMap, layer_maps
-from lm_eval_steering.export.card import Card
 from lm_eval_steering.export.checkpoint import Checkpoint
-from lm_eval_steering.export.families import layout_of, target_of
-from lm_eval_steering.export.folder import check_free, written_whole
-from lm_eval_steering.export.reproduce import refuse_unless_reproduced
+from lm_eval_steering.export.fold import LayerMap, layer_maps
+from lm_eval_steering.export.layouts import layout_of, target_of
 from lm_eval_steering.export.source import Source
-from lm_eval_steering.export.verify import Loader, VerificationError, verify
-from lm_eval_steering.fingerprint import weights_digest, weights_sketch
-from lm_eval_steering.neurons.loading import LazyModel
-from lm_eval_steering.neurons.log import Log
+from lm_eval_steering.export.verify import Loader, VerificationError, refuse_unless_reproduced, verify
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.steering.intervention import from_arguments
-from lm_eval_steering.steering.plan import Plan, compile_plan
+from lm_eval_steering.progress import Log
+from lm_eval_steering.provenance import fingerprint, versions
+from lm_eval_steering.steering.compiled import Plan, compile_plan
+from lm_eval_steering.steering.intervention import Intervention, from_arguments
+
+# --- A folder that is there as a whole or not at all
+
+
+def check_free(out: Path) -> None:
+    """Refuse a place where something is already.
+
+    Raises:
+        SteeringError: naming it.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise SteeringError(f"--out {out}: there is something already; name another folder, or remove this one")
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder to write in, OUT.partial, which becomes OUT when everything inside is on the disk.
+
+    What an interrupted run has left there is replaced; what an error leaves there stays for a look.
+
+    Raises:
+        SteeringError: if there is something at OUT.
+    """
+    check_free(out)
+    partial = out.with_name(f"{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    yield partial
+    readable = partial.stat().st_mode & 0o666  # safetensors makes files that nobody else may read
+    for path in partial.rglob("*"):
+        if path.is_file():
+            path.chmod(readable)
+        _to_disk(path)
+    _to_disk(partial)
+    partial.replace(out)
+    _to_disk(out.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+# --- What stands beside the weights: a model card for people, and the same as JSON for programs
+
+RECORD = "steering.json"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What was exported.
+
+    Attributes:
+        model: hub id or folder's name of the model.
+        revision: commit on the hub, empty for a folder.
+        weights: digest of the model's weights.
+        neurons: the set.
+        intervention: with the set's codes.
+        form: `checkpoint` or `lora`.
+        dtype: of the export.
+        notes: what else was changed.
+        numbers: of the export, such as the rank.
+    """
+
+    model: str
+    revision: str
+    weights: str
+    neurons: NeuronSet
+    intervention: Intervention
+    form: str
+    dtype: str
+    notes: tuple[str, ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over what decides the export's weights."""
+        return fingerprint(
+            {
+                "weights": self.weights,
+                "neurons": self.neurons.content_hash(),
+                "intervention": self.intervention.model_dump(mode="json"),
+                "form": self.form,
+                "dtype": self.dtype,
+                "numbers": self.numbers,
+            }
+        )
+
+    @cached_property
+    def signature(self) -> str:
+        """Readable form of the fingerprint; `steering.signature.parse` reads the intervention back."""
+        parts = (
+            self.intervention.signature(),
+            f"neurons:{self.neurons.content_hash()[:8]}",
+            f"fp:{self.fingerprint[:8]}",
+            f"v:{versions()['lm-eval-steering']}",
+        )
+        return "|".join(parts)
+
+    def record(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {
+            "signature": self.signature,
+            "fingerprint": self.fingerprint,
+            "intervention": self.intervention.model_dump(mode="json"),
+            "steered_languages": list(self.intervention.steered),
+            "form": self.form,
+            "model": self.model,
+            "revision": self.revision,
+            "weights": self.weights,
+            "dtype": self.dtype,
+            "neuron_set": {"sha256": self.neurons.content_hash(), "model": self.neurons.provenance.model},
+            "notes": list(self.notes),
+            **self.numbers,
+            "versions": versions(),
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write README.md and steering.json."""
+        text = json.dumps(self.record(), indent=1, ensure_ascii=False)
+        (folder / RECORD).write_text(f"{text}\n", encoding="utf-8")
+        (folder / "README.md").write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """The model card."""
+        lora = self.form == "lora"
+        front = {
+            "base_model": self.model,
+            "library_name": "peft" if lora else "transformers",
+            "tags": ["lm-eval-steering", "language-neurons", *(["lora"] if lora else [])],
+        }
+        what = "A LoRA that scales" if lora else "The model with an intervention on"
+        of = f"{self.model} at {self.revision}" if self.revision else self.model
+        lines = [
+            f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+            f"# {self.model}, steered",
+            f"{what} the language neurons of {of}, written into weights by lm-eval-steering. The intervention is the "
+            "same for every token of every text; no code of ours is needed to run it.",
+            _bullets(
+                [
+                    f"intervention: `{self.intervention.signature()}`",
+                    f"signature: `{self.signature}`",
+                    f"fingerprint: `{self.fingerprint}`",
+                    f"neuron set: `{self.neurons.content_hash()}`",
+                    f"dtype: {self.dtype}",
+                    *(f"{name.replace('_', ' ')}: {value}" for name, value in self.numbers.items()),
+                    *self.notes,
+                ]
+            ),
+            f"```bash\n{self._command()}\n```",
+            "The model's licence holds for this one too.",
+        ]
+        return "\n\n".join(lines) + "\n"
+
+    def _command(self) -> str:
+        where = f"pretrained={self.model},peft=THIS_FOLDER" if self.form == "lora" else "pretrained=THIS_FOLDER"
+        return f"lm_eval --model hf --model_args {where} --tasks ..."
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
 
 CHECKPOINT, LORA = "checkpoint", "lora"
 MULTIPLE = 128  # so that eight devices share the units in multiples of 16

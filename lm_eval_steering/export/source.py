@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.neurons.loading import LazyModel
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 # What a family's file calls a tensor that the model calls otherwise.

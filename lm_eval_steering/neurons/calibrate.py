@@ -13,10 +13,7 @@ from numpy.typing import NDArray
 from lm_eval_steering.architectures import ModelSites
 from lm_eval_steering.errors import CorpusError, DidNotHappenError
 from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, Statistics, union_of
-from lm_eval_steering.neurons.observe import Batches, Observer, observing
-from lm_eval_steering.neurons.ranks import Ranks
-from lm_eval_steering.neurons.rows import Rows
-from lm_eval_steering.neurons.runner import Runner
+from lm_eval_steering.neurons.running import Batches, Observer, Ranks, Rows, Runner, observing
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 SENTENCES = 100  # a language, by default

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet, Provenance
-from lm_eval_steering.neurons.recording_folder import RecordingFolder
+from lm_eval_steering.neurons.recording import RecordingFolder
 
 
 def import_lists(

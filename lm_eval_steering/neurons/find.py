@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.neurons import select
-from lm_eval_steering.neurons.algebra import random_control
-from lm_eval_steering.neurons.average_precision import average_precision
 from lm_eval_steering.neurons.calibrate import calibrated
-from lm_eval_steering.neurons.loading import versions
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder
 from lm_eval_steering.neurons.recording import Recording
-from lm_eval_steering.neurons.select import Selection, check_rate
+from lm_eval_steering.neurons.select import Selection, average_precision, check_rate
+from lm_eval_steering.neurons.set_algebra import random_control
+from lm_eval_steering.provenance import versions
 
 
 @dataclass(frozen=True)

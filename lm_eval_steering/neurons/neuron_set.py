@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lm_eval_steering import files as storage
 from lm_eval_steering import languages
+from lm_eval_steering.architectures.weights import same_weights
 from lm_eval_steering.errors import NeuronSetError, did_you_mean
-from lm_eval_steering.fingerprint import same_weights
-from lm_eval_steering.neurons import storage
 
 SITES = ("activation", "product")
 _KIND = "neuron set"

@@ -9,16 +9,21 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from lm_eval_steering import files as storage
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import CorpusError, RecordingError, SteeringError
-from lm_eval_steering.neurons import storage
 from lm_eval_steering.neurons.calibrate import PERCENTILES, SENTENCES, SHORTEST
 from lm_eval_steering.neurons.corpus import Corpus, Source
-from lm_eval_steering.neurons.loading import LazyModel
-from lm_eval_steering.neurons.log import readable_seconds
-from lm_eval_steering.neurons.recording import Recording, count_active, sentence_means, tokens_per_second
-from lm_eval_steering.neurons.recording_folder import RecordingFolder, Text
-from lm_eval_steering.neurons.rows import Rows, packed_rows, sentence_rows, sentences_of
-from lm_eval_steering.neurons.runner import CONTEXT, Runner
+from lm_eval_steering.neurons.recording import (
+    Recording,
+    RecordingFolder,
+    Text,
+    count_active,
+    sentence_means,
+    tokens_per_second,
+)
+from lm_eval_steering.neurons.running import CONTEXT, Rows, Runner, packed_rows, sentence_rows, sentences_of
+from lm_eval_steering.progress import readable_seconds
 
 
 @dataclass(frozen=True)

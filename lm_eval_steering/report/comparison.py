@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_steering.errors import did_you_mean
-from lm_eval_steering.report.data import Facts, ReportError, Samples, Sweep
 from lm_eval_steering.report.make import read_sweep
-from lm_eval_steering.report.read import MAX_SAMPLES
-from lm_eval_steering.report.read_plain import read_plain
+from lm_eval_steering.report.read import MAX_SAMPLES, Facts, ReportError, Samples, Sweep, read_plain
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from lm_eval_steering.language_families import family_of
-from lm_eval_steering.languages import english_name
-from lm_eval_steering.report.data import CROSS, SELF, SEVERAL
-from lm_eval_steering.report.effects import ALPHA, Effects
-from lm_eval_steering.report.naming import readable_metric
-from lm_eval_steering.report.style import (
+from lm_eval_steering.analysis import style
+from lm_eval_steering.analysis.style import (  # fmt: skip
     BLUE,
     COLUMN,
     CYCLE,
@@ -26,8 +27,57 @@ from lm_eval_steering.report.style import (
     ink_on,
     new_figure,
     signed,
-)  # fmt: skip
+)
+from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.languages import english_name, family_of, same_language
+from lm_eval_steering.metrics.language_id import UNKNOWN
+from lm_eval_steering.report import tables
+from lm_eval_steering.report.effects import ALPHA, Effects, Results
+from lm_eval_steering.report.naming import readable_metric
+from lm_eval_steering.report.read import CROSS, SELF, SEVERAL, Sweep
 from lm_eval_steering.report.tables import ordered, single
+
+# --- Draw each figure once a theme: files for papers, and SVG for the page
+
+
+@dataclass(frozen=True)
+class Figured:
+    """A figure of the page.
+
+    Attributes:
+        caption: under it.
+        light: SVG in base64.
+        dark: SVG in base64.
+        width: CSS pixels at which its letters have the size that they have in print.
+        height: CSS pixels.
+        wide: whether it takes the width of a page.
+    """
+
+    caption: str
+    light: str
+    dark: str
+    width: int
+    height: int
+    wide: bool
+
+
+def draw(pictures: list[Picture], folder: Path) -> tuple[list[Figured], list[Path]]:
+    """Figures for the page, and the files that were written for papers (in the light theme)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found, paths = [], []
+    for picture in pictures:
+        with style.themed(style.LIGHT):
+            figure = style.laid_out(picture.draw(style.LIGHT))
+            light = style.svg_of(figure)
+            paths += style.save(figure, folder, picture.name, light)
+        with style.themed(style.DARK):
+            dark = style.svg_of(style.laid_out(picture.draw(style.DARK), like=figure))
+        width, height = (round(96 * float(side)) for side in figure.get_size_inches())
+        wide = figure.get_size_inches()[0] > style.COLUMN
+        light_text, dark_text = (base64.b64encode(svg).decode() for svg in (light, dark))
+        found.append(Figured(picture.caption, light_text, dark_text, width, height, wide))
+    return found, paths
+
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,3 +263,279 @@ def price_label(price: str, damage: pd.DataFrame) -> str:
         "degenerate": "rise in degenerate outputs",
         "unknown": "rise in outputs of no known language",
     }[price]
+
+
+# --- Figures of what was put out: languages over factors, LSS and LFS beside random neurons, neurons by layer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_LANGUAGE_LABELS = "output_language"
+_NAMED, _PANELS = 4, 12  # languages with a colour of their own; panels on one page
+_PER_ROW = 4
+Shares = dict[str, dict[float, Counter[str]]]
+
+
+def language_counts(sweep: Sweep, kind: str) -> Shares:
+    """Steered language -> factor (0 is the baseline) -> how many outputs are in each language."""
+    cells = sweep.steered_cells()
+    cells = cells[(cells["kind"] == kind) & cells["factor"].notna()]
+    found: Shares = {}
+    for row in cells.itertuples():
+        for factor, cell in ((row.factor, row.cell), (0.0, row.baseline_cell)):
+            items = sweep.items.get(cell)
+            if items is not None and _LANGUAGE_LABELS in items.values:
+                labels = [str(label) for label in items.values[_LANGUAGE_LABELS] if label is not None]
+                found.setdefault(row.steered, {}).setdefault(factor, Counter()).update(labels)
+    return found
+
+
+def output_languages(counts: Shares, theme: Theme) -> Figure:
+    """Stacked shares of output languages at each factor, one panel a steered language."""
+    codes = list(counts)[:_PANELS]
+    others: Counter[str] = Counter()
+    for code in codes:
+        for own in counts[code].values():
+            others.update({label: n for label, n in own.items() if label != UNKNOWN and not same_language(label, code)})
+    named = [label for label, _ in others.most_common(_NAMED)]
+    columns = min(_PER_ROW, len(codes))
+    rows = -(-len(codes) // columns)
+    figure = new_figure(COLUMN if columns <= 2 else PAGE, 0.7 + 1.55 * rows)
+    panels = np.atleast_1d(figure.subplots(rows, columns, sharey=True, squeeze=False)).ravel()
+    for axes, code in zip(panels, codes, strict=False):
+        _stack(axes, code, counts[code], named, theme)
+    for axes in panels[len(codes) :]:
+        axes.set_visible(False)
+    panels[0].set_ylabel("share of outputs")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if columns <= 2 else 7)
+    return figure
+
+
+def _stack(axes: Any, code: str, own: dict[float, Counter[str]], named: list[str], theme: Theme) -> None:
+    factors = sorted(own)
+    bottom = np.zeros(len(factors))
+    parts = [("steered language", BLUE, ""), *((label, CYCLE[1 + i], "") for i, label in enumerate(named))]
+    for label, colour, hatch in [*parts, ("others", theme.faint, ""), ("unknown", theme.paper, "////")]:
+        shares = np.array([_share(own[factor], label, code, named) for factor in factors])
+        name = english_name(label) if label in named else label
+        axes.bar(
+            range(len(factors)), shares, bottom=bottom, color=colour, width=0.86, label=name, hatch=hatch,
+            edgecolor=theme.ink if hatch else "none", linewidth=0.3,
+        )  # fmt: skip
+        bottom += shares
+    axes.set_xticks(range(len(factors)), ["base" if factor == 0 else f"×{factor:g}" for factor in factors])
+    if len(factors) > 6:
+        axes.tick_params(axis="x", rotation=90)
+    axes.set_ylim(0, 1)
+    axes.set_title(english_name(code.split("+", maxsplit=1)[0]), fontsize=8)
+    axes.tick_params(axis="x", length=0)
+
+
+def _share(counted: Counter[str], label: str, code: str, named: list[str]) -> float:
+    total = sum(counted.values())
+    of_steered = sum(n for own, n in counted.items() if own != UNKNOWN and same_language(own, code))
+    if label == "steered language":
+        return of_steered / total
+    if label == "unknown":
+        return counted[UNKNOWN] / total
+    of_named = {own: counted[own] for own in named if not same_language(own, code)}
+    if label in named:
+        return of_named.get(label, 0) / total
+    return (total - of_steered - counted[UNKNOWN] - sum(of_named.values())) / total
+
+
+def against_random(controls: pd.DataFrame, theme: Theme) -> Figure:
+    """LSS or LFS against the factor, with the range of the matched random sets as a band.
+
+    Args:
+        controls: rows of one task family, metric and intervention, as `side_tables.controls` gives them.
+        theme: colours.
+    """
+    by_factor = controls.sort_values("factor").groupby("factor")
+    means = by_factor[["score", "mean", "lowest", "highest"]].mean()
+    sets, n = int(controls["sets"].max()), int(by_factor["n"].sum().max())
+    figure = new_figure(COLUMN, 2.35)
+    axes = figure.subplots()
+    if sets:
+        axes.fill_between(means.index, means["lowest"], means["highest"], color=VERMILION, alpha=0.2, linewidth=0)
+        axes.plot(
+            means.index, means["mean"], color=VERMILION, linestyle="--", marker="s", markersize=3, linewidth=1.2,
+            label=f"random neurons ({sets} set{'s' if sets != 1 else ''})",
+        )  # fmt: skip
+    axes.plot(means.index, means["score"], color=BLUE, marker="o", markersize=3.5, linewidth=1.6, label="own neurons")
+    axes.set_ylim(-0.03, 1.05)
+    axes.set_xticks(sorted(controls["factor"].unique()))
+    axes.set_xlabel("factor")
+    axes.set_ylabel(f"{readable_metric(str(controls['metric'].iloc[0]))} (n = {n})")
+    axes.set_title(f"{readable_metric(str(controls['metric'].iloc[0]))} beside random neurons")
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def neurons_by_layer(counts: dict[str, list[int]], theme: Theme) -> Figure:
+    """Neurons of each steered language in each layer.
+
+    Args:
+        counts: language -> (layers,).
+        theme: colours.
+    """
+    grid = np.array(list(counts.values()), dtype=float)
+    figure = new_figure(COLUMN if grid.shape[1] <= 32 else PAGE, 0.9 + 0.2 * len(counts))
+    axes = figure.subplots()
+    image = axes.imshow(np.sqrt(grid), cmap="cividis", aspect="auto", interpolation="nearest")
+    if grid.shape[1] <= 16:
+        shades = image.to_rgba(np.sqrt(grid))
+        for (row, column), value in np.ndenumerate(grid):
+            colour = ink_on(tuple(shades[row, column]))
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)
+    axes.set_yticks(range(len(counts)), [code.split("_")[0] for code in counts])
+    axes.set_xlabel("layer")
+    axes.set_title("Neurons by layer")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return figure
+
+
+# --- Which figures a report has, with their captions: one list for the files and for the page
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Of the many numbers of a task these are drawn: the first success and the first damage that it has.
+SUCCESSES = (
+    "lfs", "lss", "clas_language", "acc", "exact_match", "f1", "bleu", "chrf++", "acc_norm", "lang_expected",
+)  # fmt: skip
+DAMAGES = ("nats_per_token", "token_perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
+MOST = 40  # figures on a page
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that can be drawn in any theme.
+
+    Attributes:
+        name: of the file.
+        caption: what it shows, with n.
+        draw: theme -> figure.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[Theme], Figure]
+
+
+def drawn_metrics(effects: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """(family, metric, kind) of what is drawn, successes first."""
+    found: list[tuple[str, str, str]] = []
+    for wanted in (SUCCESSES, DAMAGES):
+        for (family, kind), own in effects.groupby(["family", "kind"], sort=False):
+            names = {name.partition("@")[0]: name for name in own["metric"].unique()}
+            first = next((names[name] for name in wanted if name in names), None)
+            if first is not None:
+                found.append((family, first, kind))
+    return found
+
+
+def gallery(results: Results) -> list[Picture]:
+    """All figures, in the order of the page."""
+    effects, sweep = results.effects, results.sweep
+    pictures: list[Picture] = []
+    for family, metric, kind in drawn_metrics(effects.frame):
+        pictures += _of_setting(results, family, metric, kind)
+    kinds = list(dict.fromkeys(effects.frame["kind"]))
+    for kind in kinds:
+        counts = language_counts(sweep, kind)
+        if counts:
+            n = sum(sum(own.values()) for factors in counts.values() for own in factors.values())
+            caption = f"Languages of the outputs against the factor, {kind}; n = {n:,} outputs."
+            pictures.append(Picture(_file("languages", kind), caption, _bind(output_languages, counts)))
+        damage = results.damage[results.damage["kind"] == kind] if len(results.damage) else results.damage
+        if len(damage) and price_of(damage):
+            caption = f"Success of the steered language against damage, {kind}; each point is a factor."
+            pictures.append(Picture(_file("trade-off", kind), caption, _bind(trade_off, damage)))
+    if results.neurons:
+        total = sum(map(sum, results.neurons.values()))
+        caption = f"Neurons of the steered languages by layer (square-root shades); n = {total:,} in all."
+        pictures.append(Picture("neurons-by-layer", caption, _bind(neurons_by_layer, results.neurons)))
+    return pictures[:MOST]
+
+
+def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[Picture]:
+    frame = tables.single(results.effects)
+    own = frame[(frame["family"] == family) & (frame["metric"] == metric) & (frame["kind"] == kind)]
+    summary = results.summary
+    rows = summary[(summary["family"] == family) & (summary["metric"] == metric) & (summary["kind"] == kind)]
+    name, what = (family, metric, kind), f"{readable_metric(metric)} on {family}, {kind}"
+    against = results.sweep.against
+    pictures = []
+    # Where each language has one chosen factor, factors differ in their languages and are no curve.
+    factors = int(own.groupby("steered")["factor"].nunique().max())
+    if factors > 1:
+        caption = (
+            f"{what}: mean difference from the {against}, with 95 % bands over languages and items "
+            f"({own['steered'].nunique()} languages; n = {int(own['n'].sum()):,} items in all)."
+        )
+        pictures.append(Picture(_file("curve", *name), caption, _bind(factor_curve, rows)))
+    one_column = own["evaluated"].nunique() < 2
+    if own["difference"].notna().any() and (factors > 1 or not one_column):
+        factor = None if one_column else best_overall(rows)
+        at = "each factor" if factor is None else f"factor {factor:g}, the best on average"
+        n = own if factor is None else own[own["factor"] == factor]
+        caption = (
+            f"{what}: difference from the {against} at {at}. Blue is better; a dot and bold mark p < 0.05 after Holm's "
+            f"correction over {int(own['comparisons'].max())} comparisons; n = {int(n['n'].sum()):,} items."
+        )
+        if factor is None or not np.isnan(factor):
+            draw = _bind(heat_map, results.effects, family, metric, kind, factor)
+            pictures.append(Picture(_file("matrix", *name), caption, draw))
+    controls = results.controls
+    if len(controls):
+        own_controls = controls[
+            (controls["family"] == family) & (controls["metric"] == metric) & (controls["kind"] == kind)
+        ]
+        if factors > 1 and len(own_controls):
+            caption = f"{what}: mean over languages, beside matched random neurons (band: their lowest and highest)."
+            draw = _bind(against_random, own_controls)
+            pictures.append(Picture(_file("random", *name), caption, draw))
+    return pictures
+
+
+def best_overall(rows: pd.DataFrame) -> float:
+    """The factor at which self (or several, or cross) is best on average, for a figure; nan where there is none."""
+    sign = 1 if bool(rows["higher_is_better"].iloc[0]) else -1
+    for relation in (SELF, SEVERAL, "cross"):
+        values = sign * rows[f"{relation}_difference"]
+        if values.notna().any():
+            return float(rows.loc[values.idxmax(), "factor"])
+    return float("nan")
+
+
+def layers_of(neurons: str, codes: list[str]) -> dict[str, list[int]]:
+    """Steered language -> neurons in each layer; empty where the set is not at hand."""
+    from lm_eval_steering import resources
+    from lm_eval_steering.analysis.inspect import layer_counts
+    from lm_eval_steering.languages import family_order
+    from lm_eval_steering.neurons.neuron_set import NeuronSet
+
+    try:
+        found = NeuronSet.load(resources.find_neuron_set(neurons)) if neurons else None
+    except (SteeringError, OSError):
+        return {}
+    if found is None:
+        return {}
+    counts = layer_counts(found)
+    own = [code for code in family_order(codes) if code in found.languages]
+    return {code: counts[found.languages.index(code)].tolist() for code in own}
+
+
+def _bind(draw: Callable[..., Figure], *arguments: object) -> Callable[[Theme], Figure]:
+    return lambda theme: draw(*arguments, theme)
+
+
+def _file(*parts: str) -> str:
+    text = "-".join(part for part in parts if part)
+    kept = "".join(letter if letter.isalnum() or letter in "-_+." else "-" for letter in text)
+    return kept.replace("--", "-")[:110]

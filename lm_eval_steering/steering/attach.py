@@ -4,23 +4,374 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lm_eval_steering.architectures import LayerSites, ModelSites
-from lm_eval_steering.errors import DidNotHappenError, InterventionError
-from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.steering.apply import EditAtWork
-from lm_eval_steering.steering.evidence import Counters, Evidence
-from lm_eval_steering.steering.fitting import fitting_sites
-from lm_eval_steering.steering.intervention import from_arguments
-from lm_eval_steering.steering.plan import Plan, compile_plan
-from lm_eval_steering.steering.rows import Declared, ForwardRows, RowReader
+from lm_eval_steering.architectures import LayerSites, ModelSites, check_width, model_type_of, sites_of
+from lm_eval_steering.architectures.weights import weights_sketch
+from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError
+from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet
+from lm_eval_steering.steering.compiled import Affine, Edit, Plan, Source, Term, compile_plan
+from lm_eval_steering.steering.intervention import NORMAL, from_arguments
+from lm_eval_steering.steering.live import normal, statistic
+from lm_eval_steering.steering.positions import Declared, ForwardRows, RowReader
+
+# --- The proof that an intervention took place: what was counted on the device, read when it is asked for
+
+_SMALL, _MANY = 2**15, 32  # values of a tensor that waits, and how many such may wait
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What happened since the counters were last reset.
+
+    Attributes:
+        forwards: forward passes of the decoder while the intervention was on.
+        modules: modules with a hook.
+        fired: calls of those hooks.
+        positions: positions that were edited, summed over forwards; pads that the caller marked are not among them.
+        neurons: neurons edited at each position.
+        largest_change: largest |a' - a| over finite a, in units of the activation; infinite where a' overflowed.
+        nonfinite: share of real positions whose last hidden state, which the logits are made of, was not finite.
+        finite: whether there was none.
+    """
+
+    forwards: int
+    modules: int
+    fired: int
+    positions: int
+    neurons: int
+    largest_change: float
+    nonfinite: float
+    finite: bool
+
+
+class _Sum:
+    """A running sum of numbers of the host and of the device."""
+
+    def __init__(self) -> None:
+        self._host = 0
+        self._device: dict[torch.device, torch.Tensor] = {}
+
+    def add(self, count: int | torch.Tensor) -> None:
+        if isinstance(count, int):
+            self._host += count
+        else:
+            before = self._device.get(count.device)
+            self._device[count.device] = count if before is None else before + count
+
+    def total(self) -> int:
+        """Reads the device."""
+        return self._host + sum(int(part) for part in self._device.values())
+
+
+class LargestChange:
+    """The largest |a' - a| so far, on the device. Small tensors wait for each other, so that decoding costs little."""
+
+    def __init__(self) -> None:
+        self._largest: dict[torch.device, torch.Tensor] = {}
+        self._waiting: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._size = 0
+
+    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Count one edit: the chosen units before it, in the precision that it is computed in, and after."""
+        size = before.numel()
+        if size > _SMALL:
+            self._count(before.device, before, after)
+            return
+        self._waiting.setdefault(before.device, []).append((before, after))
+        self._size += size
+        if self._size > _SMALL * _MANY:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count what waits, and let go of it."""
+        for device, pairs in self._waiting.items():
+            self._count(
+                device, *(torch.cat([part.reshape(-1) for part in parts]) for parts in zip(*pairs, strict=True))
+            )
+        self._waiting.clear()
+        self._size = 0
+
+    def _count(self, device: torch.device, before: torch.Tensor, after: torch.Tensor) -> None:
+        # In the wide type, where a difference of two halves cannot overflow. What was infinite before is no change of
+        # ours: there before - before is not a number, which the maximum leaves out.
+        change = after.to(before.dtype).sub(before).add_(before - before).abs_()
+        largest = change.nan_to_num_(0.0, math.inf).amax()
+        previous = self._largest.get(device)
+        self._largest[device] = largest if previous is None else torch.maximum(previous, largest)
+
+    def value(self) -> float:
+        """Reads the device."""
+        self.settle()
+        return max((float(change) for change in self._largest.values()), default=0.0)
+
+
+class Counters:
+    """Running sums over forward passes; sums that the device knows stay there until they are asked for."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.largest = LargestChange()
+        self._edited: dict[tuple[str, ...], _Sum] = {}
+        self._broken, self._seen = _Sum(), _Sum()
+
+    def add(self, rows: ForwardRows, kinds: set[tuple[str, ...]], hidden: torch.Tensor) -> None:
+        """Count one forward pass.
+
+        Args:
+            rows: its positions.
+            kinds: forms of `positions`, of each edit.
+            hidden: (row, position, feature) last hidden state.
+        """
+        self.forwards += 1
+        self.largest.settle()
+        for kind in kinds:
+            self._edited.setdefault(kind, _Sum()).add(rows.count(kind))
+        # A sum is finite only where every feature is; in float32, where it cannot overflow in halves.
+        broken = ~hidden.detach().sum(-1, dtype=torch.promote_types(hidden.dtype, torch.float32)).isfinite()
+        if rows.real is not None and broken.shape == rows.real.shape:
+            real = rows.real.to(broken.device)
+            self._broken.add((broken & real).sum())
+            self._seen.add(real.sum())
+        else:
+            self._broken.add(broken.sum())
+            self._seen.add(broken.numel())
+
+    @property
+    def positions(self) -> int:
+        """Positions edited; reads the device."""
+        return max((edited.total() for edited in self._edited.values()), default=0)
+
+    @property
+    def nonfinite(self) -> float:
+        """Share of real positions with a hidden state that is not finite; reads the device."""
+        seen = self._seen.total()
+        return self._broken.total() / seen if seen else 0.0
+
+
+# --- An edit at work: its tensors on the device of its layer, and the pure functions that compute the edited units
+
+
+def affine(
+    units: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    written: torch.Tensor | None,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """gain * scale * a + shift, and shift alone where written; what is None is left out, so an identity is exact.
+
+    Args:
+        units: (..., unit) in the precision to compute in.
+        scale: (unit,).
+        shift: (unit,) or (..., unit).
+        written: (unit,) bool; by selection, since 0 times an infinite activation is not 0.
+        gain: (..., 1).
+    """
+    result = units if scale is None else units * scale
+    result = result if gain is None else result * gain
+    result = result if written is None else torch.where(written, 0, result)
+    return result if shift is None else result + shift
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """An affine map on one device; None where a part does nothing."""
+
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    written: torch.Tensor | None
+    untouched: torch.Tensor | None
+    coefficients: tuple[torch.Tensor, ...]
+    chosen: tuple[torch.Tensor | None, ...]  # of the terms, then of the gain: indices of units, for `mad`
+
+
+class EditAtWork:
+    """One edit of a plan, called with a layer's units in each forward pass; it keeps no activation."""
+
+    def __init__(self, edit: Edit, width: int) -> None:
+        """Prepare; tensors go to a device when a layer there runs for the first time."""
+        self.edit = edit
+        self.fired_in_forward = 0
+        self.fired = 0
+        self._width = width
+        self._index: dict[torch.device, torch.Tensor] = {}
+        self._tensors: dict[torch.device, tuple[_Tensors, ...]] = {}
+        self._sourced = any(each.all_terms for each in edit.maps)
+
+    def __call__(
+        self, units: torch.Tensor, rows: ForwardRows | None, changes: LargestChange, in_place: bool = False
+    ) -> torch.Tensor:
+        """A tensor (..., unit) with the chosen units edited at the chosen positions, every other one bit-identical.
+
+        Args:
+            units: (row, position, unit), or (row * position, unit) where the family flattens them.
+            rows: of the forward pass; None where a layer runs by itself.
+            changes: counts the largest.
+            in_place: write into `units`, which nobody else reads; a copy of them all costs more than the edit.
+        """
+        check_width(units, self._width, self.edit.layer)
+        rows = ForwardRows.all_prompt(units) if rows is None else rows
+        if units.shape[:-1].numel() != rows.shape[0] * rows.shape[1]:
+            raise InterventionError(
+                f"layer {self.edit.layer}: {tuple(units.shape)} units where the decoder was given {rows.shape[0]} rows "
+                f"of {rows.shape[1]} positions"
+            )
+        maps = self._on(units.device)
+        index = self._index[units.device]
+        # One rounding, at the end: half precision is computed in float32, double precision in its own.
+        wide = units.index_select(-1, index).to(torch.promote_types(units.dtype, torch.float32))
+        sources = self._sources(units, wide.dtype, rows) if self._sourced else {}
+        after = wide
+        for each, tensors in zip(self.edit.maps, maps, strict=True):
+            after = self._map(each, tensors, after, sources, rows)
+        after = after.to(units.dtype)
+        self.fired_in_forward += 1
+        self.fired += 1
+        changes.add(wide.detach(), after.detach())
+        return units.index_copy_(-1, index, after) if in_place else units.index_copy(-1, index, after)
+
+    def _map(
+        self,
+        each: Affine,
+        tensors: _Tensors,
+        units: torch.Tensor,
+        sources: dict[Source, torch.Tensor],
+        rows: ForwardRows,
+    ) -> torch.Tensor:
+        """One affine map on (..., unit), at its positions and on the units that it touches."""
+        shift = tensors.shift
+        for term, coefficients in zip(each.terms, tensors.coefficients, strict=True):
+            part = sources[term.source] * coefficients
+            shift = part if shift is None else shift + part
+        gain = sources[each.gain.source] if each.gain else None
+        result = affine(units, tensors.scale, shift, tensors.written, gain)
+        if tensors.untouched is not None:
+            result = torch.where(tensors.untouched, units, result)
+        mask = rows.mask(each.positions, units.device)
+        return result if mask is None else torch.where(mask.reshape(*units.shape[:-1], 1), result, units)
+
+    def _sources(self, units: torch.Tensor, dtype: torch.dtype, rows: ForwardRows) -> dict[Source, torch.Tensor]:
+        """Every value that only the forward pass knows, (..., 1) or (..., unit), from the units before any step."""
+        found: dict[Source, torch.Tensor] = {}
+        wide: torch.Tensor | None = None
+        for each, tensors in zip(self.edit.maps, self._tensors[units.device], strict=True):
+            for term, chosen in zip(each.all_terms, tensors.chosen, strict=True):
+                if term.source in found:
+                    continue
+                if term.source.name == NORMAL:
+                    value = self._normal(term.source, units.device, rows)
+                else:
+                    wide = units.detach().to(dtype).reshape(*rows.shape, -1) if wide is None else wide
+                    real = rows.real if rows.real is None else rows.real.to(units.device)
+                    value = statistic(term.source.name, wide, real, term.source.sequence, chosen)
+                value = value.expand(*rows.shape, -1).reshape(*units.shape[:-1], -1)
+                found[term.source] = value.to(dtype)
+        return found
+
+    def _normal(self, source: Source, device: torch.device, rows: ForwardRows) -> torch.Tensor:
+        if rows.tokens is None or rows.index is None:
+            raise InterventionError(
+                "value=normal: the random numbers depend on token ids and their places, and the model was given "
+                f"{'embeddings' if rows.tokens is None else 'no two-dimensional attention mask'}"
+            )
+        stream = (source.step, SITES.index(self.edit.site), self.edit.layer)
+        return normal(source.seed, stream, self._index[device], rows.index.to(device), rows.tokens.to(device))
+
+    def _on(self, device: torch.device) -> tuple[_Tensors, ...]:
+        if device not in self._tensors:
+            self._index[device] = torch.from_numpy(self.edit.units.copy()).to(device)
+            self._tensors[device] = tuple(self._moved(each, device) for each in self.edit.maps)
+        return self._tensors[device]
+
+    def _moved(self, each: Affine, device: torch.device) -> _Tensors:
+        def chosen(term: Term) -> torch.Tensor | None:
+            return None if term.chosen is None else torch.from_numpy(self.edit.units[term.chosen]).to(device)
+
+        def moved(part: object, needed: bool) -> torch.Tensor | None:
+            return torch.tensor(part, device=device) if needed else None
+
+        return _Tensors(
+            moved(each.scale, bool((each.scale[~each.written] != 1).any())),
+            moved(each.shift, bool((each.shift != 0).any())),
+            moved(each.written, bool(each.written.any())),
+            moved(~each.touched, not each.touched.all()),
+            tuple(torch.tensor(term.coefficients, device=device) for term in each.terms),
+            tuple(chosen(term) for term in each.all_terms),
+        )
+
+
+# --- Whether a loaded model can be steered, and with this neuron set
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse tensor parallelism, in which each device holds a part of every layer's units.
+
+    Raises:
+        ArchitectureError: naming a split parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
+            raise ArchitectureError(
+                f"{name} is split over devices (tensor parallelism), so a unit's number means another neuron on each; "
+                "load the model without tp_plan, whole or with parallelize=True"
+            )
+
+
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """Refuse adapters that put positions of their own before a request's, which have no token and no place in it.
+
+    Raises:
+        ArchitectureError: naming the adapter.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if config.is_prompt_learning:
+            raise ArchitectureError(
+                f"the adapter {name} ({config.peft_type}) adds positions of its own to every request, "
+                "neither prompt nor generated; steer without it, or with an adapter of weights (LoRA)"
+            )
+
+
+def fitting_sites(
+    model: nn.Module,
+    neurons: NeuronSet,
+    *,
+    sites: str | None = None,
+    force: bool = False,
+    sketch: Sequence[float] | None = None,
+    name: str = "this model",
+    found: ModelSites | None = None,
+) -> ModelSites:
+    """Where the model's units are, if the neuron set is of this model.
+
+    Args:
+        model: a causal language model of transformers, PEFT-wrapped or not.
+        neurons: the set.
+        sites: where the units are, if neither the family is known nor the set says it.
+        force: accept a set of other weights, or of another model that has all of the neurons.
+        sketch: of the model's weights, if it is known already.
+        name: of the model, for the message.
+        found: where the units are, if it was found out before.
+
+    Raises:
+        NeuronSetError: if the set belongs to another model.
+        ArchitectureError: if the units are not found, or are split over devices, or an adapter adds positions.
+    """
+    refuse_sharded(model)
+    refuse_prompt_learning(model)
+    found = found or sites_of(model, sites or neurons.provenance.sites or None)
+    neurons.check_model(found.shape.layers, found.shape.units, model_type_of(model.config), force)
+    if not force:
+        neurons.check_weights(weights_sketch(model) if sketch is None else sketch, name)
+    return found
+
 
 __all__ = ["Evidence", "Steering", "steer"]
 

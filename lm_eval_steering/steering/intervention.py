@@ -5,16 +5,343 @@ The schema that all of them are held to is in `schema`; it is exported here too.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from lm_eval_steering.errors import InterventionError, did_you_mean
-from lm_eval_steering.steering.fields import NORMAL, is_live, read_value
-from lm_eval_steering.steering.schema import Intervention, Step, build
+from lm_eval_steering import languages
+from lm_eval_steering.errors import InterventionError, SteeringError, did_you_mean
+from lm_eval_steering.steering.positions import ALL, FORMS, parse_positions
+
+# --- How the single fields of a step are read, whoever wrote them: each error names the key and the nearest valid word
+
+OPERATIONS = ("scale", "add", "set")
+SITES = ("activation", "product")
+SCOPES = ("token", "sequence")
+STATISTICS = ("mean", "median", "max", "diffmean", "sentence_mean")
+LIVE = ("live_max", "live_mean", "live_median", "live_min", "live_std", "live_iqr", "live_mad")
+NORMAL = "normal"
+OTHERS = "others"
+VALUES = (*STATISTICS, "pNN", *LIVE, "live_pNN", NORMAL)
+_PERCENTILE = re.compile(r"(live_)?p\d\d")
+_RANGES = re.compile(r"\d+(-\d+)?(\+\d+(-\d+)?)*")
+_LARGEST_SEED = 2**32 - 1
+
+
+def is_live(value: float | str | None) -> bool:
+    """Whether a value is a statistic of the activations in hand."""
+    return isinstance(value, str) and value.startswith("live_")
+
+
+def is_named_value(found: object) -> bool:
+    """Whether a text names a statistic, calibrated or live, or the normal distribution."""
+    known = (*STATISTICS, *LIVE, NORMAL)
+    return isinstance(found, str) and (found in known or bool(_PERCENTILE.fullmatch(found)))
+
+
+def one_of(name: str, known: tuple[str, ...]) -> BeforeValidator:
+    """One of a few words."""
+
+    def check(found: Any) -> Any:
+        if found not in known:
+            raise ValueError(f"{name}={found!r}: expected one of {', '.join(known)}{did_you_mean(str(found), known)}")
+        return found
+
+    return BeforeValidator(check)
+
+
+def read_factor(found: Any) -> float:
+    """Any finite number, negative ones and zero too."""
+    number = _number(found)
+    if number is None or not math.isfinite(number):
+        raise ValueError(f"factor={found!r}: expected a finite number")
+    return number
+
+
+def read_value(found: Any, key: str = "value", more: tuple[str, ...] = ()) -> float | str | None:
+    """A finite number, the name of a statistic, or nothing; `key` and `more` names are for the message."""
+    if found is None or is_named_value(found):
+        return found
+    number = _number(found)
+    if number is None:
+        names = (*VALUES, *more)
+        raise ValueError(
+            f"{key}={found!r}: expected a number or one of {', '.join(names)}{did_you_mean(str(found), names)}"
+        )
+    if not math.isfinite(number):
+        raise ValueError(f"{key}={found!r}: expected a finite number")
+    return number
+
+
+def read_layers(found: Any) -> str | None:
+    """Ranges of layers, kept as text."""
+    text = None if found is None else str(found)
+    if text is not None and (isinstance(found, bool) or not _RANGES.fullmatch(text)):
+        raise ValueError(f"layers={text!r}: expected ranges such as 0-3+28-31")
+    return text
+
+
+def read_positions(found: Any) -> str:
+    """A form of `positions`, kept as text."""
+    if not isinstance(found, str):
+        # YAML reads 3:10 as a number to the base of 60.
+        raise ValueError(f"positions={found!r}: expected {FORMS}; in a YAML file write it in quotes")
+    parse_positions(found)
+    return found
+
+
+def read_flag(name: str) -> BeforeValidator:
+    """True or False."""
+
+    def check(found: Any) -> bool:
+        word = str(found).lower()
+        if word not in {"true", "false"}:
+            raise ValueError(f"{name}={found!r}: expected True or False")
+        return word == "true"
+
+    return BeforeValidator(check)
+
+
+def read_seed(found: Any) -> int:
+    """A whole number that fits 32 bits."""
+    number = _number(found)
+    if number is None or not math.isfinite(number) or number != int(number) or not 0 <= number <= _LARGEST_SEED:
+        raise ValueError(f"seed={found!r}: expected a whole number from 0 to {_LARGEST_SEED}")
+    return int(number)
+
+
+def read_languages(found: Any) -> tuple[str, ...]:
+    """Codes joined by `+`, or a list of them, in FLORES style; `others` stays as it is.
+
+    Raises:
+        UnknownLanguageError: if a code names no language.
+    """
+    parts = list(found) if isinstance(found, list | tuple) else str(found).split("+")
+    if isinstance(found, bool) or any(isinstance(part, bool) for part in parts):
+        # YAML reads the code of Norwegian as a truth value.
+        raise ValueError(
+            f"language={found!r}: expected codes such as fra_Latn+ind_Latn; in a YAML file write no in quotes"
+        )
+    if not parts or any(not str(part).strip() for part in parts):
+        raise ValueError(f"language={found!r}: expected languages joined by +, such as fra_Latn+ind_Latn")
+    texts = [str(part).strip() for part in parts]
+    return tuple(dict.fromkeys(text if text == OTHERS else languages.normalise(text) for text in texts))
+
+
+def _number(found: Any) -> float | None:
+    if isinstance(found, bool):
+        return None
+    try:
+        return float(found)
+    except (TypeError, ValueError):
+        return None
+
+
+# --- What the user asks for: an intervention is a list of steps, each one operation on the neurons of some languages
+
+
+class Step(BaseModel):
+    """One operation on the union of the neurons of some languages; `docs/interventions.md` defines each field.
+
+    Attributes:
+        op: `scale` (a' = factor * a), `add` (a' = a + factor * value) or `set` (a' = factor * value).
+        languages: whose neurons; `others` alone means all languages that no steering step names.
+        value: a number, a calibrated statistic of the language, a `live_` statistic of the activations in hand, or
+            `normal`, seeded random numbers; 1 by default. `scale` takes a live one only: a' = factor * value * a.
+        factor: any finite number.
+        site: `activation` (after the activation function) or `product` (input of the last linear layer).
+        layers: ranges such as `0-3+28-31`; all by default.
+        positions: `all`, `prompt`, `generated`, `last`, a window (`positions.parse_positions`).
+        scope: of a live statistic: `token` (that position alone) or `sequence` (the row's whole forward pass).
+        seed: of `normal`.
+        deactivation: whether the step silences languages rather than steering to them. By default such a step leaves
+            out the neurons that a later steering step of the same intervention uses.
+        keep_shared: False composes a deactivation literally, shared neurons included.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    op: Annotated[Literal["scale", "add", "set"], one_of("op", OPERATIONS)]
+    languages: Annotated[tuple[str, ...], BeforeValidator(read_languages)]
+    value: Annotated[float | str | None, BeforeValidator(read_value)] = None
+    factor: Annotated[float, BeforeValidator(read_factor)] = 1.0
+    site: Annotated[Literal["activation", "product"], one_of("site", SITES)] = "activation"
+    layers: Annotated[str | None, BeforeValidator(read_layers)] = None
+    positions: Annotated[str, BeforeValidator(read_positions)] = ALL
+    scope: Annotated[Literal["token", "sequence"], one_of("scope", SCOPES)] = "token"
+    seed: Annotated[int, BeforeValidator(read_seed)] = 0
+    deactivation: Annotated[bool, read_flag("deactivation")] = False
+    keep_shared: Annotated[bool, read_flag("keep_shared")] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _value_by_default(cls, given: Any) -> Any:
+        # Written out, so that a step and the step read back from its signature are equal.
+        if isinstance(given, Mapping) and given.get("op") in {"add", "set"} and given.get("value") is None:
+            return {**given, "value": 1.0}
+        return given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Step:
+        if OTHERS in self.languages and (not self.deactivation or len(self.languages) > 1):
+            raise ValueError("others: stands alone, in deactivate= only; name the languages to steer")
+        if self.op == "scale" and self.value is not None and not is_live(self.value):
+            raise ValueError(f"value={self.value!r}: op=scale takes none but a live_ statistic; use factor=")
+        if self.scope != "token" and not is_live(self.value):
+            raise ValueError(f"scope={self.scope}: only a live statistic has a scope, value={self.value!r} has none")
+        if self.seed and self.value != NORMAL:
+            raise ValueError(f"seed={self.seed}: only value=normal is random, value={self.value!r} is not")
+        return self
+
+    @property
+    def amount(self) -> float | str:
+        """The value; of a `scale` without one, 1."""
+        return 1.0 if self.value is None else self.value
+
+    def chosen_layers(self, total: int) -> frozenset[int]:
+        """Numbers of the layers that the step acts on.
+
+        Raises:
+            InterventionError: if a range is empty or beyond the model's last layer.
+        """
+        if self.layers is None:
+            return frozenset(range(total))
+        chosen: set[int] = set()
+        for part in self.layers.split("+"):
+            first, _, last = part.partition("-")
+            span = range(int(first), int(last or first) + 1)
+            if not span or span[-1] >= total:
+                raise InterventionError(f"layers={self.layers!r}: {part} is not a range within 0-{total - 1}")
+            chosen.update(span)
+        return frozenset(chosen)
+
+    def signature(self) -> str:
+        """`op:add|value:mean|factor:4|lang:fra_Latn|site:product|layers:all`, then what is not the default."""
+        parts = {
+            "op": self.op,
+            "value": None if self.value is None else _short(self.value),
+            "factor": _short(self.factor),
+            "deactivate" if self.deactivation else "lang": "+".join(self.languages),
+            "site": self.site,
+            "layers": self.layers or "all",
+            "positions": None if self.positions == ALL else self.positions,
+            "scope": None if self.scope == "token" else self.scope,
+            "seed": str(self.seed) if self.value == NORMAL else None,
+            "keep_shared": None if self.keep_shared else "false",
+        }
+        return "|".join(f"{key}:{text}" for key, text in parts.items() if text is not None)
+
+
+class Intervention(BaseModel):
+    """Steps that compose in the order written; no steps is the unsteered model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def steered(self) -> tuple[str, ...]:
+        """Languages that the intervention steers to, deactivated ones left out, in the order written."""
+        return tuple(dict.fromkeys(code for step in self.steps if not step.deactivation for code in step.languages))
+
+    @property
+    def lookahead(self) -> bool:
+        """Whether a position's edit depends on later tokens of the row, as the original scripts' statistics do."""
+        return any(step.scope == "sequence" for step in self.steps)
+
+    def resolve(self, available: tuple[str, ...]) -> Intervention:
+        """The same with the codes as a neuron set spells them, and `others` spelled out.
+
+        Raises:
+            UnknownLanguageError: if a language is not available; the message names the closest.
+            InterventionError: if `others` leaves no language.
+        """
+        where = "the neuron set"
+        steered = {languages.choose(code, available, where) for code in self.steered}
+
+        def codes(step: Step) -> tuple[str, ...]:
+            if step.languages != (OTHERS,):
+                return tuple(dict.fromkeys(languages.choose(code, available, where) for code in step.languages))
+            if not (rest := tuple(code for code in available if code not in steered)):
+                raise InterventionError("deactivate=others: every language of the neuron set is steered to")
+            return rest
+
+        return Intervention(steps=tuple(step.model_copy(update={"languages": codes(step)}) for step in self.steps))
+
+    def signature(self) -> str:
+        """Readable form, meant for a paper; `none` for the unsteered model. `signature.parse` reads it back."""
+        return " ; ".join(step.signature() for step in self.steps) or "none"
+
+
+def build(description: Mapping[str, Any]) -> Intervention:
+    """An intervention from plain data (`{"steps": [...]}`), with errors of one line.
+
+    Raises:
+        SteeringError: for the first thing that is wrong; it names the key.
+    """
+    try:
+        return Intervention.model_validate(description)
+    except ValidationError as failure:
+        error = failure.errors(include_url=False)[0]
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, SteeringError):  # it says which kind of mistake it is
+        raise cause
+    if cause:
+        raise InterventionError(str(cause))
+    key = str(error["loc"][-1])
+    if error["type"] == "extra_forbidden":
+        raise InterventionError(f"unknown key {key!r} in an intervention step{did_you_mean(key, Step.model_fields)}")
+    raise InterventionError(f"{'.'.join(map(str, error['loc']))}: {error['msg']}")
+
+
+def _short(number: float | str) -> str:
+    """The shortest text that reads back as the same number."""
+    return number if isinstance(number, str) else repr(float(number)).removesuffix(".0")
+
+
+# --- An intervention read back from its printed signature: what a paper prints is enough to do it again
+
+_KEYS = (
+    "op", "value", "factor", "lang", "deactivate", "site", "layers", "positions", "scope", "seed", "keep_shared",
+)  # fmt: skip
+_OF_A_SCORE = {"neurons", "lid", "fp", "v"}  # what the harness prints after the intervention
+
+
+def parse(text: str) -> Intervention:
+    """The intervention that a signature describes; what a score's signature says beside it is left out.
+
+    Raises:
+        SteeringError: naming the part that cannot be read.
+    """
+    steps = [_fields(part.strip()) for part in text.split(";")]
+    return build({"steps": [step for step in steps if step]})
+
+
+def _fields(part: str) -> dict[str, Any]:
+    """Fields of a step; none where the part says that nothing is done."""
+    found: dict[str, Any] = {}
+    for item in part.split("|"):
+        key, colon, text = item.partition(":")
+        if item == "none" or (colon and key in _OF_A_SCORE):
+            continue
+        if not colon or key not in _KEYS:
+            raise InterventionError(f"signature: cannot read {item!r}{did_you_mean(key, _KEYS)}")
+        found[key] = text
+    if not found:
+        return {}
+    if "deactivate" in found:
+        found |= {"languages": found.pop("deactivate"), "deactivation": True}
+    elif "lang" in found:
+        found["languages"] = found.pop("lang")
+    if found.get("layers") == "all":
+        del found["layers"]
+    return found
+
 
 __all__ = ["ARGUMENTS", "DEACTIVATIONS", "PRESETS", "Intervention", "Step", "build", "from_arguments"]
 

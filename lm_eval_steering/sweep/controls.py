@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.fingerprint import fingerprint
 from lm_eval_steering.neurons.calibrate import calibrated
 from lm_eval_steering.neurons.find import random_set
-from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.neurons.ranks import Ranks
 from lm_eval_steering.neurons.recorder import Search
-from lm_eval_steering.neurons.runner import Runner
+from lm_eval_steering.neurons.running import Ranks, Runner
+from lm_eval_steering.provenance import fingerprint
 from lm_eval_steering.sweep.cells import Grid, calibration_place
 from lm_eval_steering.sweep.locks import locked
 from lm_eval_steering.sweep.store import Store

@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.fingerprint import fingerprint
-from lm_eval_steering.neurons.storage import write_bytes
-from lm_eval_steering.sweep.cells import ALL, Cell, Grid, declared_model, model_arguments, options_of
+from lm_eval_steering.files import write_bytes
+from lm_eval_steering.provenance import fingerprint
+from lm_eval_steering.sweep.cells import ALL, Cell, Grid, Variant, declared_model, model_arguments, options_of
 from lm_eval_steering.sweep.choice import check_choice
 from lm_eval_steering.sweep.engine_exports import Exports, prompts_of
 from lm_eval_steering.sweep.engine_items import Item, items_of, positions, prepared, wants_hooks
 from lm_eval_steering.sweep.engine_results import PLACE, Asked, answer_of, check
 from lm_eval_steering.sweep.engine_store import store_answer
+from lm_eval_steering.sweep.estimate import Progress
 from lm_eval_steering.sweep.evaluate import StorageFullError
 from lm_eval_steering.sweep.locks import locked
-from lm_eval_steering.sweep.progress import Progress
+from lm_eval_steering.sweep.plan import PlanError
 from lm_eval_steering.sweep.runner import DONE, FAILED, Outcome, Runner
-from lm_eval_steering.sweep.schema import PlanError
 from lm_eval_steering.sweep.store import MISSING, Store
-from lm_eval_steering.sweep.variants import Variant
 
 _OPTIONS = ("batch_size", "max_batch_size", "device")  # lm-eval's command hands these to the model class itself
 _SCRIPT = """#!/bin/bash

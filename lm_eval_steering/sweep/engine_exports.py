@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.export.card import RECORD
-from lm_eval_steering.export.families import target_of
-from lm_eval_steering.export.job import MULTIPLE, Exported, Job, export_checkpoint
+from lm_eval_steering.export.job import MULTIPLE, RECORD, Exported, Job, export_checkpoint
+from lm_eval_steering.export.layouts import target_of
 from lm_eval_steering.export.verify import Loader
-from lm_eval_steering.fingerprint import fingerprint
-from lm_eval_steering.neurons.log import Log
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.sweep.cells import Grid, model_arguments
-from lm_eval_steering.sweep.schema import PlanError
-from lm_eval_steering.sweep.store import Store
-from lm_eval_steering.sweep.stored import StoreError, read_json
-from lm_eval_steering.sweep.variants import Variant
+from lm_eval_steering.progress import Log
+from lm_eval_steering.provenance import fingerprint
+from lm_eval_steering.sweep.cells import Grid, Variant, model_arguments
+from lm_eval_steering.sweep.plan import PlanError
+from lm_eval_steering.sweep.store import Store, StoreError, read_json
 
 _LONGEST = 150  # characters of a readable name
 _SHORTEST = 8  # characters of a text in a script without blanks

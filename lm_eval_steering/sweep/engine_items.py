@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
 from lm_eval_steering.sweep.cells import REPORT, Cell, Grid
-from lm_eval_steering.sweep.split import positions_of
+from lm_eval_steering.sweep.choice import positions_of
 
 _SEED = 1234  # of lm_eval's command, for examples in the prompt
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.sweep.engine_items import Item
-from lm_eval_steering.sweep.schema import Plan
+from lm_eval_steering.sweep.plan import Plan
 
 # Arguments that say where and how fast a model runs, and not what it answers.
 PLACE = {

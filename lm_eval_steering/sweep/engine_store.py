@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_steering.fingerprint import fingerprint
-from lm_eval_steering.harness.aggregation import aggregated, values_of
-from lm_eval_steering.harness.registration import METRICS
+from lm_eval_steering.lmeval.aggregation import aggregated, values_of
+from lm_eval_steering.lmeval.registration import METRICS
 from lm_eval_steering.metrics import pass_rates
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.metrics.output_language import IdentifiedText
-from lm_eval_steering.neurons.loading import versions
+from lm_eval_steering.provenance import fingerprint, versions
 from lm_eval_steering.steering.intervention import Intervention
 from lm_eval_steering.sweep.cells import Cell, Grid
 from lm_eval_steering.sweep.engine_items import prepared
 from lm_eval_steering.sweep.engine_results import Answer, Asked
 from lm_eval_steering.sweep.evaluate import facts_of, put_cell
-from lm_eval_steering.sweep.schema import Plan
+from lm_eval_steering.sweep.plan import Plan
 
 _BY_TASK = {
     "results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.sweep.schema import Plan, build_plan
+from lm_eval_steering.sweep.plan import Plan, build_plan
 
 _POLL = 0.5  # seconds between two looks at local jobs
 
@@ -35,7 +35,7 @@ class ShardJob:
     def __call__(self) -> int:
         """Run the part; the exit code of `lm-eval-steering sweep`."""
         self._join_other_processes()
-        from lm_eval_steering.harness.repeated import be_quiet
+        from lm_eval_steering.lmeval.repeated import be_quiet
         from lm_eval_steering.sweep.cells import spell_out
         from lm_eval_steering.sweep.run import run_sweep
         from lm_eval_steering.sweep.runner import Shard

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_steering.neurons.storage import write_bytes
-from lm_eval_steering.sweep.store import Store
-from lm_eval_steering.sweep.stored import StoreError
+from lm_eval_steering.files import write_bytes
+from lm_eval_steering.sweep.store import Store, StoreError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.harness.aggregation import values_of
-from lm_eval_steering.harness.model import SteeredHFLM
+from lm_eval_steering.lmeval.aggregation import values_of
+from lm_eval_steering.lmeval.model import SteeredHFLM
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 

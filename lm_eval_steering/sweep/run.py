@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lm_eval_steering.sweep.cells import Grid
 from lm_eval_steering.sweep.engine import EngineRunner
+from lm_eval_steering.sweep.plan import PlanError
 from lm_eval_steering.sweep.runner import Outcome, Runner, Shard
-from lm_eval_steering.sweep.schema import PlanError
 from lm_eval_steering.sweep.store import Store
 
 

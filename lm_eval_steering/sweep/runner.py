@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from lm_eval_steering.architectures.weights import weights_digest
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.fingerprint import weights_digest
-from lm_eval_steering.harness.repeated import be_quiet, look_up_the_machine_once
-from lm_eval_steering.neurons.ranks import launched
+from lm_eval_steering.lmeval.repeated import be_quiet, look_up_the_machine_once
+from lm_eval_steering.neurons.running import launched
 from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments
 from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves
 from lm_eval_steering.sweep.controls import Controls
+from lm_eval_steering.sweep.estimate import Estimate, Progress
 from lm_eval_steering.sweep.evaluate import StorageFullError, evaluate, store_cell
 from lm_eval_steering.sweep.locks import locked, why_unsafe
 from lm_eval_steering.sweep.model import RankError, SweepModel, is_out_of_memory
-from lm_eval_steering.sweep.progress import Estimate, Progress
-from lm_eval_steering.sweep.schema import PlanError
+from lm_eval_steering.sweep.plan import PlanError
 from lm_eval_steering.sweep.store import Store
 
 DONE, FAILED, BUSY, RUN = "done", "failed", "busy", "run"

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lm_eval_steering.neurons.log import readable_seconds
-from lm_eval_steering.neurons.storage import write_bytes
+from lm_eval_steering.files import write_bytes
+from lm_eval_steering.progress import readable_seconds
 from lm_eval_steering.sweep import locks
 from lm_eval_steering.sweep.cells import Cell, Grid
 from lm_eval_steering.sweep.choice import check_choice
-from lm_eval_steering.sweep.progress import Estimate
+from lm_eval_steering.sweep.estimate import Estimate
 from lm_eval_steering.sweep.store import DONE, FAILED, MISSING, RUNNING, Store
 
 _STATES = (DONE, RUNNING, FAILED, MISSING)

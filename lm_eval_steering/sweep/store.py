@@ -14,15 +14,216 @@ runs/x/sweep.json            which model the folder is for
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_steering.neurons.storage import write_bytes
+from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.files import write_bytes
 from lm_eval_steering.sweep import locks
-from lm_eval_steering.sweep.stored import StoredCell, StoreError, as_json, read_json
+from lm_eval_steering.sweep.cells import ALL, CHOOSE, REPORT
+
+# --- One finished cell on disk, and JSON files of a sweep's folder, read with care
+
+
+class StoreError(SteeringError):
+    """A sweep's folder that is not one, is another model's, or is damaged."""
+
+
+class StoredCell:
+    """One finished cell on disk.
+
+    Attributes:
+        folder: of the cell.
+        facts: its `cell.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts = read_json(folder / "cell.json")
+        if not {"cell", "files", "metrics"} <= self.facts.keys():
+            raise StoreError(f"{folder / 'cell.json'}: not a cell's description; run the sweep again to repair it")
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        """What `Cell.describe` gave."""
+        return dict(self.facts["cell"])
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Name -> bytes and sha256."""
+        return dict(self.facts["files"])
+
+    @property
+    def samples_file(self) -> str:
+        """Name of the file with lm-eval's samples."""
+        return next(name for name in self.files if name.startswith("samples_"))
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        """lm-eval's results."""
+        return dict(json.loads(self.text(next(name for name in self.files if name.startswith("results_")))))
+
+    def text(self, name: str) -> str:
+        """A file's text.
+
+        Raises:
+            StoreError: if it is not what was written.
+        """
+        path = self.folder / name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}") from None
+        if hashlib.sha256(content).hexdigest() != self.files[name]["sha256"]:
+            raise StoreError(f"{path}: not what was written; run the sweep again, which does the cell anew")
+        return content.decode()
+
+    def check(self, key: str) -> None:
+        """Raise StoreError where a file is missing, cut short or changed."""
+        if self.cell["key"] != key:
+            raise StoreError(f"{self.folder / 'cell.json'}: of another cell")
+        for name in self.files:
+            self.text(name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a sweep's folder.
+
+    Raises:
+        StoreError: if it is missing or damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{path}: damaged ({error}); run the sweep again to repair it") from None
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    """JSON for people and for comparison: sorted, indented."""
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, indent=1) + "\n"
+
+
+# --- Rows of the merged tables, from finished cells. Nothing here knows time or place, so equal work gives equal bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+# Columns of a step; `value` is that of the metric.
+_STEP = {
+    "op": "op", "value": "step_value", "site": "site", "layers": "layers", "positions": "positions", "scope": "scope",
+    "seed": "seed",
+}  # fmt: skip
+
+
+def metric_rows(
+    stored: StoredCell, planned: bool = True, halves: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """One row a metric of a finished cell.
+
+    `value` is lm-eval's, over the items of the cell (`items`: all, or the half to report on); `value_choose` and
+    `value_report` are over the `halves` where there are any; what is no number stands in `text`. `n`, `n_choose` and
+    `n_report` count the items that have the metric.
+    """
+    facts, halves = stored.facts, halves or {}
+    own = stored.results["results"][facts["cell"]["task"]]
+    for key, value in sorted(facts["metrics"].items()):
+        metric, _, filter_ = key.partition(",")
+        own_halves = {half: halves.get(half, {}) for half in (CHOOSE, REPORT)}
+        yield {
+            **identity(facts),
+            "metric": metric,
+            "filter": filter_,
+            "value": _number(value),
+            "stderr": _number(own.get(f"{metric}_stderr,{filter_}")),
+            "text": value if isinstance(value, str) else None,
+            "n": facts["n"].get(key, 0),
+            **{f"value_{half}": _number(part.get("metrics", {}).get(key)) for half, part in own_halves.items()},
+            **{f"n_{half}": part["n"].get(key, 0) if part else None for half, part in own_halves.items()},
+            "higher_is_better": facts["higher_is_better"].get(metric),
+            "planned": planned,
+        }
+
+
+def item_rows(
+    stored: StoredCell, samples: Sequence[Mapping[str, Any]], rule: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """One row an item and filter of a finished cell; a metric that is no number is JSON.
+
+    Args:
+        stored: the cell.
+        samples: its samples.
+        rule: how the plan halves the items; a cell of one half alone has its own.
+    """
+    from lm_eval_steering.sweep.choice import half_of, item_of
+
+    facts = stored.facts
+    split = facts.get("split") or rule
+    for sample in samples:
+        item = half = None
+        if split:
+            item = item_of(sample["doc"], sample["doc_id"], split["item"])
+            half = None if item is None else half_of(item, split["seed"])
+        yield {
+            **{key: identity(facts)[key] for key in ("cell", "task", "languages", "factor", "control", "target")},
+            "doc_id": sample["doc_id"],
+            "item": item,
+            "half": half,
+            "filter": sample["filter"],
+            "response": json.dumps(sample["filtered_resps"], ensure_ascii=False),
+            "metrics": json.dumps({m: sample[m] for m in sorted(sample["metrics"])}, ensure_ascii=False),
+        }
+
+
+def identity(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a cell from others, as columns; of an intervention of several steps the last one that steers."""
+    cell = facts["cell"]
+    variant = cell["variant"]
+    steps = variant["intervention"]["steps"]
+    step = next((step for step in reversed(steps) if not step["deactivation"]), steps[-1] if steps else {})
+    silenced = [code for step in steps if step["deactivation"] for code in step["languages"]]
+    return {
+        "cell": cell["name"],
+        "model": facts["model"],
+        "task": cell["task"],
+        "intervention": variant["name"],
+        "languages": "+".join(variant["languages"]),
+        "preset": variant["arguments"].get("preset"),
+        **{column: None if step.get(name) is None else str(step[name]) for name, column in _STEP.items()},
+        "factor": step.get("factor"),
+        "deactivated": "+".join(silenced),
+        "control": variant["control"],
+        "target": cell["target"],
+        "items": cell.get("items", ALL),
+        "stage": cell["stage"],
+        "fingerprint": facts["fingerprint"],
+        "signature": facts["signature"],
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> pd.DataFrame:
+    """A table of rows, sorted; whole numbers stay whole where some are absent."""
+    import pandas as pd
+
+    found = pd.DataFrame(list(rows))
+    for name in ("control", "n", "n_choose", "n_report", "stage", "doc_id"):
+        if name in found:
+            found[name] = found[name].astype("Int64")
+    if found.empty:
+        return found
+    return found.sort_values(list(order), kind="stable", ignore_index=True)
+
+
+def _number(found: Any) -> float | None:
+    return float(found) if isinstance(found, int | float) else None
+
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +257,6 @@ class Store:
         Raises:
             StoreError: if a finished cell is damaged; it names the file.
         """
-        from lm_eval_steering.sweep.tables import metric_rows, table
 
         self._refuse_no_sweep()
         planned = {cell.key for cell in self.planned()}
@@ -70,7 +270,6 @@ class Store:
 
     def items(self) -> pd.DataFrame:
         """One row a finished cell and item, with every number that the item got."""
-        from lm_eval_steering.sweep.tables import item_rows, table
 
         self._refuse_no_sweep()
         rule = self.rule()
@@ -102,7 +301,6 @@ class Store:
 
     def timings(self) -> pd.DataFrame:
         """Seconds, tokens and place of each finished cell: everything that differs from run to run."""
-        from lm_eval_steering.sweep.tables import table
 
         return table([found for _, found in sorted(self.timing_files())], ("cell",))
 

@@ -16,12 +16,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lm_eval_steering import resources
-from lm_eval_steering.analysis.bench import Bench, random_neurons
-from lm_eval_steering.analysis.checks import Check, tolerance
+from lm_eval_steering.analysis.checks import Bench, Check, random_neurons, tolerance
 from lm_eval_steering.analysis.doctor import examine, passed, plain_text, report, rich_table, summary
 from lm_eval_steering.architectures import Shape, sites_of
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import NeuronSetError
-from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import LAYERS, UNITS, make_set, tiny_model
 
@@ -127,7 +126,7 @@ def test_a_wrong_edit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_model("llama")
     own = make_set({"fra_Latn": [(1, 3)]}, calibrated=False)
     more = make_set({"fra_Latn": [(1, 3), (1, 4)]}, calibrated=False)
-    from lm_eval_steering.analysis import bench
+    from lm_eval_steering.analysis import checks as bench
 
     real = bench.steer
     monkeypatch.setattr(bench, "steer", lambda model, _set, *rest, **named: real(model, more, *rest, **named))
@@ -136,7 +135,7 @@ def test_a_wrong_edit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval_steering.analysis import bench
+    from lm_eval_steering.analysis import checks as bench
 
     real = bench.steer
 

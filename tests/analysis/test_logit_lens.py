@@ -16,15 +16,23 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm_eval_steering import resources, steer
-from lm_eval_steering.analysis.lens_head import ModelHead
-from lm_eval_steering.analysis.logit_lens import Lens, Looking, look, table, write
+from lm_eval_steering.analysis.logit_lens import (
+    Lens,
+    Looking,
+    ModelHead,
+    TokenLabels,
+    by_class,
+    look,
+    masses,
+    table,
+    write,
+)
 from lm_eval_steering.analysis.prompts import Prompts, demo_prompts
-from lm_eval_steering.analysis.token_labels import TokenLabels, by_class, masses
 from lm_eval_steering.architectures import sites_of
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.cli import analysis
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError, SteeringError
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
-from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import CONFIGS, make_set, tiny_model, tiny_tokenizer
 

@@ -13,12 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_steering import resources, steer
 from lm_eval_steering.analysis.prompts import Prompts, batches, demo_prompts, read_prompts
-from lm_eval_steering.analysis.steps import Step
-from lm_eval_steering.analysis.stepwise import Decoding, Fallback, deactivate_stepwise, order_of, table, write
+from lm_eval_steering.analysis.stepwise import Decoding, Fallback, Step, deactivate_stepwise, order_of, table, write
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.cli import analysis
 from lm_eval_steering.errors import DidNotHappenError, NeuronSetError, SteeringError, UnknownLanguageError
 from lm_eval_steering.metrics.language_id import Identified, LanguageIdentifier
-from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import make_set, tiny_model, tiny_tokenizer
 
@@ -154,7 +153,7 @@ def test_the_table_counts_what_is_off_and_unknown(tmp_path: Path) -> None:
 
 
 def test_more_languages_than_colours_are_drawn_as_other() -> None:
-    from lm_eval_steering.analysis.pictures import _looks
+    from lm_eval_steering.analysis.figures import _looks
 
     codes = [f"{chr(97 + n)}aa_Latn" for n in range(20)]
     looks = _looks([made_up((), *codes), made_up((codes[3],), *codes, "unknown")])

@@ -14,7 +14,7 @@ from lm_eval_steering.demo.figures import Figures
 from lm_eval_steering.demo.run import RATE, run_demo, steered_languages
 from lm_eval_steering.demo.tables import summary
 from lm_eval_steering.errors import SteeringError, UnknownLanguageError
-from lm_eval_steering.harness.tasks import demo_languages
+from lm_eval_steering.lmeval.task_families.demo import demo_languages
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.resources import demo_model, find_neuron_set
 

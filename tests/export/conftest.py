@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from lm_eval_steering.export.checkpoint import Checkpoint
-from lm_eval_steering.export.families import target_of
 from lm_eval_steering.export.job import Exported, Job, export_checkpoint
+from lm_eval_steering.export.layouts import target_of
 from lm_eval_steering.export.verify import Loader
-from lm_eval_steering.neurons.log import Log
 from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.progress import Log
 from lm_eval_steering.steering.attach import steer
 from tests.conftest import CONFIGS, make_set, tiny_tokenizer
 

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_steering.architectures import FAMILIES
 from lm_eval_steering.errors import InterventionError
-from lm_eval_steering.export.families import LAYOUTS
 from lm_eval_steering.export.job import export_checkpoint
+from lm_eval_steering.export.layouts import LAYOUTS
 from tests.conftest import CONFIGS, tiny_tokenizer
 from tests.export.conftest import (
     ASSIGNMENTS,

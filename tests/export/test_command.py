@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.export import QUICK, measure
 from lm_eval_steering.resources import demo_model
-from lm_eval_steering.steering.signature import parse
+from lm_eval_steering.steering.intervention import parse
 from tests.commands import run_together
-from tests.harness.test_command import numbers, results_of
+from tests.lmeval.test_command import numbers, results_of
 
 BIN = Path(sys.executable).parent
 MODEL = f"pretrained={demo_model()}"

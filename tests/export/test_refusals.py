@@ -11,10 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lm_eval_steering.errors import ArchitectureError, InterventionError, NeuronSetError, SteeringError
-from lm_eval_steering.export import reproduce
-from lm_eval_steering.export.families import LAYOUTS, Layout
-from lm_eval_steering.export.folder import written_whole
-from lm_eval_steering.export.job import Job, export_checkpoint, export_lora
+from lm_eval_steering.export import verify as reproduce
+from lm_eval_steering.export.job import Job, export_checkpoint, export_lora, written_whole
+from lm_eval_steering.export.layouts import LAYOUTS, Layout
 from lm_eval_steering.export.verify import VerificationError
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import make_set

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from lm_eval_steering.errors import SteeringError, UnknownLanguageError
-from lm_eval_steering.harness.tasks import demo_languages, sentence
 from lm_eval_steering.languages import normalise, same_language
+from lm_eval_steering.lmeval.task_families.demo import demo_languages, sentence
 from lm_eval_steering.metrics.language_id import NAMES, UNKNOWN, LanguageIdentifier, _code, _from_hub, in_language
 from lm_eval_steering.metrics.likelihood import nats_per_token, token_perplexity
 from lm_eval_steering.metrics.output_language import language_counts
@@ -196,7 +196,7 @@ def test_a_language_that_the_model_does_not_know_is_refused_by_name() -> None:
 OTHER_FASTTEXT = os.environ.get("LM_EVAL_STEERING_OTHER_FASTTEXT", "")
 PROBE = """
 import json, sys, fasttext
-from lm_eval_steering.harness.tasks import demo_languages, sentence
+from lm_eval_steering.lmeval.task_families.demo import demo_languages, sentence
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
 identifier = LanguageIdentifier()
 texts = ["", "Ja no OK"] + [sentence(n, code) for code in demo_languages() for n in range(60)]

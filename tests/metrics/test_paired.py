@@ -16,7 +16,7 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.metrics.paired import (
+from lm_eval_steering.metrics.statistics import (  # fmt: skip
     BITS,
     MCNEMAR,
     NATS,
@@ -25,14 +25,14 @@ from lm_eval_steering.metrics.paired import (
     Arm,
     Comparison,
     compare,
+    compare_corpora,
     holm,
     interval_of,
     mcnemar,
     over_languages,
     resampling_weights,
-)  # fmt: skip
-from lm_eval_steering.metrics.paired_corpora import compare_corpora
-from lm_eval_steering.report.corpora import fresh_metric, resampled
+)
+from lm_eval_steering.report.effects import fresh_metric, resampled
 
 SIMULATIONS, ITEMS, LEVEL = 2000, 150, 0.05
 

@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lm_eval_steering.errors import NeuronSetError, SteeringError
-from lm_eval_steering.neurons.algebra import intersect, random_control, subtract, union
 from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, Statistics, union_of
+from lm_eval_steering.neurons.set_algebra import intersect, random_control, subtract, union
 from tests.conftest import LAYERS, UNITS, make_set
 
 CODES = ("fra_Latn", "deu_Latn", "eng_Latn")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.neurons import average_precision as precision_module
-from lm_eval_steering.neurons.average_precision import average_precision, average_precisions
+from lm_eval_steering.neurons import select as precision_module
+from lm_eval_steering.neurons.select import average_precision, average_precisions
 from tests.neurons.test_select import LAYERS, MEANS, UNITS
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import NeuronSetError, UnknownLanguageError
 from lm_eval_steering.neurons.convert import export_lists, import_lists, import_recordings
-from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.neuron_set import Provenance
-from lm_eval_steering.neurons.recording_folder import RecordingFolder
+from lm_eval_steering.neurons.recording import RecordingFolder
 from tests.conftest import CONFIGS, SHARED, make_set
 
 TANG = ("en", "zh", "fr", "es", "vi", "id", "ja")

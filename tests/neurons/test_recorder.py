@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from lm_eval_steering import resources
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.cli import app
 from lm_eval_steering.errors import CorpusError, DidNotHappenError, NeuronSetError, RecordingError, SteeringError
 from lm_eval_steering.neurons.calibrate import calibrated
 from lm_eval_steering.neurons.find import Method, control_sets, find_neurons, random_set, select_neurons
-from lm_eval_steering.neurons.loading import LazyModel
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
-from lm_eval_steering.neurons.recording_folder import RecordingFolder
-from lm_eval_steering.neurons.runner import Runner
+from lm_eval_steering.neurons.recording import RecordingFolder
+from lm_eval_steering.neurons.running import Runner
 from tests.commands import ended, forked
 from tests.conftest import LAYERS, UNITS, tiny_model, tiny_tokenizer
 

@@ -12,14 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_steering import resources
 from lm_eval_steering.architectures import sites_of
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import CorpusError, DidNotHappenError
 from lm_eval_steering.neurons.calibrate import calibrate
-from lm_eval_steering.neurons.loading import LazyModel
-from lm_eval_steering.neurons.observe import Batches, Side, bos_of
-from lm_eval_steering.neurons.ranks import Ranks
 from lm_eval_steering.neurons.recording import count_active, sentence_means
-from lm_eval_steering.neurons.rows import Rows, packed_rows, sentence_rows
-from lm_eval_steering.neurons.runner import Runner
+from lm_eval_steering.neurons.running import Batches, Ranks, Rows, Runner, Side, bos_of, packed_rows, sentence_rows
 from tests.conftest import UNITS, tiny_model, tiny_tokenizer
 
 ROWS = {

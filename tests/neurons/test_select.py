@@ -13,9 +13,17 @@ from hypothesis.extra.numpy import arrays
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.neurons import select
-from lm_eval_steering.neurons.average_precision import average_precision, average_precisions
 from lm_eval_steering.neurons.neuron_set import union_of
-from lm_eval_steering.neurons.select import Selection, activated, activation_probability, entropy, lape, lape_rates
+from lm_eval_steering.neurons.select import (
+    Selection,
+    activated,
+    activation_probability,
+    average_precision,
+    average_precisions,
+    entropy,
+    lape,
+    lape_rates,
+)
 
 LAYERS, UNITS = 2, 3
 

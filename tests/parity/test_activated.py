@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lm_eval_steering.neurons.algebra import intersect
-from lm_eval_steering.neurons.average_precision import average_precision, average_precisions
 from lm_eval_steering.neurons.calibrate import _summaries
 from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet, Provenance
-from lm_eval_steering.neurons.select import Selection, activated
+from lm_eval_steering.neurons.select import Selection, activated, average_precision, average_precisions
+from lm_eval_steering.neurons.set_algebra import intersect
 
 GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parent / "golden" / "tau_raw_activation_ap_maxmedian.json").read_text()

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics
 from lm_eval_steering.steering.attach import Steering
+from lm_eval_steering.steering.compiled import compile_plan
 from lm_eval_steering.steering.intervention import build, from_arguments
-from lm_eval_steering.steering.plan import compile_plan
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "gurgurov_mlp_interventions.json").read_text())
 UNITS = 6

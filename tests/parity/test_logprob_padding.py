@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from lm_eval_steering.harness.model import SteeredHFLM
+from lm_eval_steering.lmeval.model import SteeredHFLM
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "tau_logprob_padding.json").read_text())
 

@@ -12,8 +12,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from lm_eval_steering.harness import registration
 from lm_eval_steering.languages import normalise
+from lm_eval_steering.lmeval import registration
 from lm_eval_steering.metrics.likelihood import Score, lss
 from lm_eval_steering.resources import tasks_folder
 

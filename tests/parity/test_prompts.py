@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from lm_eval_steering import languages
-from lm_eval_steering.harness.families import belebele, include, xcopa, xnli, xquad, xwinograd
-from lm_eval_steering.harness.families.parsers import letter, relation, score_answer
-from lm_eval_steering.harness.families.qa_scores import exact_match, f1, gurgurov
-from lm_eval_steering.harness.sources import Source
+from lm_eval_steering.lmeval.sources import Source
+from lm_eval_steering.lmeval.task_families import belebele, include, xcopa, xnli, xquad, xwinograd
+from lm_eval_steering.lmeval.task_families.answers import exact_match, f1, gurgurov, letter, relation, score_answer
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "prompts_parsers_metrics.json").read_text())
 

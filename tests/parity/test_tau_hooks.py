@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics
 from lm_eval_steering.steering.attach import Steering
+from lm_eval_steering.steering.compiled import compile_plan
 from lm_eval_steering.steering.intervention import Intervention, from_arguments
 from lm_eval_steering.steering.live import statistic
-from lm_eval_steering.steering.plan import compile_plan
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "tau_intervention_hooks.json").read_text())
 UNITS = 8

@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lm_eval_steering.errors import NeuronSetError
-from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.report import neuron_pictures
-from lm_eval_steering.report.neurons import (
+from lm_eval_steering.analysis import neuron_figures as neuron_pictures
+from lm_eval_steering.analysis.inspect import (
     describe,
     distinct_by_layer,
     entropy_distribution,
@@ -25,6 +23,8 @@ from lm_eval_steering.report.neurons import (
     layer_counts,
     multiplicity,
 )
+from lm_eval_steering.errors import NeuronSetError
+from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import LAYERS, UNITS, make_set
 
 # Three layers of 24 units. (0, 5) lies in three languages, (1, 7) in two, and Turkish has none.
@@ -207,7 +207,7 @@ def test_the_same_set_gives_the_same_bytes_in_another_process(hand_made: NeuronS
     code = (
         "import sys, matplotlib; matplotlib.rcParams['font.size'] = 20\n"
         "from lm_eval_steering.neurons.neuron_set import NeuronSet\n"
-        "from lm_eval_steering.report.neuron_pictures import draw\n"
+        "from lm_eval_steering.analysis.neuron_figures import draw\n"
         "draw(NeuronSet.load(sys.argv[1]), sys.argv[2])"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "set.safetensors", tmp_path / "there"], check=True)
@@ -237,7 +237,7 @@ def test_layers_are_drawn_with_zeros_for_an_empty_language(hand_made: NeuronSet)
 
 @pytest.mark.parametrize("languages", [2, 16, 17, 50])
 def test_nothing_sticks_out_of_the_picture(languages: int) -> None:
-    from lm_eval_steering.language_families import _BRANCH_OF
+    from lm_eval_steering.languages import _BRANCH_OF
 
     codes = [f"{code}_Latn" for code in sorted(_BRANCH_OF) if code not in {"prs", "tgl"}][:languages]
     found = make_set({code: [(place % LAYERS, place % UNITS)] for place, code in enumerate(codes)}, calibrated=False)

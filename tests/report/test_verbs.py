@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lm_eval_steering.report.effects import compute
 from lm_eval_steering.report.make import read_sweep
-from lm_eval_steering.report.results import compute
+from lm_eval_steering.sweep.choice import REPORT, half_of
 from lm_eval_steering.sweep.merge import merge
-from lm_eval_steering.sweep.split import REPORT, half_of
 from tests.conftest import Command
 from tests.report.synthetic import FolderOfCells, right
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm_eval_steering import steer
 from lm_eval_steering.architectures import FAMILIES, sites_of
+from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError, NeuronSetError
-from lm_eval_steering.fingerprint import weights_sketch
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import CONFIGS, LAYERS, UNITS, make_set, tiny_model
 

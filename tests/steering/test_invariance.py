@@ -13,9 +13,9 @@ import torch
 from lm_eval_steering import steer
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.steering.compiled import compile_plan
 from lm_eval_steering.steering.intervention import from_arguments
 from lm_eval_steering.steering.live import normal
-from lm_eval_steering.steering.plan import compile_plan
 from tests.conftest import UNITS, make_set, tiny_model
 
 FAMILIES = (

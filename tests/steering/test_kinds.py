@@ -11,10 +11,9 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from lm_eval_steering import steer
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.errors import ArchitectureError
-from lm_eval_steering.steering.attach import Steering
-from lm_eval_steering.steering.evidence import LargestChange
+from lm_eval_steering.steering.attach import LargestChange, Steering
+from lm_eval_steering.steering.compiled import compile_plan
 from lm_eval_steering.steering.intervention import from_arguments
-from lm_eval_steering.steering.plan import compile_plan
 from tests.conftest import make_set, tiny_model
 
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9], [0, 10, 11, 12, 13, 14]])

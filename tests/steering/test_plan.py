@@ -9,12 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_eval_steering.errors import InterventionError, NeuronSetError
-from lm_eval_steering.steering.apply import EditAtWork
-from lm_eval_steering.steering.evidence import LargestChange
+from lm_eval_steering.steering.attach import EditAtWork, LargestChange
+from lm_eval_steering.steering.compiled import Plan, compile_plan
 from lm_eval_steering.steering.intervention import Intervention, Step, build, from_arguments
 from lm_eval_steering.steering.live import statistic
-from lm_eval_steering.steering.plan import Plan, compile_plan
-from lm_eval_steering.steering.rows import ForwardRows
+from lm_eval_steering.steering.positions import ForwardRows
 from tests.conftest import make_set
 
 SET = make_set(

@@ -9,9 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_eval_steering.errors import InterventionError
-from lm_eval_steering.steering.fields import LIVE, STATISTICS
-from lm_eval_steering.steering.intervention import PRESETS, Intervention, Step, build, from_arguments
-from lm_eval_steering.steering.signature import parse
+from lm_eval_steering.steering.intervention import (
+    LIVE,
+    PRESETS,
+    STATISTICS,
+    Intervention,
+    Step,
+    build,
+    from_arguments,
+    parse,
+)
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 LANGUAGES = st.lists(st.sampled_from(["fra_Latn", "deu_Latn", "zho_Hans"]), min_size=1, max_size=3, unique=True)

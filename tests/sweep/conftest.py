@@ -11,10 +11,10 @@ import pytest
 
 from lm_eval_steering.resources import tasks_folder
 from lm_eval_steering.sweep.cells import Grid, spell_out
+from lm_eval_steering.sweep.estimate import Progress
 from lm_eval_steering.sweep.merge import merge
-from lm_eval_steering.sweep.progress import Progress
+from lm_eval_steering.sweep.plan import build_plan
 from lm_eval_steering.sweep.runner import Outcome, Runner, Shard
-from lm_eval_steering.sweep.schema import build_plan
 from lm_eval_steering.sweep.store import Store
 
 ITEMS = 7  # odd, so that two processes do not get equally many
@@ -22,7 +22,7 @@ ITEMS = 7  # odd, so that two processes do not get equally many
 # Seven documents of the demo's tasks, and one task that fails while a file says so.
 FUNCTIONS = f"""
 from pathlib import Path
-from lm_eval_steering.harness import tasks
+from lm_eval_steering.lmeval import tasks
 
 def few(made):
     return {{"test": made["test"].select(range({ITEMS}))}}

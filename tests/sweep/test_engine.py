@@ -18,17 +18,17 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks.manager import TaskIndex
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.harness.repeated import look_up_the_machine_once
+from lm_eval_steering.lmeval.repeated import look_up_the_machine_once
+from lm_eval_steering.report.effects import compute
 from lm_eval_steering.report.make import read_sweep
-from lm_eval_steering.report.results import compute
 from lm_eval_steering.resources import demo_model
 from lm_eval_steering.sweep import Store
 from lm_eval_steering.sweep.cells import Grid
 from lm_eval_steering.sweep.engine import EngineRunner, engine_grid
-from lm_eval_steering.sweep.progress import Progress
+from lm_eval_steering.sweep.estimate import Progress
+from lm_eval_steering.sweep.plan import build_plan
 from lm_eval_steering.sweep.run import run_sweep
 from lm_eval_steering.sweep.runner import SOME_FAILED, WAITING, Outcome, Shard
-from lm_eval_steering.sweep.schema import build_plan
 from lm_eval_steering.sweep.status import describe, status
 from tests.commands import ended, forked
 from tests.sweep.conftest import PLAIN, PLAN, Spell, merged, run

@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.report.read import read_store
-from lm_eval_steering.report.read_plain import read_plain
+from lm_eval_steering.report.read import read_plain, read_store
 from lm_eval_steering.resources import demo_calibration, demo_model
 from lm_eval_steering.sweep.cells import Cell, Grid
-from lm_eval_steering.sweep.choice import check_choice
+from lm_eval_steering.sweep.choice import check_choice, half_of
 from lm_eval_steering.sweep.merge import merge
-from lm_eval_steering.sweep.split import half_of
 from lm_eval_steering.sweep.store import Store
-from tests.harness.families.items import BELEBELE, INCLUDE, write
+from tests.lmeval.task_families.items import BELEBELE, INCLUDE, write
 from tests.sweep.conftest import ITEMS, PLAIN, Spell, run
 
 NATS: dict[str, Any] = {"tasks": ["small_nats"], "then": {"tasks": ["small_choice"]}}

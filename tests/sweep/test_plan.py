@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.sweep.schema import Plan, build_plan, read_plan
+from lm_eval_steering.sweep.plan import Plan, build_plan, read_plan
 from lm_eval_steering.sweep.status import describe
 from tests.sweep.conftest import PLAIN, PLAN, Spell
 

@@ -12,7 +12,7 @@ import yaml
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.sweep import Store
 from lm_eval_steering.sweep.cells import Grid
-from lm_eval_steering.sweep.split import half_of
+from lm_eval_steering.sweep.choice import half_of
 from tests.sweep.conftest import ITEMS, PLAIN, Spell, run
 
 

@@ -19,9 +19,9 @@ import torch
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.sweep.cells import Grid
+from lm_eval_steering.sweep.estimate import Progress
 from lm_eval_steering.sweep.locks import locked, owners, why_unsafe
 from lm_eval_steering.sweep.model import SweepModel
-from lm_eval_steering.sweep.progress import Progress
 from lm_eval_steering.sweep.runner import Shard
 from lm_eval_steering.sweep.status import status
 from lm_eval_steering.sweep.store import Store

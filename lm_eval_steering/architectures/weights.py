@@ -1,0 +1,67 @@
+"""Which weights a loaded model has: a hash that decides a score's fingerprint, and a sketch that survives a dtype."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+SAMPLES = 64  # values read from each tensor for the digest
+SKETCH = 256  # values of a sketch
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over the loaded weights: every tensor's name, shape and dtype, and 64 evenly spaced values of each.
+
+    It is taken from memory, so a revision, an adapter's matrices or a delta are part of it whatever their name, and a
+    model of 70 billion parameters costs a fraction of a second. Tensors on the meta device (offloaded) count by name
+    and shape alone.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sample = _sample(tensor, SAMPLES)
+        digest.update((sample.double() if sample.is_floating_point() else sample).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_sketch(model: nn.Module) -> tuple[float, ...]:
+    """256 values from evenly spaced floating-point tensors, to tell models of one shape apart in any dtype.
+
+    Empty where some weights are on the meta device (offloaded), because then the values cannot be compared.
+    """
+    tensors = [tensor for _, tensor in _tensors(model) if tensor.is_floating_point()]
+    if any(tensor.device.type == "meta" for tensor in tensors):
+        return ()
+    places = np.linspace(0, len(tensors) - 1, SKETCH).round().astype(int)
+    # A tensor that is drawn several times gives as many of its values.
+    drawn = [_sample(tensors[i], int(count)) for i, count in zip(*np.unique(places, return_counts=True), strict=True)]
+    return tuple(float(f"{value:.4g}") for value in torch.cat([part.float() for part in drawn]).tolist())
+
+
+def same_weights(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two sketches are of one checkpoint: at most 2 % of the values differ by more than rounding can do."""
+    if len(first) != len(second):
+        return False
+    one, other = np.asarray(first), np.asarray(second)
+    # Half a bfloat16 step is 0.4 %; float16 has no numbers below 6e-8, and coarse ones below 6e-5.
+    differs = np.abs(one - other) > 0.01 * np.maximum(np.abs(one), np.abs(other)) + 1e-6
+    return bool(differs.mean() <= 0.02)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, value) for name, value in sorted(model.state_dict().items()) if isinstance(value, torch.Tensor))
+
+
+def _sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """(value,) evenly spaced values, on the CPU; none of a tensor that is empty or on the meta device."""
+    if tensor.device.type == "meta" or not tensor.numel():
+        return torch.zeros(0)
+    flat = tensor.detach().reshape(-1)
+    drawn = min(count, flat.numel())
+    # The middles of equal stretches, so that a single value is not always the first.
+    places = ((torch.arange(drawn, dtype=torch.float64) + 0.5) * flat.numel() / drawn).long()
+    return flat[places.to(flat.device)].cpu()

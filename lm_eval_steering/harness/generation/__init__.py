@@ -1,1 +1,0 @@
-"""Generated texts of lm-eval's `hf`, by less work, and their languages."""

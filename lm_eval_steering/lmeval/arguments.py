@@ -1,0 +1,198 @@
+"""The model arguments of `steered-hf`: ours told apart from those of `hf`, and checked before a model is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lm_eval_steering import languages
+from lm_eval_steering.architectures import model_type_of, parse_sites, shape_of
+from lm_eval_steering.errors import ArchitectureError, InterventionError, NeuronSetError, SteeringError, did_you_mean
+from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.resources import find_neuron_set
+from lm_eval_steering.steering.compiled import Plan, compile_plan
+from lm_eval_steering.steering.intervention import ARGUMENTS, from_arguments
+
+SCORING = ("auto", "shared", "plain")
+GENERATION = ("auto", "static", "compiled", "plain")
+# What transformers' from_pretrained takes beside attributes of the model's config; `hf` passes these on.
+_FROM_PRETRAINED = {
+    "attn_implementation", "cache_dir", "code_revision", "config", "device_map", "experts_implementation",
+    "force_download", "ignore_mismatched_sizes", "key_mapping", "load_in_4bit", "load_in_8bit", "local_files_only",
+    "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_state_dict", "proxies", "quantization_config",
+    "state_dict", "token", "torch_dtype", "tp_size", "use_kernels", "use_safetensors", "variant", "weights_only",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SteeringArguments:
+    """Arguments of ours, as the user wrote them.
+
+    Attributes:
+        neurons: path of a neuron set, or the name of one that ships.
+        language: whose neurons to steer; several are joined by `+`.
+        op: `scale`, `add` or `set`.
+        value: number, calibrated or live statistic for `add` and `set`.
+        factor: any finite number.
+        preset: a paper's name for op, value and scope.
+        deactivate: languages whose neurons are silenced, or `others`.
+        deactivate_to: what they are set to, 0 by default; or `negate`, `mask`, `random`, `noise`.
+        keep_shared: False lets a deactivation silence neurons that are steered too.
+        site: `activation` or `product`.
+        layers: ranges such as `0-3+28-31`.
+        positions: `all`, `prompt`, `generated`, `last`, or a window.
+        scope: of a live statistic, `token` or `sequence`.
+        seed: of random numbers.
+        intervention: path of a YAML file with a list of steps, instead of the arguments above.
+        target_language: what `lfs` counts in a run that steers to no language.
+        lid: what identifies the language of outputs: a name (`lid.176`, `glotlid`, ...) or the path of a model file.
+        lid_threshold: confidence below which an output's language is `unknown`.
+        lid_letters: number of letters below which it is.
+        allow_empty: accept a language without neurons.
+        force: use a neuron set of another model.
+        sites: where the units are in a family that is not known (`architectures.sites_of`).
+        scoring: `auto`, `shared` or `plain`: how log-likelihoods are computed (`harness.scoring`).
+        generation: `auto`, `static`, `compiled` or `plain`: how texts are generated (`harness.generation`).
+    """
+
+    neurons: str | None = None
+    language: str | None = None
+    op: str | None = None
+    value: float | str | None = None
+    factor: float | str | None = None
+    preset: str | None = None
+    deactivate: str | None = None
+    deactivate_to: float | str | None = None
+    keep_shared: bool | None = None
+    site: str | None = None
+    layers: str | int | None = None
+    positions: str | None = None
+    scope: str | None = None
+    seed: int | None = None
+    intervention: Any = None
+    target_language: str | None = None
+    lid: str = DEFAULT
+    lid_threshold: float = THRESHOLD
+    lid_letters: int = LETTERS
+    allow_empty: bool = False
+    force: bool = False
+    sites: str | None = None
+    scoring: str = "auto"
+    generation: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("allow_empty", "force"):
+            if not isinstance(getattr(self, name), bool):
+                raise InterventionError(f"{name}={getattr(self, name)!r}: expected True or False")
+        _check_setting("scoring", self.scoring, SCORING)
+        _check_setting("generation", self.generation, GENERATION)
+        if self.sites is not None:
+            parse_sites(self.sites)
+        wants = [name for name in ARGUMENTS if getattr(self, name) is not None]
+        if wants and self.neurons is None:
+            raise InterventionError(
+                f"{wants[0]}= without neurons=: say which neuron set, a path or a name such as demo"
+            )
+        if self.neurons is not None and not wants:
+            raise InterventionError(
+                "neurons= without language=, deactivate= or intervention=: nothing to intervene on; leave "
+                "neurons= out for an unsteered run"
+            )
+
+    def targets(self) -> tuple[str, ...]:
+        """Languages whose share of outputs `lfs` counts: the argument, else the steered ones."""
+        if self.target_language is not None:
+            return tuple(languages.normalise(code) for code in str(self.target_language).split("+"))
+        return from_arguments(self.steps()).steered
+
+    def identifier(self) -> LanguageIdentifier:
+        """What identifies the language of outputs.
+
+        Raises:
+            SteeringError: if the model file is not there, or is another one than its name says.
+        """
+        identifier = LanguageIdentifier.named(self.lid, self.lid_threshold, self.lid_letters)
+        identifier.signature()  # reads the file
+        return identifier
+
+    def steps(self) -> dict[str, Any]:
+        """The arguments that describe the intervention."""
+        return {name: getattr(self, name) for name in ARGUMENTS}
+
+
+def _check_setting(name: str, found: Any, expected: Sequence[str]) -> None:
+    if found not in expected:
+        hint = did_you_mean(str(found), expected)
+        raise InterventionError(f"{name}={found!r}: expected {', '.join(expected)}{hint}")
+
+
+def split(given: Mapping[str, Any], parent: type, config: Any) -> tuple[SteeringArguments, dict[str, Any]]:
+    """Ours, and what belongs to `hf`, to transformers' from_pretrained, or to the model's config.
+
+    Raises:
+        InterventionError: for an argument that none of them knows; the message names the nearest one.
+    """
+    own = {field.name for field in fields(SteeringArguments)}
+    parents = set(inspect.signature(parent).parameters) - {"kwargs"}
+    rest = {key: value for key, value in given.items() if key not in own}
+    known = own | parents | _FROM_PRETRAINED
+    for key in rest:
+        if key not in known and not key.startswith("bnb_4bit_") and not hasattr(config, key):
+            hint = did_you_mean(key, sorted(own | parents))
+            raise InterventionError(f"unknown model argument {key!r}{hint}")
+    found = SteeringArguments(**{key: value for key, value in given.items() if key in own})
+    for key in ("tp_plan", "tp_size"):
+        if found.neurons is not None and rest.get(key):
+            raise ArchitectureError(
+                f"{key}={rest[key]!r}: tensor parallelism splits every layer's units over devices, which steering "
+                "cannot follow; use parallelize=True, which keeps layers whole, or one process a device"
+            )
+    return found, rest
+
+
+def refuse_other_name(neuron_set: NeuronSet, pretrained: str) -> None:
+    """Refuse a neuron set whose hub id is not the one asked for; folders are compared by weights after loading.
+
+    Raises:
+        NeuronSetError: naming both.
+    """
+    own = neuron_set.provenance.model
+    if "/" in own and own != pretrained and not Path(pretrained).exists():
+        raise NeuronSetError(
+            f"the neuron set is for {own}, the model is {pretrained}; force=true to use it all the same"
+        )
+
+
+def plan_before_loading(arguments: SteeringArguments, config: Any) -> tuple[NeuronSet | None, Plan | None]:
+    """Read and check the neuron set against the model's config, and compile the intervention: no weights are read.
+
+    Raises:
+        SteeringError: for anything that would make the score wrong.
+    """
+    intervention = from_arguments(arguments.steps())
+    arguments.targets()
+    if arguments.neurons is None:
+        return None, None
+    neuron_set = NeuronSet.load(find_neuron_set(arguments.neurons))
+    shape = shape_of(config)
+    neuron_set.check_model(shape.layers, shape.units, model_type_of(config), arguments.force)
+    return neuron_set, compile_plan(intervention, neuron_set, arguments.allow_empty)
+
+
+def read_config(pretrained: Any, arguments: dict[str, Any]) -> Any:
+    """The config of a loaded model, or of one still on disk or on the hub: a few kilobytes."""
+    if not isinstance(pretrained, str):
+        return pretrained.config
+    names = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "gguf_file")
+    chosen = {name: arguments[name] for name in names if arguments.get(name)}
+    from transformers import AutoConfig
+
+    read: Callable[..., Any] = AutoConfig.from_pretrained
+    try:
+        return read(pretrained, **chosen)
+    except (OSError, ValueError) as error:
+        raise SteeringError(f"pretrained={pretrained!r}: {str(error).splitlines()[0]}") from error

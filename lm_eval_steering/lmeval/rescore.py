@@ -1,0 +1,268 @@
+"""The output-language metrics from the samples of a finished run, as the run itself would have computed them.
+
+lm-eval's `--predict_only` computes no metrics, and a run with plain `hf` knows no target language; both store what the
+model wrote. Nothing of theirs is changed: what is found goes to new files, named after the run and the settings, so
+that another target language makes another file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.languages import normalise
+from lm_eval_steering.lmeval.aggregation import aggregated
+from lm_eval_steering.lmeval.expected_language import expected_language, options_of
+from lm_eval_steering.lmeval.registration import METRICS, register_all
+from lm_eval_steering.metrics import pass_rates
+from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
+from lm_eval_steering.metrics.output_language import EXPECTED, IdentifiedText, Value
+from lm_eval_steering.metrics.registered import check_options, value_of
+from lm_eval_steering.provenance import fingerprint, versions
+
+_DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
+_SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<date>{_DATE})\.jsonl")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user says beside what the run has stored.
+
+    Attributes:
+        targets: codes of the target languages; empty takes those that the run was steered to.
+        expected: code of the language that all items expect; None takes each item's or task's own word.
+        about: `expected` or `target`, as for `output_metrics`; None takes what the task's metric list says.
+        identifier: None takes the run's own.
+    """
+
+    targets: tuple[str, ...] = ()
+    expected: str | None = None
+    about: str | None = None
+    identifier: LanguageIdentifier | None = None
+
+    def __post_init__(self) -> None:
+        check_options("rescore", {"about": self.about or EXPECTED})
+
+
+@dataclass(frozen=True)
+class Run:
+    """Files of one run: its samples by task, and its results where they are there."""
+
+    folder: Path
+    date: str
+    samples: dict[str, Path] = field(default_factory=dict)
+
+    def stored(self) -> dict[str, Any]:
+        """The run's results file; empty where there is none.
+
+        Raises:
+            SteeringError: if it cannot be read.
+        """
+        found = [path for path in self.folder.glob(f"*_{self.date}.json") if not path.name.startswith("rescored_")]
+        return _read(found[0]) if found else {}
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """What was written.
+
+    Attributes:
+        path: of the results.
+        scores: task -> lm-eval's keys (`lfs,none`, `lfs_stderr,none`) -> value.
+        counts: task -> metric and filter -> number of outputs that have a value.
+        settings: what the values depend on beside the outputs.
+    """
+
+    path: Path
+    scores: dict[str, dict[str, Any]]
+    counts: dict[str, dict[str, int]]
+    settings: dict[str, Any]
+
+
+def rescore(folder: Path, asked: Asked) -> list[Rescored]:
+    """Score every run whose samples lie under a folder.
+
+    Raises:
+        SteeringError: if there are none, none of them is generated text, a file is damaged, or the run used another
+            identifier than would be used now.
+    """
+    register_all()
+    done = [rescored for run in _runs(folder) if (rescored := _rescore(run, asked)) is not None]
+    if not done:
+        raise SteeringError(f"{folder}: its samples are of likelihood tasks; only generated text has a language")
+    return done
+
+
+def _runs(folder: Path) -> list[Run]:
+    runs: dict[tuple[Path, str], Run] = {}
+    for path in sorted(folder.rglob("samples_*.jsonl")):
+        if match := _SAMPLES.fullmatch(path.name):
+            run = runs.setdefault((path.parent, match["date"]), Run(path.parent, match["date"]))
+            run.samples[match["task"]] = path
+    if not runs:
+        raise SteeringError(
+            f"{folder}: no samples_<task>_<date>.jsonl; run lm_eval with --output_path and --log_samples (or "
+            "--predict_only)"
+        )
+    return list(runs.values())
+
+
+def _rescore(run: Run, asked: Asked) -> Rescored | None:
+    stored = run.stored()
+    steering = (stored.get("config") or {}).get("steering") or {}
+    identifier = _identifier(stored, steering, asked)
+    targets = asked.targets or tuple(steering.get("target_languages") or ())
+    configs = stored.get("configs") or {}
+    values: dict[str, list[dict[str, Any]]] = {}
+    for task, path in run.samples.items():
+        rows = list(_generated(path, configs.get(task) or {}))
+        if rows:
+            values[task] = [_scored(row, configs.get(task) or {}, targets, identifier, asked) for row in rows]
+    if not values:
+        return None
+    settings = _settings(identifier, targets, asked)
+    mark = fingerprint(settings)[:8]
+    scores, counts = {}, {}
+    for task, rows in values.items():
+        scores[task], counts[task] = _aggregate(rows)
+        _write(
+            run.folder / f"rescored_samples_{task}_{run.date}_{mark}.jsonl",
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        )
+    content = {
+        "results": scores,
+        "counts": counts,
+        "rescored": settings | {"samples": {task: run.samples[task].name for task in values}},
+        "config": stored.get("config"),
+    }
+    path = run.folder / f"rescored_{run.date}_{mark}.json"
+    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return Rescored(path, scores, counts, settings)
+
+
+def _identifier(stored: Mapping[str, Any], steering: Mapping[str, Any], asked: Asked) -> LanguageIdentifier:
+    """The one asked for, else the run's own, which must give the run's own signature."""
+    if asked.identifier is not None:
+        return asked.identifier
+    arguments = (stored.get("config") or {}).get("model_args")
+    arguments = arguments if steering and isinstance(arguments, Mapping) else {}
+    found = LanguageIdentifier.named(
+        str(arguments.get("lid", DEFAULT)),
+        float(arguments.get("lid_threshold", THRESHOLD)),
+        int(arguments.get("lid_letters", LETTERS)),
+    )
+    own = steering.get("language_identifier")
+    if own and own != found.signature():
+        raise SteeringError(
+            f"the run identified languages with {own}, this would be {found.signature()}: pass --lid (and "
+            "--lid-threshold, --lid-letters) to say which you mean"
+        )
+    return found
+
+
+def _generated(path: Path, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Samples of a task that generates text; none where its filter makes something else of every answer.
+
+    Raises:
+        SteeringError: if a line is no sample, or some answers are texts and some are not: a share of the texts alone
+            would have another denominator than the run.
+    """
+    others = texts = 0
+    if config.get("output_type", "generate_until") != "generate_until":
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                answer = row["filtered_resps"][0]
+            except (ValueError, LookupError, TypeError):
+                raise SteeringError(f"{path}, line {number}: no sample of lm-eval, or cut short") from None
+            if isinstance(answer, str):
+                texts += 1
+                yield row
+            else:
+                others += 1
+    if others and texts:
+        raise SteeringError(
+            f"{path}: the task's filter turns {others} of {others + texts} answers into something that is no text, so "
+            "a share of the texts would be of other items than the run's"
+        )
+
+
+def _scored(
+    row: Mapping[str, Any],
+    config: Mapping[str, Any],
+    targets: Sequence[str],
+    identifier: LanguageIdentifier,
+    asked: Asked,
+) -> dict[str, Any]:
+    """All metrics of one sample that are defined for it, and what tells which sample it was."""
+    text = IdentifiedText.of(row["filtered_resps"][0], identifier, targets)
+    expected = expected_language(row.get("doc"), config.get("metadata"))
+    known = {name: row.get(name) for name in ("doc_id", "filter", "doc_hash", "prompt_hash")}
+    over = {key: value for key, value in (("about", asked.about), ("expected", asked.expected)) if value}
+    said = _options(config)
+    values: dict[str, Value | None] = {
+        name: value_of(name, text, options_of(row.get("doc"), said.get(name, {})) | over, expected) for name in METRICS
+    }
+    return known | {name: value for name, value in values.items() if value is not None}
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the task's list says beside our metrics; `--predict_only` stores none of it."""
+    entries = [entry for entry in config.get("metric_list") or () if isinstance(entry, Mapping)]
+    return {
+        str(entry.get("metric")): {key: entry[key] for key in ("about", "expected") if key in entry}
+        for entry in entries
+    }
+
+
+def _aggregate(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, int]]:
+    """One task's scores under lm-eval's keys, with lm-eval's standard errors, and the number of values of each."""
+    from lm_eval.api.registry import aggregation_registry
+
+    items: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for row in rows:
+        for name in METRICS:
+            if name in row:
+                items[name, row["filter"]].append(row[name])
+    scores: dict[str, Any] = {}
+    for (name, of), values in items.items():
+        scores |= aggregated(name, of, aggregation_registry.get(METRICS[name][2]), values)
+    return scores, {f"{name},{of}": len(values) for (name, of), values in items.items()}
+
+
+def _settings(identifier: LanguageIdentifier, targets: Sequence[str], asked: Asked) -> dict[str, Any]:
+    return {
+        "target_languages": list(targets),
+        "expected_language": asked.expected,
+        "about": asked.about,
+        "language_identifier": identifier.signature(),
+        "pass_rates": pass_rates.signature(),
+        "versions": versions(),
+    }
+
+
+def codes(text: str | None) -> tuple[str, ...]:
+    """Codes from `fra_Latn+deu_Latn`."""
+    return tuple(normalise(code) for code in text.split("+")) if text else ()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SteeringError(f"{path}: no JSON, or cut short: {error}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,175 @@
+"""The Python parts of our tasks: where documents come from, and how answers become metrics.
+
+lm-eval calls the dataset functions with the model arguments and the task's own settings, so a task knows which
+language is steered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from lm_eval_steering import languages
+from lm_eval_steering.errors import SteeringError, UndefinedForLanguageError
+from lm_eval_steering.lmeval.sources import as_dataset
+from lm_eval_steering.lmeval.task_families.parallel import joint
+from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score, preference_shift
+from lm_eval_steering.resources import demo_sentences
+
+CHOOSE = range(20)  # items to choose a factor on
+REPORT = range(20, 60)  # items to report on
+
+
+@cache
+def _sentences() -> tuple[Mapping[str, Any], ...]:
+    lines = demo_sentences().read_text(encoding="utf-8").splitlines()
+    return tuple(json.loads(line)["sentence"] for line in lines)
+
+
+def demo_languages() -> tuple[str, ...]:
+    """Codes of the demo's languages."""
+    return tuple(_sentences()[0])
+
+
+def sentence(number: int, language: str) -> str:
+    """One whole sentence of the demo."""
+    return joint(language, language).join(_sentences()[number][language])
+
+
+def _ids(items: str) -> Sequence[int]:
+    parts = {"choose": CHOOSE, "report": REPORT, "all": range(60)}
+    if items not in parts:
+        raise SteeringError(f"items={items!r}: expected one of {', '.join(parts)}")
+    return parts[items]
+
+
+def steered_language(settings: Mapping[str, Any], task: str) -> str:
+    """The one language that a run steers to, from the model arguments.
+
+    Raises:
+        UndefinedForLanguageError: if there is none, or more than one.
+    """
+    found = settings.get("target_language") or settings.get("language")
+    if not found or "+" in str(found):
+        raise UndefinedForLanguageError(
+            f"{task} needs one steered language: pass language= (or target_language=) in --model_args, found {found!r}"
+        )
+    return languages.normalise(str(found))
+
+
+# --- choosing the right continuation: an ability, scored by any model -----------------------------------------------
+
+
+def continuation_documents(evaluated: str, items: str = "all", **_: Any) -> dict[str, Any]:
+    """First clause, and four second clauses of which one belongs to it."""
+    ids, everything = _ids(items), _sentences()
+
+    def document(place: int, number: int) -> dict[str, Any]:
+        # Three others at fixed distances, and the right one at a place that depends on the item alone.
+        wrong = [everything[ids[(place + step) % len(ids)]][evaluated][1] for step in (7, 11, 17)]
+        right = everything[number][evaluated][1]
+        label = number % 4
+        choices = [*wrong[:label], right, *wrong[label:]]
+        return {
+            "id": number,
+            # The blank ends the prompt, so that no request here equals one of LSS, which stores more in a cache.
+            "prompt": everything[number][evaluated][0] + joint(evaluated, evaluated),
+            "choices": choices,
+            "label": label,
+        }
+
+    return as_dataset(document(place, number) for place, number in enumerate(ids))
+
+
+# --- perplexity -----------------------------------------------------------------------------------------------------
+
+
+def perplexity_documents(evaluated: str, items: str = "all", **_: Any) -> dict[str, Any]:
+    """Whole sentences of one language."""
+    return as_dataset({"id": number, "text": sentence(number, evaluated)} for number in _ids(items))
+
+
+def perplexity_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+    """Log-likelihood a byte always, and a token where the model says how many there were."""
+    (score,) = results
+    bytes_ = len(document["text"].encode())
+    metrics: dict[str, Any] = {"bits_per_byte": (score[0], bytes_)}
+    if isinstance(score, Score):
+        item = (score[0], score.tokens)
+        metrics |= {"token_perplexity": item, "nats_per_token": item}
+    return metrics
+
+
+# --- Language Steering Shift ----------------------------------------------------------------------------------------
+
+
+def lss_documents(base: str, items: str = "report", **settings: Any) -> dict[str, Any]:
+    """First clause in the base language; its second clause in the base language and in the steered one."""
+    target = steered_language(settings, f"LSS from {base}")
+    if target == base:
+        raise UndefinedForLanguageError(
+            f"LSS from {base} to {base} is undefined: steer another language or take another base"
+        )
+    if target not in demo_languages():
+        raise SteeringError(f"the demo's sentences are not in {target}; known: {', '.join(demo_languages())}")
+    documents = []
+    for number in _ids(items):
+        own, other = _sentences()[number][base], _sentences()[number][target]
+        documents.append(
+            {
+                "id": number,
+                "prompt": own[0],
+                "choices": [joint(base, base) + own[1], joint(base, target) + other[1]],
+                "base": base,
+                MADE_FOR: [target],
+                UNSTEERED_TWIN: True,
+            }
+        )
+    return as_dataset(documents)
+
+
+def lss_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    """1 where the preference moved towards the steered language; ties and identical objects apart.
+
+    Raises:
+        SteeringError: if the scores are not ours, or were steered to another language than the document's.
+    """
+    base, target = results
+    if not isinstance(base, Score) or not isinstance(target, Score):
+        raise SteeringError("LSS needs steered and unsteered scores of the same rows, which --model steered-hf gives")
+    if document[MADE_FOR] != list(target.targets):
+        raise SteeringError(f"the documents are for {document[MADE_FOR]}, the model is steered to {target.targets}")
+    shift = preference_shift(base, target)
+    same = document["choices"][0] == document["choices"][1]
+    return {
+        "lss": float(shift > 0),
+        "lss_shift": shift,
+        "lss_ties": float(shift == 0),
+        **({} if same else {"lss_distinct": float(shift > 0)}),
+    }
+
+
+# --- output language ------------------------------------------------------------------------------------------------
+
+
+def forcing_documents(items: str = "report", **settings: Any) -> dict[str, Any]:
+    """Whole sentences as prompts, in turn in each of the languages that are not steered."""
+    named = settings.get("target_language") or settings.get("language")
+    targets = {languages.normalise(code) for code in str(named).split("+")} if named else set()
+    others = [code for code in demo_languages() if code not in targets]
+    return as_dataset(
+        {
+            "id": number,
+            "language": others[number % len(others)],
+            MADE_FOR: sorted(targets),
+            "prompt": sentence(number, others[number % len(others)]),
+        }
+        for number in _ids(items)
+    )
+
+
+def open_documents(samples: int = 40, **_: Any) -> dict[str, Any]:
+    """Empty prompts, for text from an open start; sampled, so each is another text."""
+    return as_dataset({"id": number, "prompt": ""} for number in range(samples))

@@ -1,0 +1,212 @@
+"""Neuron sets made of others: intersection, union, difference, and the matched random controls of every claim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from functools import reduce
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_eval_steering.architectures.weights import same_weights
+from lm_eval_steering.errors import NeuronSetError, SteeringError
+from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet, Provenance, Statistics, union_of
+
+
+def intersect(sets: Sequence[NeuronSet]) -> NeuronSet:
+    """Of each language of the first set the neurons that it has in all of them.
+
+    LAPE intersected with average precision is `maplape` (Rahmanisa et al. 2025). Statistics stay where all
+    sets that have some agree on them (same languages, names and values); otherwise the result has none.
+
+    Raises:
+        NeuronSetError: if the sets are of different models, or one lacks a language of the first.
+    """
+    _check(sets)
+    for place, other in enumerate(sets[1:], start=1):
+        absent = [language for language in sets[0].languages if language not in other.assignments]
+        if absent:
+            raise NeuronSetError(
+                f"set number {place} does not have {', '.join(absent)}; an intersection needs every language of the "
+                "first set in all of them: put the set with the fewest languages first"
+            )
+    assignments = {
+        language: reduce(_common, [own.assignments[language] for own in sets]) for language in sets[0].languages
+    }
+    return _result("intersect", sets, assignments, sets)
+
+
+def union(sets: Sequence[NeuronSet]) -> NeuronSet:
+    """Of each language of any set, in order of first appearance, the neurons that it has in any.
+
+    Statistics stay where all sets that have some agree on them (same languages, names and values) and they cover every
+    neuron and language of the result; otherwise it has none.
+
+    Raises:
+        NeuronSetError: if the sets are of different models.
+    """
+    _check(sets)
+    languages = dict.fromkeys(language for own in sets for language in own.languages)
+    assignments = {
+        language: union_of([own.assignments[language] for own in sets if language in own.assignments])
+        for language in languages
+    }
+    return _result("union", sets, assignments, sets)
+
+
+def subtract(first: NeuronSet, others: Sequence[NeuronSet]) -> NeuronSet:
+    """Of each language of the first set the neurons that it has in none of the others.
+
+    A language that another set lacks loses nothing to it. Statistics, corpus and versions are the first set's.
+
+    Raises:
+        NeuronSetError: if the sets are of different models.
+    """
+    sets = [first, *others]
+    _check(sets)
+    assignments = {}
+    for language, own in first.assignments.items():
+        taken = union_of([other.assignments[language] for other in others if language in other.assignments])
+        assignments[language] = own[~_contains(taken, own)]
+    return _result("subtract", sets, assignments, [first])
+
+
+def random_control(
+    assignments: Mapping[str, Neurons], units: int, seed: int, disjoint: bool = True
+) -> dict[str, Neurons]:
+    """Random neurons in place of each neuron of a set, in the same layer: a copy of the set with other units.
+
+    Each neuron has one image, whichever languages it belongs to, so that a control has the overlaps of its set: what
+    is done to several languages edits as many neurons in each layer as it does with the set itself.
+
+    Args:
+        assignments: language -> (neuron, 2) sorted rows (layer, unit), the neurons to match.
+        units: MLP units a layer.
+        seed: of the draw.
+        disjoint: leave out the neurons of all languages of the set; otherwise they may be drawn like any other.
+
+    Raises:
+        SteeringError: if a layer has too few units that are not the set's own.
+    """
+    own = union_of(list(assignments.values()))
+    images = np.zeros(len(own), dtype=np.int64)
+    for layer in np.unique(own[:, 0]):
+        here = own[:, 0] == layer
+        taken = own[here, 1]
+        free = np.setdiff1d(np.arange(units), taken) if disjoint else np.arange(units)
+        if len(free) < len(taken):
+            raise SteeringError(
+                f"layer {layer} has {len(free)} units beside the set's own {len(taken)}, too few for a matched random "
+                "control; select at a lower rate, or draw with disjoint=False"
+            )
+        images[here] = np.random.default_rng([seed, int(layer)]).choice(free, size=len(taken), replace=False)
+    return {language: _replaced(rows, own, images, units) for language, rows in assignments.items()}
+
+
+def _replaced(rows: Neurons, own: Neurons, images: NDArray[np.int64], units: int) -> Neurons:
+    places = np.searchsorted(own[:, 0] * units + own[:, 1], rows[:, 0] * units + rows[:, 1])
+    return union_of([np.column_stack([rows[:, 0], images[places]])])
+
+
+def _check(sets: Sequence[NeuronSet]) -> None:
+    """Refuse sets of different models; every pair, because a sketch may be known of some alone."""
+    if not sets:
+        raise NeuronSetError("no neuron set: give at least one")
+    for first, second in combinations([own.provenance for own in sets], 2):
+        if (first.architecture, first.layers, first.units) != (second.architecture, second.layers, second.units):
+            raise NeuronSetError(
+                f"neuron sets of different models: {_name(first)} and {_name(second)}; combine sets of one model"
+            )
+        if first.weights and second.weights and not same_weights(first.weights, second.weights):
+            raise NeuronSetError(
+                f"neuron sets of different checkpoints: {_name(first)} and {_name(second)} do not have the same "
+                "weights; combine sets of one model"
+            )
+
+
+def _name(provenance: Provenance) -> str:
+    shape = f"{provenance.architecture}, {provenance.layers} layers of {provenance.units} units"
+    return f"{provenance.model} ({shape})"
+
+
+def _result(
+    method: str, sets: Sequence[NeuronSet], assignments: dict[str, Neurons], sources: Sequence[NeuronSet]
+) -> NeuronSet:
+    """The new set; `sources` are the sets that its neurons, statistics and provenance come from."""
+    provenance = replace(
+        _agreed([own.provenance for own in sources]),
+        # A sketch of any will do, for they are of one model.
+        weights=next((own.provenance.weights for own in sets if own.provenance.weights), ()),
+        selection={
+            "method": method,
+            "of": [{"sha256": own.content_hash(), "selection": dict(own.provenance.selection)} for own in sets],
+        },
+    )
+    languages = tuple(assignments)
+    statistics = _merged([own.calibrated for own in sources if own.calibrated is not None])
+    return NeuronSet(languages, assignments, provenance, _covering(statistics, languages, assignments))
+
+
+def _agreed(provenances: Sequence[Provenance]) -> Provenance:
+    """What all say; the model's name is the first's, and what they differ in is left empty."""
+    first = provenances[0]
+    empty = Provenance(first.model, "", first.architecture, first.layers, first.units)
+    values: dict[str, Any] = {
+        field.name: getattr(first, field.name)
+        for field in fields(Provenance)
+        if field.name != "model"
+        and all(getattr(other, field.name) == getattr(first, field.name) for other in provenances)
+    }
+    return replace(empty, **values)
+
+
+def _merged(found: Sequence[Statistics]) -> Statistics | None:
+    """The statistics of several sets as one; None where they do not belong together.
+
+    They must be of the same languages and names, and equal to the bit wherever two hold the same neuron: other values
+    come from other calibration sentences, and `diffmean` from other languages. None rather than a choice among them:
+    an intervention that asks for a statistic is then refused, and the set can be calibrated anew.
+    """
+    if not found:
+        return None
+    first = found[0]
+    if any(set(other.languages) != set(first.languages) or _tables(other) != _tables(first) for other in found):
+        return None
+    rows = np.concatenate([own.neurons for own in found])
+    neurons, places, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    inverse = inverse.reshape(-1)  # numpy 2.0 gave it a second axis
+    columns = [[own.languages.index(language) for language in first.languages] for own in found]
+    values: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for site, name in sorted(_tables(first)):
+        stacked = np.concatenate([own.values[site][name][:, order] for own, order in zip(found, columns, strict=True)])
+        if not np.array_equal(stacked[places][inverse], stacked):
+            return None
+        values.setdefault(site, {})[name] = stacked[places]
+    return Statistics(neurons, first.languages, values)
+
+
+def _tables(statistics: Statistics) -> set[tuple[str, str]]:
+    return {(site, name) for site, tables in statistics.values.items() for name in tables}
+
+
+def _covering(
+    statistics: Statistics | None, languages: Sequence[str], assignments: Mapping[str, Neurons]
+) -> Statistics | None:
+    """The statistics of exactly the assigned neurons, or None where one of them or a language has none."""
+    neurons = union_of(list(assignments.values()))
+    if statistics is None or not set(languages) <= set(statistics.languages):
+        return None
+    return statistics.restrict(neurons) if _contains(statistics.neurons, neurons).all() else None
+
+
+def _common(first: Neurons, second: Neurons) -> Neurons:
+    return first[_contains(second, first)]
+
+
+def _contains(neurons: Neurons, wanted: Neurons) -> NDArray[np.bool_]:
+    """(wanted,) whether each row is among the neurons."""
+    width = 1 + max((int(rows[:, 1].max()) for rows in (neurons, wanted) if len(rows)), default=0)
+    return np.isin(wanted[:, 0] * width + wanted[:, 1], neurons[:, 0] * width + neurons[:, 1])

@@ -1,0 +1,321 @@
+"""The plan file: what a user writes down to have a grid of interventions and tasks evaluated.
+
+Every key is a field of one of these classes, and its description is the documentation (`docs/sweep.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lm_eval_steering import languages as codes
+from lm_eval_steering.errors import SteeringError, did_you_mean
+from lm_eval_steering.lmeval.aggregation import BOOTSTRAPS
+
+Number = float | int
+STEERED_HF: Literal["steered-hf"] = "steered-hf"
+_RESCORING = {"lid", "lid_threshold", "lid_letters"}  # arguments of `steered-hf` that are about finished text
+
+
+class PlanError(SteeringError):
+    """A plan file that cannot be read, or asks for something that is not defined."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelPart(BaseModel):
+    """The model, in lm-eval's words. Other keys are arguments of `--model hf`; they are checked before it is loaded."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    pretrained: str = Field(description="Hub id or folder; `demo` is the model that ships (`./demo` a folder).")
+    dtype: str | None = Field(None, description="Of the weights; the checkpoint's by default.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    batch_size: int | str = Field(8, description="Rows a forward pass, or auto; halved where memory runs out.")
+
+
+class Entry(_Part):
+    """One kind of intervention; it is done to every language of the plan, with every factor."""
+
+    op: str | None = Field(None, description="`scale`, `add` or `set`.")
+    value: Number | str | None = Field(None, description="A number or a statistic, for `add` and `set`.")
+    preset: str | None = Field(None, description="A paper's name for op, value and scope, such as p_max.")
+    factors: tuple[Number, ...] | None = Field(None, min_length=1, description="Factors to sweep over.")
+    factor: Number | None = Field(None, description="One factor; 1 by default.")
+    languages: tuple[str, ...] | None = Field(None, min_length=1, description="In place of the plan's.")
+    deactivate: str | None = Field(None, description="Languages to silence, joined by +, or others.")
+    deactivate_to: Number | str | None = Field(None, description="What they are set to; 0 by default.")
+    keep_shared: bool | None = Field(None, description="False silences neurons that are steered too.")
+    site: str | None = Field(None, description="`activation` or `product`.")
+    layers: str | int | None = Field(None, description="Ranges such as 0-3+28-31.")
+    positions: str | None = Field(None, description="`all`, `prompt`, `generated`, `last`, or a window.")
+    scope: str | None = Field(None, description="Of a live statistic: `token` or `sequence`.")
+    seed: int | None = Field(None, description="Of random values.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Entry:
+        if self.factor is not None and self.factors is not None:
+            raise ValueError("factor beside factors: write one of the two")
+        if self.op is None and self.preset is None and self.deactivate is None:
+            raise ValueError("expected op, preset or deactivate: it would do nothing")
+        return self
+
+    @field_validator("languages")
+    @classmethod
+    def _normalise(cls, found: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return _codes(found) if found else None
+
+
+class Controls(_Part):
+    """Matched random neuron sets, each put through every intervention of the plan."""
+
+    random: int = Field(0, ge=0, description="Number of sets; their seeds are 0, 1, ...")
+    calibration: str | None = Field(
+        None,
+        description="Text that measures the random neurons (docs/corpora.md; `demo` is the text that ships); needed "
+        "where an intervention's value is a calibrated statistic.",
+    )
+    sentences: int = Field(100, gt=0, description="Calibration sentences a language.")
+
+
+class Choose(_Part):
+    """How to choose one intervention for each language, before `then`."""
+
+    metric: str = Field(description="Name of the metric; its mean over the tasks that have it is compared.")
+    by: Literal["language", "intervention"] = Field(
+        "language", description="`language`: one for each language; `intervention`: one factor for each entry too."
+    )
+    split: Literal["half", "whole"] = Field(
+        "half", description="`half`: chosen on one half of the source items, reported on the other; or `whole`."
+    )
+    tasks: tuple[str, ...] | None = Field(None, description="Tasks to choose on; all that have the metric by default.")
+    goal: Literal["max", "min"] | None = Field(None, description="By default what the task says is better.")
+    seed: int = Field(0, ge=0, description="Of the split.")
+    item: str | None = Field(
+        None,
+        description="Field of a document that names its source item in all languages; by default the first of id, "
+        "idx, question_id, item_id. `doc_id` takes its position.",
+    )
+
+
+class Then(_Part):
+    """The second stage: what only the chosen interventions are evaluated on."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="Tasks, groups or tags of lm-eval.")
+
+
+class Slurm(_Part):
+    """What `--launcher submitit` asks the scheduler for."""
+
+    partition: str | None = Field(None, description="Name of the partition.")
+    gpus: int = Field(1, ge=0, description="GPUs a job, each with a process of its own.")
+    cpus: int = Field(8, ge=1, description="CPU cores a GPU.")
+    memory_gb: int | None = Field(None, gt=0, description="Memory a job.")
+    minutes: int = Field(240, gt=0, description="Time limit of a job.")
+    shards: int = Field(1, gt=0, description="Jobs that the plan is dealt to; `--workers` overrides it.")
+    parallel: int = Field(16, gt=0, description="Jobs that run at the same time.")
+    account: str | None = Field(None, description="Account to charge.")
+    setup: tuple[str, ...] = Field((), description="Shell lines before the job, such as `module load cuda`.")
+    more: Mapping[str, Any] = Field(default_factory=dict, description="Other options of sbatch.")
+
+
+class Engine(_Part):
+    """What runs the cells. All but `steered-hf` run exported models, by commands that the sweep writes."""
+
+    name: Literal["steered-hf", "vllm", "hf"] = Field(
+        STEERED_HF, description="`steered-hf`, `vllm`, or `hf`, which rehearses the way of `vllm` on any machine."
+    )
+    arguments: Mapping[str, str | bool | Number] = Field(
+        default_factory=dict, description="Of that model class of lm-eval, such as `tensor_parallel_size`."
+    )
+    exports: str | None = Field(None, description="Folder for the exported models; OUT/engine/exports by default.")
+    verify: int = Field(
+        4, ge=0, description="Prompts of the plan's tasks on which each export is compared with the hooks."
+    )
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the cells are run by commands of lm-eval, and not by this process."""
+        return self.name != STEERED_HF
+
+
+class Plan(_Part):
+    """A whole plan."""
+
+    model: ModelPart = Field(description="Which model.")
+    neurons: str = Field(description="Its neuron set, a path or the name of one that ships.")
+    languages: tuple[str, ...] = Field(min_length=1, description="Languages to steer to.")
+    interventions: tuple[Entry, ...] = Field(min_length=1, description="What is done to their neurons.")
+    tasks: tuple[str, ...] = Field(min_length=1, description="Tasks, groups or tags of lm-eval.")
+    controls: Controls = Field(default_factory=lambda: Controls.model_validate({}), description="Random controls.")
+    choose: Choose | None = Field(None, description="Choose a factor.")
+    then: Then | None = Field(None, description="Evaluate the chosen ones elsewhere.")
+    engine: Engine = Field(
+        default_factory=lambda: Engine.model_validate({}), description="What runs the cells; a name alone will do."
+    )
+    limit: int | None = Field(None, gt=0, description="First items of each task; all by default.")
+    num_fewshot: int | None = Field(None, ge=0, description="Examples in the prompt; the task's own by default.")
+    apply_chat_template: bool = Field(False, description="Put prompts into the tokenizer's chat template.")
+    system_instruction: str | None = Field(None, description="For the chat template.")
+    gen_kwargs: Mapping[str, Any] | None = Field(None, description="Arguments of generation over the task's own.")
+    bootstrap_iters: int = Field(BOOTSTRAPS, ge=0, description="Of standard errors that are not analytic; lm-eval's.")
+    include_path: tuple[str, ...] = Field((), description="Folders with more task files.")
+    metadata: Mapping[str, Any] = Field(default_factory=dict, description="For the tasks, such as data_dir.")
+    allow_empty: bool = Field(False, description="Accept a language without neurons.")
+    force: bool = Field(False, description="Use a neuron set that was found in other weights.")
+    slurm: Slurm = Field(
+        default_factory=lambda: Slurm.model_validate({}), description="What the scheduler is asked for."
+    )
+
+    @field_validator("languages")
+    @classmethod
+    def _normalise(cls, found: tuple[str, ...]) -> tuple[str, ...]:
+        return _codes(found)
+
+    @field_validator("include_path", mode="before")
+    @classmethod
+    def _one_or_more(cls, found: Any) -> Any:
+        return (found,) if isinstance(found, str) else found
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _name_alone(cls, found: Any) -> Any:
+        return {"name": found} if isinstance(found, str) else found
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> Plan:
+        if reason := _why_no_engine(self):
+            raise ValueError(reason)
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        if self.then is not None and self.choose is None:
+            raise ValueError("then without choose: say how the interventions for it are chosen")
+        if self.limit is not None and self.then is not None and self.choose and self.choose.split == "half":
+            raise ValueError("limit beside choose.split=half: the first items are no half; leave one of the two out")
+        return self
+
+
+def _why_no_engine(plan: Plan) -> str | None:
+    """Why the engine cannot be asked what the plan says; None where it can."""
+    engine, model = plan.engine, plan.model
+    if not engine.is_external:
+        return "engine.arguments: steered-hf takes its arguments from model" if engine.arguments else None
+    if other := sorted(set(model.model_extra or {}) - _RESCORING):
+        return f"model.{other[0]}: {engine.name} does not get it; write what it takes into engine.arguments"
+    for key, value in engine.arguments.items():
+        if key in ("pretrained", "revision", "peft", "lora_local_path", "tokenizer"):
+            return f"engine.arguments.{key}: the sweep says which model is loaded"
+        if set(",=") & set(f"{key}{value}"):
+            return f"engine.arguments.{key}: {value!r} cannot stand in --model_args, which splits at , and ="
+    if model.dtype is not None and engine.arguments.get("dtype", model.dtype) != model.dtype:
+        return f"model.dtype {model.dtype} beside engine.arguments.dtype {engine.arguments['dtype']}: write one"
+    if plan.bootstrap_iters != BOOTSTRAPS:
+        return f"bootstrap_iters: lm_eval's command has {BOOTSTRAPS} alone; leave it out with engine {engine.name}"
+    if len(plan.include_path) > 1:
+        return "include_path: lm_eval's command takes one folder; put the task files into one"
+    return None
+
+
+def _codes(found: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(codes.normalise(code) for code in found))
+
+
+def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
+    """The plan of a YAML file, with `key=value` overrides such as `controls.random=5`.
+
+    Raises:
+        PlanError: one line that names the key, what was found and the nearest key.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise PlanError(f"{path}: expected keys such as model, neurons, languages, interventions, tasks")
+    for override in overrides:
+        _set(found, override)
+    return build_plan(found, str(path))
+
+
+def build_plan(found: Mapping[str, Any], where: str = "plan") -> Plan:
+    """A plan from plain data.
+
+    Raises:
+        PlanError: for the first thing that is wrong.
+    """
+    try:
+        return Plan.model_validate(found)
+    except ValidationError as failure:
+        error = failure.errors(include_url=False)[0]
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, SteeringError):
+        raise PlanError(f"{where}: {cause}")
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        hint = did_you_mean(str(error["loc"][-1]), _keys_at(error["loc"][:-1]))
+        raise PlanError(f"{where}: unknown key {place!r}{hint}")
+    if error["type"] == "missing":
+        raise PlanError(f"{where}: {place} is missing")
+    said = str(cause) if cause else f"{error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
+    raise PlanError(f"{where}: {place + ': ' if place else ''}{said}")
+
+
+def _keys_at(place: Sequence[Any]) -> list[str]:
+    """Keys that the part of a plan at this place knows."""
+    part: Any = Plan
+    kinds: dict[str, Any] = {
+        "model": ModelPart,
+        "interventions": Entry,
+        "controls": Controls,
+        "choose": Choose,
+        "then": Then,
+        "engine": Engine,
+        "slurm": Slurm,
+    }
+    if place:
+        part = kinds[str(place[0])]
+    return list(part.model_fields)
+
+
+def _set(plan: dict[str, Any], override: str) -> None:
+    """Put one `a.b=value` into the plan; the value is YAML, and a number in the key counts list entries from 0."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise PlanError(f"--set {override}: expected key=value, such as controls.random=5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PlanError(f"--set {override}: {' '.join(str(error).split())}") from None
+    *path, last = key.split(".")
+    part: Any = plan
+    for name in path:
+        part = _child(part, name, override)
+    if isinstance(part, list):
+        part[_place(part, last, override)] = value
+    else:
+        part[last] = value
+
+
+def _child(part: Any, name: str, override: str) -> Any:
+    if isinstance(part, list):
+        return part[_place(part, name, override)]
+    child = part.setdefault(name, {})
+    if not isinstance(child, dict | list):
+        raise PlanError(f"--set {override}: {name} is {child!r}, which has no keys")
+    return child
+
+
+def _place(part: list[Any], name: str, override: str) -> int:
+    if not name.isdecimal() or int(name) >= len(part):
+        raise PlanError(f"--set {override}: expected a number below {len(part)} in place of {name!r}")
+    return int(name)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from lm_eval_steering.architectures.weights import same_weights, weights_digest, weights_sketch
+from lm_eval_steering.provenance import fingerprint
+from tests.conftest import tiny_model
+
+
+def test_the_digest_knows_the_weights_and_nothing_else(family: str) -> None:
+    assert weights_digest(tiny_model(family)) == weights_digest(tiny_model(family))
+    changed = tiny_model(family)
+    with torch.no_grad():
+        next(changed.parameters()).add_(1)
+    assert weights_digest(changed) != weights_digest(tiny_model(family))
+
+
+def test_a_sketch_knows_a_checkpoint_in_every_dtype_and_no_other(family: str) -> None:
+    plain = weights_sketch(tiny_model(family))
+    assert len(plain) >= 200
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert same_weights(plain, weights_sketch(tiny_model(family).to(dtype)))
+    tuned = tiny_model(family)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.03 * parameter.std() * torch.randn_like(parameter))
+    assert not same_weights(plain, weights_sketch(tuned))
+    assert not same_weights(plain, plain[:-1])
+
+
+def test_a_sketch_of_many_tensors_does_not_look_at_their_first_values_alone() -> None:
+    def many(fill: float) -> torch.nn.Module:
+        torch.manual_seed(0)
+        layers = torch.nn.ModuleList(torch.nn.Linear(5, 5, bias=False) for _ in range(300))
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight.view(-1)[1:] += fill
+        return layers
+
+    assert same_weights(weights_sketch(many(0.0)), weights_sketch(many(0.0)))
+    assert not same_weights(weights_sketch(many(0.0)), weights_sketch(many(0.5)))
+
+
+def test_a_set_of_names_has_one_fingerprint_in_every_process() -> None:
+    code = (
+        "from lm_eval_steering.provenance import fingerprint;"
+        "print(fingerprint({'modules': {'q_proj', 'k_proj', 'v_proj', 'up_proj', 'down_proj'}}))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("3", "4")
+    }
+    assert len(found) == 1
+
+
+def test_fingerprints_do_not_depend_on_the_order_of_parts() -> None:
+    assert (
+        fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1}) != fingerprint({"a": 1, "b": [2, 1]})
+    )
