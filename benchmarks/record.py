@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.measure import interleaved, options_of, ratio, report
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.recording import count_active
-from lm_eval_steering.neurons.running import Batches, Rows
+from lm_eval_steering.neurons.running import Batches, TokenRows
 
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
 LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -41,7 +41,7 @@ def build(quick: bool) -> tuple[Any, Batches]:
         model = LlamaForCausalLM(config).to(torch.bfloat16 if gpu else torch.float32).eval()
     length, rows_a_batch, batches = (2048, 8, 4) if gpu else (128, 16, 1 if quick else 2)
     tokens = np.random.default_rng(0).integers(0, 8192, size=(rows_a_batch * batches, length))
-    return model, Batches(Rows.of(tokens), NoBos(), sites_of(model), rows_a_batch)
+    return model, Batches(TokenRows.of(tokens), NoBos(), sites_of(model), rows_a_batch)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import yaml
 
 from benchmarks.measure import report
 from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments, spell_out
-from lm_eval_steering.sweep.controls import Controls
+from lm_eval_steering.sweep.controls import ControlSets
 from lm_eval_steering.sweep.plan import build_plan
 from lm_eval_steering.sweep.store import Store
 
@@ -84,10 +84,10 @@ def scores(results: dict[str, Any], task: str) -> dict[str, Any]:
 def measured_controls(grid: Grid, folder: Path) -> Path:
     """Folder with the control sets, which the loop needs as files."""
     from lm_eval_steering.neurons.running import Ranks
-    from lm_eval_steering.sweep.model import SweepModel
+    from lm_eval_steering.sweep.sweep_model import SweepModel
 
     arguments = model_arguments(grid.plan)
-    Controls(grid, Store(folder), Ranks())(0, SweepModel(arguments.pop("pretrained"), **arguments))
+    ControlSets(grid, Store(folder), Ranks())(0, SweepModel(arguments.pop("pretrained"), **arguments))
     return folder / "controls"
 
 

@@ -22,7 +22,7 @@ from safetensors.numpy import save
 FORMAT_VERSION = 1
 _HEADER_KEY = "lm_eval_steering"
 
-Tensors = dict[str, NDArray[Any]]
+NamedArrays = dict[str, NDArray[Any]]
 
 
 def write(path: Path, kind: str, metadata: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
@@ -72,7 +72,7 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def read(path: Path, kind: str, error: Callable[[str], Exception]) -> tuple[dict[str, Any], Tensors]:
+def read(path: Path, kind: str, error: Callable[[str], Exception]) -> tuple[dict[str, Any], NamedArrays]:
     """Metadata and tensors of a file.
 
     Args:

@@ -25,9 +25,9 @@ from lm_eval_steering.architectures import (
 )
 from lm_eval_steering.errors import ArchitectureError
 from lm_eval_steering.neurons.recording import count_active
-from lm_eval_steering.neurons.running import Batches, Rows
+from lm_eval_steering.neurons.running import Batches, TokenRows
 from lm_eval_steering.steering.attach import Steering
-from lm_eval_steering.steering.compiled import compile_plan
+from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import from_arguments
 from tests.conftest import CONFIGS, GEMMA, GPT, LAYERS, TOKENS, UNITS, USUAL, make_set, tiny_model, tiny_tokenizer
 
@@ -106,7 +106,7 @@ def same(one: ModelSites, other: ModelSites) -> bool:
 
 def recorded(sites: ModelSites) -> np.ndarray:
     """(layer, unit) the same, as the recorder counts it, in padded batches through the decoder alone."""
-    return count_active(sites, Batches(Rows.of(ROWS), tiny_tokenizer(), sites, batch_size=3))
+    return count_active(sites, Batches(TokenRows.of(ROWS), tiny_tokenizer(), sites, batch_size=3))
 
 
 def plain_loop(model: Any, sites: ModelSites) -> np.ndarray:
@@ -164,7 +164,7 @@ def test_a_discovered_family_is_steered_and_restored(name: str, site: str) -> No
         before = model(IDS).logits
         neurons = make_set({"fra_Latn": [(0, 1), (2, 3)], "deu_Latn": [(1, 1)]}, name)
         intervention = from_arguments({"language": "fra_Latn", "op": "add", "value": 3.0, "site": site})
-        with Steering(sites_of(model), compile_plan(intervention, neurons)) as steering:
+        with Steering(sites_of(model), compile_intervention(intervention, neurons)) as steering:
             assert not torch.equal(model(IDS).logits, before)
             evidence = steering.evidence()
         assert torch.equal(model(IDS).logits, before)
@@ -222,7 +222,7 @@ def test_random_numbers_of_the_model_are_given_back() -> None:
 
 def test_an_attached_intervention_does_not_disturb_discovery() -> None:
     model, twin = unknown_llama(), tiny_model("llama")
-    plan = compile_plan(
+    plan = compile_intervention(
         from_arguments({"language": "fra_Latn", "op": "add", "value": 3.0, "site": "product"}),
         make_set({"fra_Latn": [(0, 1)], "deu_Latn": [(1, 1)]}),
     )
@@ -414,7 +414,7 @@ def test_gemma3_is_recorded_and_steered() -> None:
     model = gemma3().double()
     assert np.array_equal(recorded(sites_of(model)), plain_loop(model, sites_of(model)))
     neurons = make_set({"fra_Latn": [(0, 1), (2, 3)], "deu_Latn": [(1, 1)]}, "gemma3_text")
-    plan = compile_plan(from_arguments({"language": "fra_Latn", "op": "add", "value": 3.0}), neurons)
+    plan = compile_intervention(from_arguments({"language": "fra_Latn", "op": "add", "value": 3.0}), neurons)
     with torch.no_grad():
         before = model(IDS).logits
         with Steering(sites_of(model), plan) as steering:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lm_eval_steering.analysis.stepwise import Step
+from lm_eval_steering.analysis.stepwise import DeactivationStep
 from lm_eval_steering.metrics.language_id import in_language
 
 _DPI = 200
@@ -49,7 +49,7 @@ def write_figure(folder: Path, name: str, make: Callable[[], Figure]) -> list[Pa
 # --- stepwise -------------------------------------------------------------------------------------------------------
 
 
-def stacked_steps(steps: Sequence[Step]) -> Figure:
+def stacked_steps(steps: Sequence[DeactivationStep]) -> Figure:
     """One bar a step: shares of the outputs' languages, stacked in the order in which they are deactivated.
 
     Up to fourteen languages have a look of their own, seven colours plain and seven hatched; the rest are `other`, and
@@ -98,7 +98,7 @@ class _Look:
     hatch: str = ""
 
 
-def _looks(steps: Sequence[Step]) -> list[_Look]:
+def _looks(steps: Sequence[DeactivationStep]) -> list[_Look]:
     """Bottom to top: languages that are deactivated, in their order, languages that are not, other, unknown, empty."""
     totals: dict[str, float] = {}
     for step in steps:
@@ -117,7 +117,7 @@ def _looks(steps: Sequence[Step]) -> list[_Look]:
     return [look for look in looks if look.shares.any()]
 
 
-def _shares(steps: Sequence[Step], codes: Collection[str]) -> NDArray[np.float64]:
+def _shares(steps: Sequence[DeactivationStep], codes: Collection[str]) -> NDArray[np.float64]:
     return np.array([sum(step.shares.get(code, 0.0) for code in codes) for step in steps], dtype=np.float64)
 
 
@@ -131,11 +131,11 @@ def _code(axes: mpl.axes.Axes, place: float, height: float, look: _Look, size: f
     axes.text(place, height, text, ha="center", va="center", fontsize=size, color=colour, bbox=patch)
 
 
-def _is_off(name: str, step: Step) -> bool:
+def _is_off(name: str, step: DeactivationStep) -> bool:
     return "_" in name and any(in_language(name, code) for code in step.deactivated)
 
 
-def _step_name(step: Step) -> str:
+def _step_name(step: DeactivationStep) -> str:
     return f"+ {step.deactivated[-1]}" if step.deactivated else "nothing"
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lm_eval_steering.analysis.checks import tolerance
-from lm_eval_steering.analysis.prompts import Batch, Prompts, batches, placed
+from lm_eval_steering.analysis.prompts import PromptBatch, Prompts, batches, placed
 from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv, write_json
 from lm_eval_steering.architectures import ModelSites, sites_of, text_config_of
 from lm_eval_steering.architectures.loading import LazyModel
@@ -242,7 +242,7 @@ class Looking:
 
 
 @dataclass(frozen=True)
-class Run:
+class LensPass:
     """One pass over the prompts, unsteered or steered.
 
     Attributes:
@@ -269,7 +269,7 @@ class Run:
 class Lens:
     """The runs, the languages whose mass is of interest, and what they were made with."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[LensPass, ...]
     targets: tuple[str, ...]
     provenance: Mapping[str, Any]
 
@@ -332,12 +332,12 @@ def look(
             reader.check(tolerance(model.model.dtype))
             written = signature_of(arguments, neurons)
             made = fingerprint_of(provenance, written)
-            runs.append(Run(name, *reader.means(), reader.off_by, written, made, evidence))
+            runs.append(LensPass(name, *reader.means(), reader.off_by, written, made, evidence))
     return Lens(tuple(runs), tuple(targets), provenance)
 
 
 @torch.no_grad()
-def _forward(model: Any, head: ModelHead, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(model: Any, head: ModelHead, batch: PromptBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """(layer, row, position, hidden) states, and the model's own logits (row, vocabulary) at the last position."""
     kept = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with head.states() as seen:
@@ -355,7 +355,7 @@ class _Reader:
         self.off_by = 0.0
         self._sums: dict[str, dict[tuple[int, str], float]] = {"language": {}, "script": {}}
 
-    def read(self, batch: Batch, states: torch.Tensor, own: torch.Tensor) -> None:
+    def read(self, batch: PromptBatch, states: torch.Tensor, own: torch.Tensor) -> None:
         """One batch.
 
         Args:

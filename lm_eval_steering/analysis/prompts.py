@@ -85,7 +85,7 @@ def demo_prompts(languages: Sequence[str], clauses: bool = False) -> Prompts:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Prompts padded on the left, so that each row's last token stands in the last column.
 
     Attributes:
@@ -101,7 +101,7 @@ class Batch:
         return (self.mask.cumsum(1) - 1).clamp(min=0)
 
 
-def batches(model: LazyModel, texts: Sequence[str], size: int, room: int = 0) -> Iterator[Batch]:
+def batches(model: LazyModel, texts: Sequence[str], size: int, room: int = 0) -> Iterator[PromptBatch]:
     """Rows of tokens in the order of the texts.
 
     Args:
@@ -131,7 +131,7 @@ def pad_token(model: LazyModel) -> int:
     return int(found if found is not None else model.tokenizer.eos_token_id or 0)
 
 
-def placed(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+def placed(model: Any, batch: PromptBatch) -> dict[str, torch.Tensor]:
     """The batch as the model's inputs; families that place tokens by distance take no positions."""
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
     if "position_ids" in signature(model.forward).parameters:
@@ -139,10 +139,10 @@ def placed(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> Batch:
+def _padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> PromptBatch:
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         ids[number, longest - len(row) :], mask[number, longest - len(row) :] = torch.tensor(row), 1
-    return Batch(ids.to(device), mask.to(device))
+    return PromptBatch(ids.to(device), mask.to(device))

@@ -17,7 +17,7 @@ from lm_eval_steering.files import write_bytes
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.provenance import fingerprint, versions
-from lm_eval_steering.steering.compiled import compile_plan
+from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import from_arguments
 
 
@@ -30,7 +30,7 @@ def signature_of(arguments: Mapping[str, Any], neurons: NeuronSet | None) -> str
     intervention = from_arguments(arguments)
     if neurons is None:
         return intervention.signature()
-    return compile_plan(intervention, neurons).intervention.signature()
+    return compile_intervention(intervention, neurons).intervention.signature()
 
 
 def made_with(

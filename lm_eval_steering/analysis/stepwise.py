@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lm_eval_steering import languages
-from lm_eval_steering.analysis.prompts import Batch, Prompts, batches, pad_token
+from lm_eval_steering.analysis.prompts import PromptBatch, Prompts, batches, pad_token
 from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv, write_json
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import DidNotHappenError, NeuronSetError, SteeringError
@@ -32,7 +32,7 @@ EMPTY = "empty"
 
 
 @dataclass(frozen=True)
-class Step:
+class DeactivationStep:
     """What the model answers after one more language is deactivated.
 
     Attributes:
@@ -101,7 +101,7 @@ class Decoding:
 class Fallback:
     """All steps, and what they were made with."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[DeactivationStep, ...]
     provenance: Mapping[str, Any]
 
 
@@ -177,7 +177,7 @@ def deactivate_stepwise(
             if evidence is not None and not evidence["fired"]:
                 raise DidNotHappenError(f"deactivating {'+'.join(off)} never took place: no hook fired")
             steps.append(
-                Step(
+                DeactivationStep(
                     off, len(neurons.union(off)), tuple(outputs), tuple(identifier.identify(outputs)), signature,
                     fingerprint_of(provenance, signature), evidence, round(time.perf_counter() - start, 3),
                 )
@@ -187,7 +187,7 @@ def deactivate_stepwise(
 
 
 @torch.no_grad()
-def _continue(model: LazyModel, batch: Batch, decoding: Decoding) -> list[str]:
+def _continue(model: LazyModel, batch: PromptBatch, decoding: Decoding) -> list[str]:
     """Greedy continuations of a left-padded batch, without special tokens."""
     settings = model.model.generation_config
     ids = model.model.generate(

@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 
-class Place(StrEnum):
+class WhereName(StrEnum):
     """What `where` can name."""
 
     DEMO_MODEL = "demo-model"
@@ -60,22 +60,22 @@ def demo(
 
 
 @app.command()
-def where(name: Annotated[Place, typer.Argument(help="What to look up.")]) -> None:
+def where(name: Annotated[WhereName, typer.Argument(help="What to look up.")]) -> None:
     """Print a path or names, for people and scripts."""
     from lm_eval_steering import resources
 
-    if name is Place.DEMO_LANGUAGES:
+    if name is WhereName.DEMO_LANGUAGES:
         from lm_eval_steering.lmeval.task_families.demo import demo_languages
 
         typer.echo("\n".join(demo_languages()))
         return
     answers = {
-        Place.DEMO_MODEL: resources.demo_model,
-        Place.DEMO_NEURONS: lambda: resources.find_neuron_set("demo"),
-        Place.DEMO_TASK: lambda: "steering_demo_continuation_fra_Latn",
-        Place.DEMO_PLAN: resources.demo_plan,
-        Place.TASKS: resources.tasks_folder,
-        Place.NEURON_SETS: resources.neuron_sets_folder,
+        WhereName.DEMO_MODEL: resources.demo_model,
+        WhereName.DEMO_NEURONS: lambda: resources.find_neuron_set("demo"),
+        WhereName.DEMO_TASK: lambda: "steering_demo_continuation_fra_Latn",
+        WhereName.DEMO_PLAN: resources.demo_plan,
+        WhereName.TASKS: resources.tasks_folder,
+        WhereName.NEURON_SETS: resources.neuron_sets_folder,
     }
     typer.echo(answers[name]())
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lm_eval_steering.neurons.find import Method
     from lm_eval_steering.neurons.neuron_set import NeuronSet
     from lm_eval_steering.neurons.recorder import Recorder, Search
-    from lm_eval_steering.neurons.running import Runner
+    from lm_eval_steering.neurons.running import ModelRunner
 
 Recording = Annotated[Path, typer.Option(help="Folder of a recording.")]
 
@@ -205,28 +205,28 @@ def _model(
     return LazyModel(name, revision, dtype, device or launched()[1], sites, device_map, trust_remote_code)
 
 
-def _runner(model: LazyModel, batch_size: str, context: int | None) -> Runner:
-    from lm_eval_steering.neurons.running import CONTEXT, Runner, launched
+def _runner(model: LazyModel, batch_size: str, context: int | None) -> ModelRunner:
+    from lm_eval_steering.neurons.running import CONTEXT, ModelRunner, launched
     from lm_eval_steering.progress import Log
 
     ranks = launched()[0]
-    return Runner(model, options.read_batch_size(batch_size), ranks, Log(show=ranks.first), context or CONTEXT)
+    return ModelRunner(model, options.read_batch_size(batch_size), ranks, Log(show=ranks.first), context or CONTEXT)
 
 
-def _recorder(runner: Runner, search: Search, folder: Path) -> Recorder:
+def _recorder(runner: ModelRunner, search: Search, folder: Path) -> Recorder:
     from lm_eval_steering.neurons.recorder import Recorder
     from lm_eval_steering.neurons.recording import RecordingFolder
 
     return Recorder(runner, search, RecordingFolder(folder))
 
 
-def _write(found: Sequence[NeuronSet], method: Method, out: Path, runner: Runner | None = None) -> None:
+def _write(found: Sequence[NeuronSet], method: Method, out: Path, runner: ModelRunner | None = None) -> None:
     for number, neuron_set in enumerate(found):
         rate = str(method.rates[number]) if method.name == "lape" else method.name
         _report(neuron_set, out.with_name(out.name.replace("{rate}", rate)), runner)
 
 
-def _report(neuron_set: NeuronSet, out: Path, runner: Runner | None) -> None:
+def _report(neuron_set: NeuronSet, out: Path, runner: ModelRunner | None) -> None:
     """Write a set and its log, and say how many neurons each language has."""
     neuron_set.save(out)
     if runner is not None:

@@ -30,11 +30,11 @@ def rescore(
 ) -> None:
     """Compute the output-language metrics of a finished run from its samples; its own files stay as they are."""
     from lm_eval_steering.languages import normalise
-    from lm_eval_steering.lmeval.rescore import Asked, codes
+    from lm_eval_steering.lmeval.rescore import RescoreOptions, codes
     from lm_eval_steering.lmeval.rescore import rescore as score
     from lm_eval_steering.metrics.language_id import LanguageIdentifier
 
-    asked = Asked(
+    asked = RescoreOptions(
         codes(target_language),
         normalise(expected_language) if expected_language else None,
         about,

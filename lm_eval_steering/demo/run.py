@@ -26,7 +26,7 @@ from lm_eval_steering.neurons.find import Method, control_sets, find_neurons
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
-from lm_eval_steering.neurons.running import Runner
+from lm_eval_steering.neurons.running import ModelRunner
 
 LANGUAGES = ("deu_Latn", "spa_Latn", "tur_Latn", "jpn_Jpan")
 STEERING = {"op": "add", "value": "mean", "site": "product"}  # what steers the demo model best
@@ -122,7 +122,7 @@ def _prepare(console: Console, out: Path, controls: int) -> tuple[Any, NeuronSet
     console.print("finding the language neurons of the demo model (record, select, calibrate) ...")
     with TemporaryDirectory() as recording:
         search = Search(str(resources.demo_calibration()), demo_languages(), rows="sentences")
-        runner = Runner(LazyModel.of(lm.model, lm.tokenizer), batch_size=32)
+        runner = ModelRunner(LazyModel.of(lm.model, lm.tokenizer), batch_size=32)
         recorder = Recorder(runner, search, RecordingFolder(recording))
         (neuron_set,) = find_neurons(recorder, Method(rates=(RATE,)))
         neuron_set.save(out / "neurons.safetensors")

@@ -16,7 +16,7 @@ from lm_eval_steering.architectures import FAMILIES, model_type_of
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.export.fold import Fold, LayerMap
 from lm_eval_steering.export.layouts import Target, layout_of, place_of
-from lm_eval_steering.export.source import Source, Tensors, skeleton_of
+from lm_eval_steering.export.source import CheckpointSource, Tensors, skeleton_of
 from lm_eval_steering.progress import Log
 
 
@@ -27,7 +27,9 @@ class Checkpoint:
         bytes: of all tensors.
     """
 
-    def __init__(self, source: Source, target: Target, maps: Mapping[int, LayerMap], dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: CheckpointSource, target: Target, maps: Mapping[int, LayerMap], dtype: torch.dtype
+    ) -> None:
         """Look at every tensor's shape and read none.
 
         Args:

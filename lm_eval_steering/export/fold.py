@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.export.layouts import PULSE
-from lm_eval_steering.steering.compiled import Affine, Plan
+from lm_eval_steering.steering.compiled import Affine, CompiledIntervention
 from lm_eval_steering.steering.intervention import NORMAL, Intervention, Step, is_live
 from lm_eval_steering.steering.positions import ALL
 
@@ -90,7 +90,7 @@ def _dynamic(step: Step) -> str | None:
     return None
 
 
-def layer_maps(plan: Plan, gated: bool) -> dict[int, LayerMap]:
+def layer_maps(plan: CompiledIntervention, gated: bool) -> dict[int, LayerMap]:
     """Layer -> what a plan makes of its units.
 
     Args:
@@ -105,7 +105,7 @@ def layer_maps(plan: Plan, gated: bool) -> dict[int, LayerMap]:
     return {layer: _layer_map(plan, layer, gated) for layer in layers}
 
 
-def _layer_map(plan: Plan, layer: int, gated: bool) -> LayerMap:
+def _layer_map(plan: CompiledIntervention, layer: int, gated: bool) -> LayerMap:
     here = [edit for edit in plan.edits if edit.layer == layer]
     units = np.unique(np.concatenate([edit.units for edit in here]))
     product, lift, constant = np.ones(len(units)), np.zeros(len(units)), np.zeros(len(units))

@@ -25,12 +25,12 @@ from lm_eval_steering.export import lora
 from lm_eval_steering.export.checkpoint import Checkpoint
 from lm_eval_steering.export.fold import LayerMap, layer_maps
 from lm_eval_steering.export.layouts import layout_of, target_of
-from lm_eval_steering.export.source import Source
+from lm_eval_steering.export.source import CheckpointSource
 from lm_eval_steering.export.verify import Loader, VerificationError, refuse_unless_reproduced, verify
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.progress import Log
 from lm_eval_steering.provenance import fingerprint, versions
-from lm_eval_steering.steering.compiled import Plan, compile_plan
+from lm_eval_steering.steering.compiled import CompiledIntervention, compile_intervention
 from lm_eval_steering.steering.intervention import Intervention, from_arguments
 
 # --- A folder that is there as a whole or not at all
@@ -229,10 +229,10 @@ class Job:
     prompts: Sequence[str] = ()
     log: Log = field(default_factory=Log)
 
-    def plan(self, **changed: Any) -> Plan:
+    def plan(self, **changed: Any) -> CompiledIntervention:
         """The intervention on this model's neurons, with some arguments changed."""
         intervention = from_arguments({**self.arguments, **changed})
-        return compile_plan(intervention, self.neurons, self.allow_empty)
+        return compile_intervention(intervention, self.neurons, self.allow_empty)
 
 
 class Exported:
@@ -255,7 +255,7 @@ class Exported:
         """Of the export: the one that the model is loaded in."""
         return getattr(torch, self.lazy.dtype)
 
-    def maps(self, plan: Plan) -> dict[int, LayerMap]:
+    def maps(self, plan: CompiledIntervention) -> dict[int, LayerMap]:
         """Layer -> what a plan makes of its units.
 
         Raises:
@@ -264,9 +264,9 @@ class Exported:
         return layer_maps(plan, self.gated)
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> CheckpointSource:
         """Its files."""
-        return Source(self.job.loader.pretrained, self.job.loader.revision, self.lazy)
+        return CheckpointSource(self.job.loader.pretrained, self.job.loader.revision, self.lazy)
 
     @cached_property
     def weights(self) -> str:
@@ -280,7 +280,7 @@ class Exported:
                 self.job.neurons.check_weights(weights_sketch(model), self.lazy.name)
             return weights_digest(model)
 
-    def card(self, plan: Plan, form: str, notes: tuple[str, ...] = (), **numbers: Any) -> Card:
+    def card(self, plan: CompiledIntervention, form: str, notes: tuple[str, ...] = (), **numbers: Any) -> Card:
         """The card of an export of it."""
         own = self.lazy
         return Card(
@@ -358,7 +358,7 @@ def export_lora(job: Job, factors: Sequence[float] = (), largest_rank: int = lor
     return lines
 
 
-def _plans(job: Job, factors: Sequence[float]) -> dict[str, Plan]:
+def _plans(job: Job, factors: Sequence[float]) -> dict[str, CompiledIntervention]:
     """Folder within the export -> its plan.
 
     Raises:
@@ -399,7 +399,7 @@ def write_companions(lazy: LazyModel, loader: Loader, config: Any, folder: Path)
         )
 
 
-def _verified(job: Job, plan: Plan, folder: Path, form: str) -> list[str]:
+def _verified(job: Job, plan: CompiledIntervention, folder: Path, form: str) -> list[str]:
     """The line that says so.
 
     Raises:

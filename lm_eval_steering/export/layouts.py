@@ -88,7 +88,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor of a decoder layer belongs: number of the layer, path of the module in it, `weight` or `bias`."""
 
     layer: int
@@ -96,10 +96,10 @@ class Place:
     kind: str
 
 
-def place_of(name: str, family: Family) -> Place | None:
+def place_of(name: str, family: Family) -> TensorLocation | None:
     """The place of a tensor by the model's name for it; None outside the decoder layers."""
     found = re.fullmatch(rf"(?:\w+\.)*?{re.escape(family.layers)}\.(\d+)\.(.+)\.(weight|bias)", name)
-    return None if found is None else Place(int(found[1]), found[2], found[3])
+    return None if found is None else TensorLocation(int(found[1]), found[2], found[3])
 
 
 @dataclass(frozen=True)

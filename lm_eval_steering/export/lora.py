@@ -22,7 +22,7 @@ from lm_eval_steering.architectures import FAMILIES, model_type_of
 from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.export.fold import LayerMap, uniform_scale
 from lm_eval_steering.export.layouts import layout_of, place_of
-from lm_eval_steering.export.source import Source
+from lm_eval_steering.export.source import CheckpointSource
 
 LARGEST_RANK = 512  # vllm/config/lora.py: what max_lora_rank can be
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -39,7 +39,7 @@ class Adapter:
         scale: the one factor of all units; None where they differ.
     """
 
-    source: Source
+    source: CheckpointSource
     maps: Mapping[int, LayerMap]
     rank: int
     scale: float | None
@@ -50,7 +50,7 @@ class Adapter:
         return self.rank * (self.scale - 1) if self.scale is not None else float(self.rank)
 
 
-def plan_adapter(source: Source, maps: dict[int, LayerMap], largest_rank: int) -> Adapter:
+def plan_adapter(source: CheckpointSource, maps: dict[int, LayerMap], largest_rank: int) -> Adapter:
     """Refuse what an adapter cannot say; nothing is read.
 
     Raises:

@@ -72,7 +72,7 @@ def _open(path: Path) -> Iterator[_Opened]:
         yield file
 
 
-class Source:
+class CheckpointSource:
     """A model's checkpoint, in a folder or on the hub."""
 
     def __init__(self, pretrained: str, revision: str, lazy: LazyModel) -> None:

@@ -18,7 +18,7 @@ from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import ArchitectureError, SteeringError
 from lm_eval_steering.export.layouts import Layout
 from lm_eval_steering.steering.attach import Steering
-from lm_eval_steering.steering.compiled import Plan
+from lm_eval_steering.steering.compiled import CompiledIntervention
 
 _NEW_TOKENS = 16
 # Largest difference of a token's log-probability, in nats and as a share of it where it is below -1. float32 differs
@@ -31,7 +31,7 @@ class VerificationError(SteeringError):
 
 
 @dataclass(frozen=True)
-class Row:
+class VerifiedPrompt:
     """One prompt and its greedy continuation under hooks.
 
     Attributes:
@@ -136,7 +136,7 @@ class Loader:
         return PeftModel.from_pretrained(self.model().model, str(folder)).eval()
 
 
-def verify(loader: Loader, plan: Plan, folder: Path, form: str, prompts: Sequence[str]) -> Verdict:
+def verify(loader: Loader, plan: CompiledIntervention, folder: Path, form: str, prompts: Sequence[str]) -> Verdict:
     """Compare hooks and export, one loaded after the other."""
     rows = under_hooks(loader.model(), plan, prompts)
     gc.collect()  # two models of this size may not fit
@@ -144,7 +144,7 @@ def verify(loader: Loader, plan: Plan, folder: Path, form: str, prompts: Sequenc
 
 
 @torch.inference_mode()
-def under_hooks(lazy: LazyModel, plan: Plan, prompts: Sequence[str]) -> list[Row]:
+def under_hooks(lazy: LazyModel, plan: CompiledIntervention, prompts: Sequence[str]) -> list[VerifiedPrompt]:
     """What the model does under hooks, and without them.
 
     Raises:
@@ -163,13 +163,15 @@ def under_hooks(lazy: LazyModel, plan: Plan, prompts: Sequence[str]) -> list[Row
                 plain = _log_probabilities(model, tokens)
             values, indices = steered.topk(2)
             taken = _taken(steered, tokens), _taken(plain, tokens)
-            rows.append(Row(tokens.cpu(), prompt.shape[1], *taken, indices[:, 0], values[:, 0] - values[:, 1]))
+            rows.append(
+                VerifiedPrompt(tokens.cpu(), prompt.shape[1], *taken, indices[:, 0], values[:, 0] - values[:, 1])
+            )
         steering.evidence()
     return rows
 
 
 @torch.inference_mode()
-def compare(model: Any, rows: Sequence[Row]) -> Verdict:
+def compare(model: Any, rows: Sequence[VerifiedPrompt]) -> Verdict:
     """The exported model on the tokens that the hooks' model was given and gave."""
     limit = _TOLERANCES[model.dtype]
     largest, effect, parted, greedy, count = 0.0, 0.0, 0, 0, 0

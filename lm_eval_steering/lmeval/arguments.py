@@ -14,7 +14,7 @@ from lm_eval_steering.errors import ArchitectureError, InterventionError, Neuron
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.resources import find_neuron_set
-from lm_eval_steering.steering.compiled import Plan, compile_plan
+from lm_eval_steering.steering.compiled import CompiledIntervention, compile_intervention
 from lm_eval_steering.steering.intervention import ARGUMENTS, from_arguments
 
 SCORING = ("auto", "shared", "plain")
@@ -167,7 +167,9 @@ def refuse_other_name(neuron_set: NeuronSet, pretrained: str) -> None:
         )
 
 
-def plan_before_loading(arguments: SteeringArguments, config: Any) -> tuple[NeuronSet | None, Plan | None]:
+def plan_before_loading(
+    arguments: SteeringArguments, config: Any
+) -> tuple[NeuronSet | None, CompiledIntervention | None]:
     """Read and check the neuron set against the model's config, and compile the intervention: no weights are read.
 
     Raises:
@@ -180,7 +182,7 @@ def plan_before_loading(arguments: SteeringArguments, config: Any) -> tuple[Neur
     neuron_set = NeuronSet.load(find_neuron_set(arguments.neurons))
     shape = shape_of(config)
     neuron_set.check_model(shape.layers, shape.units, model_type_of(config), arguments.force)
-    return neuron_set, compile_plan(intervention, neuron_set, arguments.allow_empty)
+    return neuron_set, compile_intervention(intervention, neuron_set, arguments.allow_empty)
 
 
 def read_config(pretrained: Any, arguments: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from lm_eval_steering.architectures.families import refuse_unsupported
 from lm_eval_steering.errors import ArchitectureError, InterventionError
-from lm_eval_steering.lmeval.packing import Budget, alike
+from lm_eval_steering.lmeval.packing import BatchBudget, alike
 from lm_eval_steering.lmeval.scoring import rope_by_batch
 from lm_eval_steering.metrics.output_language import IdentifiedText
 
@@ -357,7 +357,9 @@ class Leaving:
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """The same after the prompts, which are read in groups of similar length; the cache is as if read at once."""
         lengths = self._lengths.tolist()
-        groups = alike(range(len(lengths)), lengths.__getitem__, lambda _: 1, Budget.of_prompts(input_ids.device.type))
+        groups = alike(
+            range(len(lengths)), lengths.__getitem__, lambda _: 1, BatchBudget.of_prompts(input_ids.device.type)
+        )
         # What has left a sliding window is not in the cache, and in a row of other pads it would be other tokens.
         if len(groups) == 1 or any(layer.is_sliding for layer in cache.layers):
             with self._declare(self._real, self._lengths):

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lm_eval_steering.errors import SteeringError, did_you_mean
-from lm_eval_steering.lmeval.sources import DataError, Source, observed, write_rows
+from lm_eval_steering.lmeval.sources import DataError, RowsSource, observed, write_rows
 from lm_eval_steering.lmeval.task_families import modules
 from lm_eval_steering.resources import tasks_folder
 
@@ -96,7 +96,7 @@ def fetch(names: Sequence[str], folder: Path | None, settings: Mapping[str, Any]
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=dict(settings))
-    seen: set[Source] = set()
+    seen: set[RowsSource] = set()
     failed: list[str] = []
     for name in _matched(names, manager):
         with observed() as loaded:

@@ -33,7 +33,7 @@ from lm_eval_steering.metrics.output_language import IdentifiedText
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.provenance import fingerprint
 from lm_eval_steering.steering.attach import Steering, fitting_sites
-from lm_eval_steering.steering.compiled import Plan, compile_plan
+from lm_eval_steering.steering.compiled import CompiledIntervention, compile_intervention
 from lm_eval_steering.steering.intervention import Intervention, from_arguments
 
 
@@ -97,12 +97,14 @@ class SteeredHFLM(HFLM):
         intervention = from_arguments(arguments)
         plan = None
         if neuron_set is not None:
-            plan = compile_plan(intervention, neuron_set, allow_empty)
+            plan = compile_intervention(intervention, neuron_set, allow_empty)
         elif intervention.steps:
             raise SteeringError("an intervention needs a neuron set")
         self._attach(neuron_set, plan, named or (plan.intervention.steered if plan else ()), force)
 
-    def _attach(self, neuron_set: NeuronSet | None, plan: Plan | None, targets: tuple[str, ...], force: bool) -> None:
+    def _attach(
+        self, neuron_set: NeuronSet | None, plan: CompiledIntervention | None, targets: tuple[str, ...], force: bool
+    ) -> None:
         if neuron_set is None or plan is None:
             if self.steering is not None:
                 self.steering.detach()

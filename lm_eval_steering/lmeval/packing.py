@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
-from lm_eval_steering.lmeval.requests import Request, Rows
+from lm_eval_steering.lmeval.requests import Request, ScoringRows
 
 # --- Requests as rows of a forward pass, in which what begins alike is read once
 #
@@ -25,7 +25,7 @@ from lm_eval_steering.lmeval.requests import Request, Rows
 LONGEST_SHARED = 2048
 
 
-class Entry(NamedTuple):
+class ScoredRequest(NamedTuple):
     """One request as the model reads it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     number: int
 
 
-def entries_of(requests: Sequence[Request], max_length: int) -> list[Entry]:
+def entries_of(requests: Sequence[Request], max_length: int) -> list[ScoredRequest]:
     """The requests as `HFLM._loglikelihood_tokens` of lm-eval 0.4.13 feeds them to the model.
 
     Args:
@@ -60,7 +60,7 @@ def entries_of(requests: Sequence[Request], max_length: int) -> list[Entry]:
             )
         tokens = (context + continuation)[-(max_length + 1) : -1]
         prompt = len(tokens) if key is None else len(tokens) - len(continuation) + 1
-        found.append(Entry(tuple(tokens), prompt, tuple(continuation), number))
+        found.append(ScoredRequest(tuple(tokens), prompt, tuple(continuation), number))
     return found
 
 
@@ -82,7 +82,7 @@ class Cost:
 
 
 @dataclass
-class Row:
+class PackedRow:
     """A tree of tokens, in depth-first order.
 
     Attributes:
@@ -110,7 +110,7 @@ class Row:
         """Number of distinct nodes that predict a target."""
         return len({node for _, nodes, _ in self.scored for node in nodes})
 
-    def add(self, entry: Entry, shared: int) -> None:
+    def add(self, entry: ScoredRequest, shared: int) -> None:
         """Append a request whose first `shared` tokens are those of the one before it."""
         new = range(len(self.tokens), len(self.tokens) + len(entry.tokens) - shared)
         self._path = [*self._path[:shared], *new]
@@ -122,7 +122,7 @@ class Row:
         self.scored.append((entry.number, self._path[len(entry.tokens) - len(entry.targets) :], entry.targets))
 
 
-def rows_of(entries: Iterable[Entry], cost: Cost | None) -> list[Row]:
+def rows_of(entries: Iterable[ScoredRequest], cost: Cost | None) -> list[PackedRow]:
     """All requests in rows.
 
     Args:
@@ -130,8 +130,8 @@ def rows_of(entries: Iterable[Entry], cost: Cost | None) -> list[Row]:
         cost: by which it is decided whether two requests share a row; None where only requests of equal tokens and
             equal context lengths do, so that every row is a plain sequence.
     """
-    rows: list[Row] = []
-    last: Entry | None = None
+    rows: list[PackedRow] = []
+    last: ScoredRequest | None = None
     for entry in sorted(entries):
         if last is None:
             shared = 0
@@ -140,7 +140,7 @@ def rows_of(entries: Iterable[Entry], cost: Cost | None) -> list[Row]:
         else:
             shared = _worth_sharing(rows[-1], last, entry, cost)
         if not shared:
-            rows.append(Row(prompt=entry.prompt))
+            rows.append(PackedRow(prompt=entry.prompt))
         rows[-1].add(entry, shared)
         last = entry
     return rows
@@ -151,7 +151,7 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _worth_sharing(row: Row, last: Entry, entry: Entry, cost: Cost) -> int:
+def _worth_sharing(row: PackedRow, last: ScoredRequest, entry: ScoredRequest, cost: Cost) -> int:
     """Length of the common prefix, or 0 where a row of its own is cheaper."""
     shared = common_prefix(last.tokens, entry.tokens)
     length = len(row.tokens) + len(entry.tokens) - shared
@@ -176,7 +176,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Budget:
+class BatchBudget:
     """What one forward pass may hold; a single row may be more.
 
     Attributes:
@@ -190,43 +190,43 @@ class Budget:
     pads: int
 
     @classmethod
-    def like(cls, batch_size: int, longest: int, vocabulary: int, device: str) -> Budget:
+    def like(cls, batch_size: int, longest: int, vocabulary: int, device: str) -> BatchBudget:
         """The tokens that lm-eval's own first batch would hold, `batch_size` rows of the longest request, or fewer."""
         positions = LOGITS.get(device, LOGITS_ELSEWHERE) // vocabulary
         tokens = min(batch_size * longest, TOKENS.get(device, sys.maxsize))
         return cls(tokens, max(1, positions), PADS.get(device, PADS_ELSEWHERE))
 
     @classmethod
-    def of_prompts(cls, device: str) -> Budget:
+    def of_prompts(cls, device: str) -> BatchBudget:
         """For prompts of one of lm-eval's batches, of which each needs the logits of its last token."""
         return cls(TOKENS.get(device, sys.maxsize), sys.maxsize, PADS.get(device, PADS_ELSEWHERE))
 
     @classmethod
-    def unlimited(cls) -> Budget:
+    def unlimited(cls) -> BatchBudget:
         """For requests that are few."""
         return cls(sys.maxsize, sys.maxsize, sys.maxsize)
 
     @classmethod
-    def half_of(cls, batch: Sequence[Row]) -> Budget:
+    def half_of(cls, batch: Sequence[PackedRow]) -> BatchBudget:
         """Half of what a batch holds."""
         tokens = len(batch) * max(len(row.tokens) for row in batch) // 2
         return cls(tokens, max(1, sum(row.positions for row in batch) // 2), tokens)
 
 
-def batches(rows: Iterable[Row], budget: Budget) -> list[list[Row]]:
+def batches(rows: Iterable[PackedRow], budget: BatchBudget) -> list[list[PackedRow]]:
     """Batches of rows of similar length, longest first; rows that branch, and need a mask, are kept apart."""
-    apart: dict[bool, list[Row]] = {False: [], True: []}
+    apart: dict[bool, list[PackedRow]] = {False: [], True: []}
     for row in rows:
         apart[row.branches].append(row)
     return [batch for kind in apart.values() for batch in alike(kind, _length, lambda row: row.positions, budget)]
 
 
-def _length(row: Row) -> int:
+def _length(row: PackedRow) -> int:
     return len(row.tokens)
 
 
 def alike(
-    items: Iterable[Item], length: Callable[[Item], int], positions: Callable[[Item], int], budget: Budget
+    items: Iterable[Item], length: Callable[[Item], int], positions: Callable[[Item], int], budget: BatchBudget
 ) -> list[list[Item]]:
     """Groups of items of similar length within a budget, longest first.
 
@@ -274,7 +274,7 @@ class Packed:
     """
 
     tokens: torch.Tensor
-    rows: Rows
+    rows: ScoringRows
     inputs: dict[str, Any]
     nodes: torch.Tensor
     place: torch.Tensor
@@ -282,7 +282,7 @@ class Packed:
     requests: tuple[tuple[int, int], ...]
 
 
-def pack(rows: Sequence[Row], masks: Masks, config: Any, dtype: torch.dtype, device: torch.device) -> Packed:
+def pack(rows: Sequence[PackedRow], masks: Masks, config: Any, dtype: torch.dtype, device: torch.device) -> Packed:
     """Tensors of a batch.
 
     Args:
@@ -311,7 +311,7 @@ def pack(rows: Sequence[Row], masks: Masks, config: Any, dtype: torch.dtype, dev
             requests.append((request, len(wanted)))
     return Packed(
         tokens.to(device),
-        Rows(real, torch.tensor([row.prompt for row in rows])),
+        ScoringRows(real, torch.tensor([row.prompt for row in rows])),
         inputs,
         torch.tensor(list(places), device=device).T,
         torch.tensor(place, device=device),

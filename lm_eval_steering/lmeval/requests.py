@@ -57,7 +57,7 @@ def parts(requests: Sequence[Request]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ScoringRows:
     """The rows of one scoring batch: (row, position) bool, False for pads, and (row,) number of prompt tokens."""
 
     real: torch.Tensor
@@ -85,7 +85,7 @@ class RowBook:
         self._rest: Iterator[Request] = (request for chunk in order.get_batched(n=1) for request in chunk)
         self._max_length = max_length
 
-    def take(self, tokens: torch.Tensor) -> Rows:
+    def take(self, tokens: torch.Tensor) -> ScoringRows:
         """The rows of the next batch, (row, position) token ids padded on the right.
 
         Raises:
@@ -112,7 +112,7 @@ class RowBook:
                 "lm-eval batched its requests in an order that this release of lm-eval-steering does not know, so "
                 "context lengths cannot be told; install the lm-eval that it was tested with"
             )
-        return Rows(real, prompt)
+        return ScoringRows(real, prompt)
 
 
 class BatchSizes:

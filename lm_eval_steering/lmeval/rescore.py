@@ -31,7 +31,7 @@ _SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<date>{_DATE})\.jsonl")
 
 
 @dataclass(frozen=True)
-class Asked:
+class RescoreOptions:
     """What the user says beside what the run has stored.
 
     Attributes:
@@ -51,7 +51,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """Files of one run: its samples by task, and its results where they are there."""
 
     folder: Path
@@ -85,7 +85,7 @@ class Rescored:
     settings: dict[str, Any]
 
 
-def rescore(folder: Path, asked: Asked) -> list[Rescored]:
+def rescore(folder: Path, asked: RescoreOptions) -> list[Rescored]:
     """Score every run whose samples lie under a folder.
 
     Raises:
@@ -99,11 +99,11 @@ def rescore(folder: Path, asked: Asked) -> list[Rescored]:
     return done
 
 
-def _runs(folder: Path) -> list[Run]:
-    runs: dict[tuple[Path, str], Run] = {}
+def _runs(folder: Path) -> list[RunFiles]:
+    runs: dict[tuple[Path, str], RunFiles] = {}
     for path in sorted(folder.rglob("samples_*.jsonl")):
         if match := _SAMPLES.fullmatch(path.name):
-            run = runs.setdefault((path.parent, match["date"]), Run(path.parent, match["date"]))
+            run = runs.setdefault((path.parent, match["date"]), RunFiles(path.parent, match["date"]))
             run.samples[match["task"]] = path
     if not runs:
         raise SteeringError(
@@ -113,7 +113,7 @@ def _runs(folder: Path) -> list[Run]:
     return list(runs.values())
 
 
-def _rescore(run: Run, asked: Asked) -> Rescored | None:
+def _rescore(run: RunFiles, asked: RescoreOptions) -> Rescored | None:
     stored = run.stored()
     steering = (stored.get("config") or {}).get("steering") or {}
     identifier = _identifier(stored, steering, asked)
@@ -146,7 +146,7 @@ def _rescore(run: Run, asked: Asked) -> Rescored | None:
     return Rescored(path, scores, counts, settings)
 
 
-def _identifier(stored: Mapping[str, Any], steering: Mapping[str, Any], asked: Asked) -> LanguageIdentifier:
+def _identifier(stored: Mapping[str, Any], steering: Mapping[str, Any], asked: RescoreOptions) -> LanguageIdentifier:
     """The one asked for, else the run's own, which must give the run's own signature."""
     if asked.identifier is not None:
         return asked.identifier
@@ -200,7 +200,7 @@ def _scored(
     config: Mapping[str, Any],
     targets: Sequence[str],
     identifier: LanguageIdentifier,
-    asked: Asked,
+    asked: RescoreOptions,
 ) -> dict[str, Any]:
     """All metrics of one sample that are defined for it, and what tells which sample it was."""
     text = IdentifiedText.of(row["filtered_resps"][0], identifier, targets)
@@ -238,7 +238,7 @@ def _aggregate(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[
     return scores, {f"{name},{of}": len(values) for (name, of), values in items.items()}
 
 
-def _settings(identifier: LanguageIdentifier, targets: Sequence[str], asked: Asked) -> dict[str, Any]:
+def _settings(identifier: LanguageIdentifier, targets: Sequence[str], asked: RescoreOptions) -> dict[str, Any]:
     return {
         "target_languages": list(targets),
         "expected_language": asked.expected,

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.packing import (
-    Budget,
+    BatchBudget,
     Cost,
-    Entry,
     Masks,
     Packed,
-    Row,
+    PackedRow,
+    ScoredRequest,
     batches,
     entries_of,
     head_at,
@@ -37,7 +37,7 @@ from lm_eval_steering.lmeval.packing import (
     rows_of,
     with_inputs,
 )
-from lm_eval_steering.lmeval.requests import Request, Rows
+from lm_eval_steering.lmeval.requests import Request, ScoringRows
 
 # --- Tokens of all strings of a task at once: lm-eval encodes each option's context again, one string a call
 
@@ -82,8 +82,8 @@ def _strings(requests: Iterable[Instance]) -> list[str]:
 
 # --- Unsteered answers that are kept for the next intervention on the same requests
 
-Answer = tuple[float, bool]  # (summed log-probability, greedy match)
-Numbered = tuple[int, Answer]  # with the number of the request
+LogLikelihood = tuple[float, bool]  # (summed log-probability, greedy match)
+Numbered = tuple[int, LogLikelihood]  # with the number of the request
 # About 200 MB: an answer is two tuples, a float and an int. LSS in 20 languages of 1,000 items has 40,000.
 ANSWERS = 1_000_000
 
@@ -128,7 +128,7 @@ class Baseline:
         self._size = 0
 
 
-def digest_of(batch: Sequence[Row]) -> bytes:
+def digest_of(batch: Sequence[PackedRow]) -> bytes:
     """What a batch is: tokens and depths tell the trees."""
     told = [(row.tokens, row.depths, row.scored) for row in batch]
     return hashlib.sha256(repr(told).encode()).digest()
@@ -227,7 +227,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _ROUNDINGS = 4
 
 
-def sample_of(rows: Iterable[Row]) -> list[int]:
+def sample_of(rows: Iterable[PackedRow]) -> list[int]:
     """Numbers of a few requests: short ones, on different branches where there are such."""
     numbers: list[int] = []
     tokens = 0
@@ -239,7 +239,7 @@ def sample_of(rows: Iterable[Row]) -> list[int]:
     return numbers
 
 
-def _spread(row: Row, number: int) -> list[int]:
+def _spread(row: PackedRow, number: int) -> list[int]:
     """Requests of a row: those from which most of it is hidden, and those that are its first branch."""
 
     def hidden_and_depth(scored: tuple[int, list[int], tuple[int, ...]]) -> tuple[int, int]:
@@ -251,7 +251,7 @@ def _spread(row: Row, number: int) -> list[int]:
     return ordered if len(ordered) <= number else ordered[: number - half] + ordered[len(ordered) - half :]
 
 
-def difference(lm: Any, entries: Sequence[Entry], found: Mapping[int, tuple[float, bool]]) -> str:
+def difference(lm: Any, entries: Sequence[ScoredRequest], found: Mapping[int, tuple[float, bool]]) -> str:
     """What differs from plain forward passes over single rows, in a sentence; empty where nothing does.
 
     Args:
@@ -302,10 +302,10 @@ _log = logging.getLogger(__name__)
 class GivenRows:
     """Stands where lm-eval's batches are guessed (`RowBook`): here the rows are known."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: ScoringRows) -> None:
         self._rows = rows
 
-    def take(self, _tokens: torch.Tensor) -> Rows:
+    def take(self, _tokens: torch.Tensor) -> ScoringRows:
         """The rows of the batch in hand."""
         return self._rows
 
@@ -330,7 +330,7 @@ class Scorer:
         self._failed: dict[str, str] = {}  # way -> why it failed
         self._baseline = Baseline()
         self._scored: Counter[str] = Counter()
-        self._unsteered: list[Answer] | None = None  # of the requests that were scored twice last
+        self._unsteered: list[LogLikelihood] | None = None  # of the requests that were scored twice last
 
     # --- which way ----------------------------------------------------------------------------------------------
 
@@ -377,8 +377,8 @@ class Scorer:
         wrong = ""
         with lm.steering.suspended() if lm.steering else nullcontext():
             try:
-                found: dict[int, Answer] = {}
-                for batch in batches(self._rows(way, entries), Budget.unlimited()):
+                found: dict[int, LogLikelihood] = {}
+                for batch in batches(self._rows(way, entries), BatchBudget.unlimited()):
                     found.update(self._answers(self._pack(way, batch)))
                 wrong = difference(lm, entries, found)
             except Exception as error:
@@ -392,7 +392,7 @@ class Scorer:
 
     # --- scoring ------------------------------------------------------------------------------------------------
 
-    def score(self, requests: Sequence[Request], disable_tqdm: bool) -> list[Answer]:
+    def score(self, requests: Sequence[Request], disable_tqdm: bool) -> list[LogLikelihood]:
         """(summed log-probability, greedy match) of each request.
 
         While the model scores rows twice (`BatchSizes.twice`), each batch runs a second time without the
@@ -403,9 +403,9 @@ class Scorer:
         rows = self._rows(way, entries)
         longest = max((len(entry.tokens) for entry in entries), default=1)
         size = lm.max_batch_size if lm.batch_size == "auto" else lm.batch_size
-        budget = Budget.like(int(size), longest, lm.model.config.get_text_config().vocab_size, lm.device.type)
-        answers: dict[int, Answer] = {}
-        unsteered: dict[int, Answer] = {}
+        budget = BatchBudget.like(int(size), longest, lm.model.config.get_text_config().vocab_size, lm.device.type)
+        answers: dict[int, LogLikelihood] = {}
+        unsteered: dict[int, LogLikelihood] = {}
         bar = tqdm(total=len(requests), disable=disable_tqdm or lm.rank != 0, desc="Running loglikelihood requests")
         for found, twins in self._in_batches(way, rows, budget):
             answers.update(found)
@@ -419,7 +419,7 @@ class Scorer:
         self._unsteered = [unsteered[number] for number in range(len(unsteered))] if lm.sizes.twice else None
         return [answers[number] for number in range(len(requests))]
 
-    def take_unsteered(self) -> list[Answer] | None:
+    def take_unsteered(self) -> list[LogLikelihood] | None:
         """Answers of the second pass over the last requests, once; None where there was none."""
         found, self._unsteered = self._unsteered, None
         return found
@@ -428,7 +428,7 @@ class Scorer:
         """Let go of the unsteered answers that are kept for the next intervention on the same requests."""
         self._baseline.clear()
 
-    def _rows(self, way: Way, entries: Sequence[Entry]) -> list[Row]:
+    def _rows(self, way: Way, entries: Sequence[ScoredRequest]) -> list[PackedRow]:
         return rows_of(entries, self._cost if way.name == "packed" else None)
 
     @cached_property
@@ -438,7 +438,9 @@ class Scorer:
         # A pair takes 2 multiplications for each feature, which mask and softmax make 8 times as dear.
         return Cost(weights, 16 * config.hidden_size)
 
-    def _in_batches(self, way: Way, rows: list[Row], budget: Budget) -> Iterator[tuple[list[Numbered], list[Numbered]]]:
+    def _in_batches(
+        self, way: Way, rows: list[PackedRow], budget: BatchBudget
+    ) -> Iterator[tuple[list[Numbered], list[Numbered]]]:
         """Answers of each batch, steered and, if they are wanted, unsteered. Batches shrink where memory runs out."""
         todo = batches(rows, budget)[::-1]
         while todo:
@@ -449,11 +451,11 @@ class Scorer:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
                 clear_torch_cache()
-                budget = Budget.half_of(batch)
+                budget = BatchBudget.half_of(batch)
                 rest = [row for each in (batch, *todo) for row in each]
                 todo = batches(rest, budget)[::-1]
 
-    def _both(self, way: Way, batch: list[Row]) -> tuple[list[Numbered], list[Numbered]]:
+    def _both(self, way: Way, batch: list[PackedRow]) -> tuple[list[Numbered], list[Numbered]]:
         packed = self._pack(way, batch)
         steered = self._answers(packed)
         if not self._lm.sizes.twice:
@@ -468,7 +470,7 @@ class Scorer:
             self._baseline.keep(key, unsteered)
         return steered, unsteered
 
-    def _pack(self, way: Way, batch: list[Row]) -> Packed:
+    def _pack(self, way: Way, batch: list[PackedRow]) -> Packed:
         model = self._lm.model
         chooses = model.config._attn_implementation == "sdpa"
         return pack(batch, way.masks, model.config, torch.bool if chooses else model.dtype, self._lm.device)

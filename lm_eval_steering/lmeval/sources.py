@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "STEERING_DATA"
 ENDINGS = (".jsonl", ".parquet")
 CONVERTED = "refs/convert/parquet"  # the branch on which the hub keeps every data set as parquet, scripts included
-Rows = list[dict[str, Any]]
+DatasetRows = list[dict[str, Any]]
 
 
 class DataError(SteeringError):
@@ -53,7 +53,7 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Source:
+class RowsSource:
     """The rows of one family, language and split.
 
     Attributes:
@@ -75,7 +75,7 @@ class Source:
     def __str__(self) -> str:
         return f"{self.family} {self.language} {self.split}"
 
-    def at_split(self, split: str | None) -> Source:
+    def at_split(self, split: str | None) -> RowsSource:
         """The same rows of another split (`--metadata '{"split": "validation"}'`)."""
         if split is None or split == self.split:
             return self
@@ -96,7 +96,7 @@ def hub_places(path: str, name: str, split: str, *copies: str) -> tuple[Hub, ...
     )
 
 
-def load_rows(source: Source, settings: Mapping[str, Any]) -> Rows:
+def load_rows(source: RowsSource, settings: Mapping[str, Any]) -> DatasetRows:
     """The rows, each with at least the source's columns.
 
     Args:
@@ -122,13 +122,13 @@ def load_rows(source: Source, settings: Mapping[str, Any]) -> Rows:
     return found
 
 
-_observers: list[list[tuple[Source, Rows]]] = []
+_observers: list[list[tuple[RowsSource, DatasetRows]]] = []
 
 
 @contextmanager
-def observed() -> Iterator[list[tuple[Source, Rows]]]:
+def observed() -> Iterator[list[tuple[RowsSource, DatasetRows]]]:
     """Sees what is loaded meanwhile, so that `fetch-data` needs to know nothing of any family."""
-    seen: list[tuple[Source, Rows]] = []
+    seen: list[tuple[RowsSource, DatasetRows]] = []
     _observers.append(seen)
     try:
         yield seen
@@ -147,7 +147,7 @@ def data_folder(settings: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def file_names(source: Source) -> Iterator[str]:
+def file_names(source: RowsSource) -> Iterator[str]:
     """Where the rows may lie inside a folder, without the ending, the most exact first."""
     families = dict.fromkeys([source.family, *(hub.path.rsplit("/", maxsplit=1)[-1] for hub in source.hub)])
     names = dict.fromkeys([source.language, *(hub.name for hub in source.hub if hub.name), *_short(source.language)])
@@ -164,17 +164,17 @@ def _short(language: str) -> tuple[str, ...]:
         return ()
 
 
-def find_file(folder: Path, source: Source) -> Path | None:
+def find_file(folder: Path, source: RowsSource) -> Path | None:
     """The first file of a folder that holds the rows."""
     candidates = (folder / f"{name}{ending}" for name in file_names(source) for ending in ENDINGS)
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read_file(path: Path) -> Rows:
+def read_file(path: Path) -> DatasetRows:
     """All rows of a JSON-lines or parquet file."""
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    rows: Rows = []
+    rows: DatasetRows = []
     with path.open(encoding="utf-8") as lines:  # not splitlines(): text may hold U+2028
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -189,7 +189,7 @@ def read_file(path: Path) -> Rows:
     return rows
 
 
-def _read_parquet(path: Path) -> Rows:
+def _read_parquet(path: Path) -> DatasetRows:
     import pyarrow
     from pyarrow import parquet
 
@@ -199,7 +199,7 @@ def _read_parquet(path: Path) -> Rows:
         raise DataError(f"{path}: not a parquet file ({error})") from None
 
 
-def checked_rows(rows: Rows, source: Source, where: str) -> Rows:
+def checked_rows(rows: DatasetRows, source: RowsSource, where: str) -> DatasetRows:
     """The rows that have every column; refuses no rows at all, and a row without a column."""
     if not rows:
         raise DataError(f"{where}: no rows for {source}")
@@ -218,11 +218,11 @@ def checked_rows(rows: Rows, source: Source, where: str) -> Rows:
     return [row for number, row in enumerate(rows, start=1) if number not in incomplete]
 
 
-def _missing(row: Mapping[str, Any], source: Source) -> list[str]:
+def _missing(row: Mapping[str, Any], source: RowsSource) -> list[str]:
     return [column for column in source.columns if row.get(column) is None]
 
 
-def _first_on_hub(source: Source, folder: Path | None) -> tuple[Rows, str]:
+def _first_on_hub(source: RowsSource, folder: Path | None) -> tuple[DatasetRows, str]:
     tried = [f"{folder}/{source.family} (no file of that name)" if folder else f"no local folder ({VARIABLE} not set)"]
     for hub in source.hub:
         try:
@@ -263,7 +263,7 @@ def _from_hub(hub: Hub) -> tuple[dict[str, Any], ...]:
     return tuple(load_dataset(hub.path, hub.name, split=hub.split, revision=hub.revision))
 
 
-def write_rows(folder: Path, source: Source, rows: Iterable[Mapping[str, Any]]) -> Path:
+def write_rows(folder: Path, source: RowsSource, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write rows where `load_rows` finds them first; complete or not at all."""
     path = folder / source.family / f"{source.language}.{source.split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-Item = tuple[float, float | None, bool]
+RatedItem = tuple[float, float | None, bool]
 
 
 def harmonic_mean(first: float, second: float) -> float:
@@ -19,7 +19,7 @@ def harmonic_mean(first: float, second: float) -> float:
     return 2 * first * second / (first + second) if first and second else 0.0
 
 
-def relevance(items: Sequence[Item]) -> float:
+def relevance(items: Sequence[RatedItem]) -> float:
     """Aggregation: mean relevance of the items with a rating; NaN if the judge failed for any, or rated none."""
     rated = [item[1] for item in items if item[1] is not None]
     if not rated or any(failed for _, _, failed in items):
@@ -27,7 +27,7 @@ def relevance(items: Sequence[Item]) -> float:
     return sum(rated) / len(rated)
 
 
-def clas_score(items: Sequence[Item]) -> float:
+def clas_score(items: Sequence[RatedItem]) -> float:
     """Aggregation: harmonic mean of the share of items in the wanted language and of mean relevance; NaN as above."""
     judged = relevance(items)
     return math.nan if math.isnan(judged) else harmonic_mean(sum(item[0] for item in items) / len(items), judged)

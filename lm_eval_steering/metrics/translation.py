@@ -29,7 +29,7 @@ _HOW = {
     "flores200": "pip install sentencepiece, and the file flores200sacrebleuspm in {folder}",
 }
 _SPM_FILES = {"flores200": "flores200sacrebleuspm", "flores101": "sacrebleu_tokenizer_spm.model"}
-Item = tuple[str, str, str]  # tokenizer, reference, hypothesis
+TranslatedItem = tuple[str, str, str]  # tokenizer, reference, hypothesis
 
 
 def bleu_tokenizer(target: str) -> str:
@@ -89,54 +89,54 @@ def _chrf(_resampled: bool = False) -> Any:
     return CHRF(word_order=2)
 
 
-def _tokenizer_of(items: Sequence[Item]) -> str:
+def _tokenizer_of(items: Sequence[TranslatedItem]) -> str:
     names = {tokenizer for tokenizer, _, _ in items}
     if len(names) != 1:
         raise SteeringError(f"one corpus, several BLEU tokenizers: {', '.join(sorted(names))}")
     return names.pop()
 
 
-def _score(metric: Any, items: Sequence[Item], resamples: int = 1) -> Any:
+def _score(metric: Any, items: Sequence[TranslatedItem], resamples: int = 1) -> Any:
     references, hypotheses = [item[1] for item in items], [item[2] for item in items]
     return metric.corpus_score(hypotheses, [references], n_bootstrap=resamples)
 
 
-def corpus_bleu(items: Sequence[Item]) -> float:
+def corpus_bleu(items: Sequence[TranslatedItem]) -> float:
     """Aggregation: BLEU of all hypotheses as one corpus, 0 to 100."""
     return float(_score(_bleu(_tokenizer_of(items)), items).score)
 
 
-def corpus_chrf(items: Sequence[Item]) -> float:
+def corpus_chrf(items: Sequence[TranslatedItem]) -> float:
     """Aggregation: chrF++ (character 6-grams, word bigrams, beta 2) of all hypotheses as one corpus, 0 to 100."""
     return float(_score(_chrf(), items).score)
 
 
-def bleu_interval(items: Sequence[Item]) -> float:
+def bleu_interval(items: Sequence[TranslatedItem]) -> float:
     """Aggregation: half width of BLEU's 95 % bootstrap interval; NaN for one sentence, which has none."""
     return _half_width(_bleu(_tokenizer_of(items), True), items)
 
 
-def chrf_interval(items: Sequence[Item]) -> float:
+def chrf_interval(items: Sequence[TranslatedItem]) -> float:
     """Aggregation: half width of chrF++'s 95 % bootstrap interval."""
     return _half_width(_chrf(True), items)
 
 
-def _half_width(metric: Any, items: Sequence[Item]) -> float:
+def _half_width(metric: Any, items: Sequence[TranslatedItem]) -> float:
     if len(items) == 1:
         return math.nan
     return float(_score(metric, items, RESAMPLES)._ci)
 
 
-def bleu_signature(items: Sequence[Item]) -> str:
+def bleu_signature(items: Sequence[TranslatedItem]) -> str:
     """Aggregation: sacreBLEU's signature of the BLEU above: references, case, tokenizer, smoothing, version."""
     return _signature(_bleu(_tokenizer_of(items)), items)
 
 
-def chrf_signature(items: Sequence[Item]) -> str:
+def chrf_signature(items: Sequence[TranslatedItem]) -> str:
     """Aggregation: sacreBLEU's signature of the chrF++ above."""
     return _signature(_chrf(), items)
 
 
-def _signature(metric: Any, items: Sequence[Item]) -> str:
+def _signature(metric: Any, items: Sequence[TranslatedItem]) -> str:
     _score(metric, items[:1])  # the number of references is known only once something was scored
     return str(metric.get_signature())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lm_eval_steering.architectures import ModelSites
 from lm_eval_steering.errors import CorpusError, DidNotHappenError
 from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, Statistics, union_of
-from lm_eval_steering.neurons.running import Batches, Observer, Ranks, Rows, Runner, observing
+from lm_eval_steering.neurons.running import Batches, ModelRunner, Observer, Ranks, TokenRows, observing
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 SENTENCES = 100  # a language, by default
@@ -22,8 +22,8 @@ SHORTEST = 5  # tokens; shorter sentences are left out
 
 def calibrated(
     neuron_sets: Sequence[NeuronSet],
-    runner: Runner,
-    sentences: Mapping[str, Rows],
+    runner: ModelRunner,
+    sentences: Mapping[str, TokenRows],
     source: str,
     percentiles: Sequence[int] = PERCENTILES,
 ) -> list[NeuronSet]:
@@ -70,7 +70,7 @@ def calibrated(
 
 @torch.inference_mode()
 def calibrate(
-    runner: Runner, sentences: Mapping[str, Rows], neurons: Neurons, percentiles: Sequence[int] = PERCENTILES
+    runner: ModelRunner, sentences: Mapping[str, TokenRows], neurons: Neurons, percentiles: Sequence[int] = PERCENTILES
 ) -> Statistics:
     """Statistics of the given neurons at both sites, one row a sentence.
 

@@ -201,7 +201,7 @@ LANG = "{lang}"
 _HUB = "hf:"
 
 
-class Source(Protocol):
+class TextSource(Protocol):
     """The text of one language."""
 
     def documents(self) -> Iterator[str]:
@@ -290,7 +290,7 @@ class Corpus:
             return self.source(language).identity()
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def source(self, language: str) -> Source:
+    def source(self, language: str) -> TextSource:
         """The text of one language.
 
         Raises:

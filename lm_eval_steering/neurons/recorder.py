@@ -13,16 +13,16 @@ from lm_eval_steering import files as storage
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import CorpusError, RecordingError, SteeringError
 from lm_eval_steering.neurons.calibrate import PERCENTILES, SENTENCES, SHORTEST
-from lm_eval_steering.neurons.corpus import Corpus, Source
+from lm_eval_steering.neurons.corpus import Corpus, TextSource
 from lm_eval_steering.neurons.recording import (
+    LanguageText,
     Recording,
     RecordingFolder,
-    Text,
     count_active,
     sentence_means,
     tokens_per_second,
 )
-from lm_eval_steering.neurons.running import CONTEXT, Rows, Runner, packed_rows, sentence_rows, sentences_of
+from lm_eval_steering.neurons.running import CONTEXT, ModelRunner, TokenRows, packed_rows, sentence_rows, sentences_of
 from lm_eval_steering.progress import readable_seconds
 
 
@@ -77,7 +77,7 @@ class Search:
             raise SteeringError(f"context={self.context}: the model reads at most {longest} tokens and BOS")
         return self.context or min(CONTEXT, longest or CONTEXT)
 
-    def calibration_texts(self, model: LazyModel) -> dict[str, Rows]:
+    def calibration_texts(self, model: LazyModel) -> dict[str, TokenRows]:
         """The sentences to calibrate with, of each language.
 
         Raises:
@@ -98,7 +98,7 @@ class Recorder:
         folder: what was done already is kept there, and only what is missing is done.
     """
 
-    def __init__(self, runner: Runner, search: Search, folder: RecordingFolder) -> None:
+    def __init__(self, runner: ModelRunner, search: Search, folder: RecordingFolder) -> None:
         self.runner, self.search, self.folder = runner, search, folder
         self.model, self.ranks, self.log = runner.model, runner.ranks, runner.log
         self._prepared = False
@@ -175,7 +175,9 @@ class Recorder:
             if other != language:
                 raise CorpusError(f"{other} and {language} have the same text: the corpus does not tell them apart")
 
-    def _read(self, language: str, own: Source, calibrating: Source, identity: Mapping[str, Any]) -> Text:
+    def _read(
+        self, language: str, own: TextSource, calibrating: TextSource, identity: Mapping[str, Any]
+    ) -> LanguageText:
         length, tokenizer = self.search.length(self.model), self.model.tokenizer
         if self.search.rows == "packed":
             rows = packed_rows(own.documents(), tokenizer, length, self.search.tokens)
@@ -183,7 +185,9 @@ class Recorder:
             rows = sentence_rows(sentences_of(own.documents()), tokenizer, length, budget=self.search.tokens)
         if not rows.tokens:
             raise CorpusError(f"corpus for {language}: no tokens in it")
-        return Text(rows, calibration_rows(calibrating, language, self.model, length, self.search.sentences), identity)
+        return LanguageText(
+            rows, calibration_rows(calibrating, language, self.model, length, self.search.sentences), identity
+        )
 
     def _warn_of_short_languages(self) -> None:
         budget = self.search.tokens
@@ -223,7 +227,7 @@ class Recorder:
         self.ranks.gather(None)  # until the first process has written the last file
         return self.folder.load(languages, with_sentences)
 
-    def sentences(self) -> dict[str, Rows]:
+    def sentences(self) -> dict[str, TokenRows]:
         """The sentences to calibrate with, of each language."""
         self.prepare()
         return {language: self.folder.text(language).sentences for language in self.search.languages}
@@ -271,7 +275,7 @@ class Recorder:
                 bar.update(1)
 
 
-def calibration_rows(source: Source, language: str, model: LazyModel, length: int, number: int) -> Rows:
+def calibration_rows(source: TextSource, language: str, model: LazyModel, length: int, number: int) -> TokenRows:
     """The first lines of a text that are long enough, one row each.
 
     Args:

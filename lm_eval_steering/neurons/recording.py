@@ -17,9 +17,9 @@ from lm_eval_steering import files as storage
 from lm_eval_steering.architectures import ModelSites
 from lm_eval_steering.errors import CorpusError, DidNotHappenError, RecordingError
 from lm_eval_steering.neurons.neuron_set import Provenance
-from lm_eval_steering.neurons.running import Batch, Batches, Ranks, Rows, observing
+from lm_eval_steering.neurons.running import Batch, Batches, Ranks, TokenRows, observing
 
-Progress = Callable[[int], None]  # called with the number of tokens that were counted
+ProgressCallback = Callable[[int], None]  # called with the number of tokens that were counted
 
 # Elements compared at a time: what stays in a processor's cache, or keeps an accelerator busy.
 _BLOCK = {"cpu": 1 << 19}
@@ -95,7 +95,7 @@ class _Counter:
 
 @torch.inference_mode()
 def count_active(
-    sites: ModelSites, batches: Batches, ranks: Ranks | None = None, progress: Progress | None = None
+    sites: ModelSites, batches: Batches, ranks: Ranks | None = None, progress: ProgressCallback | None = None
 ) -> NDArray[np.int64]:
     """(layer, unit) number of counted tokens on which each unit's activation is above 0.
 
@@ -198,7 +198,7 @@ def batch_size_that_fits(sites: ModelSites, build: Callable[[int], Batches]) -> 
 
 
 @dataclass(frozen=True)
-class Text:
+class LanguageText:
     """What is read of one language.
 
     Attributes:
@@ -207,8 +207,8 @@ class Text:
         source: what tells the text from another (`corpus.Source.identity`).
     """
 
-    rows: Rows
-    sentences: Rows
+    rows: TokenRows
+    sentences: TokenRows
     source: Mapping[str, Any]
 
 
@@ -278,7 +278,7 @@ class RecordingFolder:
         """Those that are recorded."""
         return tuple(sorted(file.stem for file in (self.path / "counts").glob("*.safetensors")))
 
-    def write_text(self, language: str, text: Text) -> None:
+    def write_text(self, language: str, text: LanguageText) -> None:
         """Keep what is read of a language."""
         tensors = {
             "ids": text.rows.ids,
@@ -294,12 +294,12 @@ class RecordingFolder:
         kind = {"tokens": "text", "counts": "counts"}[part]
         return storage.read_metadata(self._file(part, language), kind, RecordingError)
 
-    def text(self, language: str) -> Text:
+    def text(self, language: str) -> LanguageText:
         """What is read of a language."""
         metadata, tensors = self._read("tokens", language, "text")
-        return Text(
-            Rows(tensors["ids"], tensors["lengths"]),
-            Rows(tensors["sentence_ids"], tensors["sentence_lengths"]),
+        return LanguageText(
+            TokenRows(tensors["ids"], tensors["lengths"]),
+            TokenRows(tensors["sentence_ids"], tensors["sentence_lengths"]),
             metadata["source"],
         )
 
@@ -382,7 +382,7 @@ class RecordingFolder:
     def _file(self, part: str, language: str) -> Path:
         return self.path / part / f"{language}.safetensors"
 
-    def _read(self, part: str, language: str, kind: str) -> tuple[dict[str, Any], storage.Tensors]:
+    def _read(self, part: str, language: str, kind: str) -> tuple[dict[str, Any], storage.NamedArrays]:
         return storage.read(self._file(part, language), kind, RecordingError)
 
 

@@ -98,13 +98,13 @@ def launched() -> tuple[Ranks, torch.device | None]:
 
 # --- Rows of tokens: documents cut to what a model reads
 
-Row = NDArray[np.int32]  # (token,) ids, special tokens left out
+TokenRow = NDArray[np.int32]  # (token,) ids, special tokens left out
 
 _DOCUMENTS = 256  # tokenised at a time: a fast tokenizer spreads them over the cores
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """Rows of one language.
 
     Attributes:
@@ -116,7 +116,7 @@ class Rows:
     lengths: NDArray[np.int32]
 
     @classmethod
-    def of(cls, rows: Iterable[Sequence[int] | Row]) -> Rows:
+    def of(cls, rows: Iterable[Sequence[int] | TokenRow]) -> TokenRows:
         """From lists of token ids."""
         parts = [np.asarray(row, dtype=np.int32) for row in rows]
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
@@ -125,7 +125,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[TokenRow]:
         return iter(np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self) else ())
 
     @property
@@ -140,7 +140,7 @@ class Rows:
         return digest.hexdigest()
 
 
-def packed_rows(documents: Iterable[str], tokenizer: Any, length: int, budget: int | None = None) -> Rows:
+def packed_rows(documents: Iterable[str], tokenizer: Any, length: int, budget: int | None = None) -> TokenRows:
     """Documents tokenised without special tokens, concatenated, and cut into rows of `length` tokens.
 
     Args:
@@ -149,7 +149,7 @@ def packed_rows(documents: Iterable[str], tokenizer: Any, length: int, budget: i
         length: tokens a row; the last row may be shorter.
         budget: stop after this many tokens.
     """
-    parts: list[Row] = [np.zeros(0, dtype=np.int32)]
+    parts: list[TokenRow] = [np.zeros(0, dtype=np.int32)]
     total = 0
     for tokens in tokenised(documents, tokenizer):
         parts.append(tokens)
@@ -158,7 +158,7 @@ def packed_rows(documents: Iterable[str], tokenizer: Any, length: int, budget: i
             break
     ids = np.concatenate(parts)[:budget]
     starts = np.arange(0, len(ids), length)
-    return Rows(ids, np.minimum(length, len(ids) - starts).astype(np.int32))
+    return TokenRows(ids, np.minimum(length, len(ids) - starts).astype(np.int32))
 
 
 def sentence_rows(
@@ -169,7 +169,7 @@ def sentence_rows(
     at_least: int = 1,
     at_most: int | None = None,
     budget: int | None = None,
-) -> Rows:
+) -> TokenRows:
     """One row a sentence, cut at `length` tokens; sentences under `at_least` tokens are left out.
 
     Args:
@@ -180,7 +180,7 @@ def sentence_rows(
         at_most: number of rows at which to stop.
         budget: number of tokens at which to stop; the last row is cut to it.
     """
-    rows: list[Row] = []
+    rows: list[TokenRow] = []
     left = budget
     for tokens in tokenised(sentences, tokenizer):
         if (at_most is not None and len(rows) >= at_most) or (left is not None and left <= 0):
@@ -189,10 +189,10 @@ def sentence_rows(
         if len(row) >= at_least:
             rows.append(row)
             left = None if left is None else left - len(row)
-    return Rows.of(rows)
+    return TokenRows.of(rows)
 
 
-def tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[Row]:
+def tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[TokenRow]:
     """Token ids of each text, without special tokens: those that a text spells out are text, and are not counted."""
     stream = iter(texts)
     special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
@@ -242,14 +242,14 @@ class Batches:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: TokenRows,
         tokenizer: Any,
         sites: ModelSites,
         batch_size: int,
         ranks: Ranks | None = None,
         side: Side = "right",
     ) -> None:
-        self.rows: list[Row] = list(rows)
+        self.rows: list[TokenRow] = list(rows)
         self.prefix = bos_of(tokenizer)
         self.device = next(sites.decoder.parameters()).device
         self.side = side
@@ -289,7 +289,7 @@ class Batches:
         )
 
 
-def bos_of(tokenizer: Any) -> Row:
+def bos_of(tokenizer: Any) -> TokenRow:
     """(0 or 1,) the token that a row begins with: BOS where the tokenizer has one, whether or not it adds it itself."""
     own = tokenizer.bos_token_id
     return np.array([] if own is None else [own], dtype=np.int32)
@@ -348,7 +348,7 @@ def observing(
 CONTEXT = 2048  # tokens a row at most, by default
 
 
-class Runner:
+class ModelRunner:
     """A model and the way to run it.
 
     Attributes:
@@ -377,7 +377,7 @@ class Runner:
             with self.log.timed("load model", model=self.model.name) as facts:
                 facts["device"] = str(next(self.model.model.parameters()).device)
 
-    def batches(self, rows: Rows) -> Batches:
+    def batches(self, rows: TokenRows) -> Batches:
         """This process's part of the plan for some rows."""
         return Batches(rows, self.model.tokenizer, self.model.sites, self.fitting, self.ranks)
 
@@ -389,6 +389,6 @@ class Runner:
         longest = min(self.longest, self.model.context or self.longest)
 
         def build(size: int) -> Batches:
-            return Batches(Rows.of([[0] * longest] * size), self.model.tokenizer, self.model.sites, size)
+            return Batches(TokenRows.of([[0] * longest] * size), self.model.tokenizer, self.model.sites, size)
 
         return min(self.ranks.gather(batch_size_that_fits(self.model.sites, build)))

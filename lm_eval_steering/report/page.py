@@ -21,7 +21,7 @@ from lm_eval_steering.languages import english_name, family_order, same_language
 from lm_eval_steering.metrics.language_id import UNKNOWN
 from lm_eval_steering.report.effects import Results
 from lm_eval_steering.report.figures import Figured
-from lm_eval_steering.report.read import Output, Sweep
+from lm_eval_steering.report.read import ItemOutput, Sweep
 from lm_eval_steering.report.sentences import answer
 
 # --- Samples for the page: every prompt once, and under it the baseline's output and the steered ones by factor
@@ -77,7 +77,7 @@ def _factor(factor: float) -> str:
     return f"×{factor:g}" if not math.isnan(factor) else "steered"
 
 
-def _output(output: Output | None, steered: str) -> list[str] | None:
+def _output(output: ItemOutput | None, steered: str) -> list[str] | None:
     if output is None:
         return None
     return [output.text, output.language, verdict(output.language, steered)]

@@ -65,7 +65,7 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Output:
+class ItemOutput:
     """What a model wrote for one item of one cell."""
 
     doc: int
@@ -84,7 +84,7 @@ class Samples:
     """
 
     prompts: dict[tuple[str, str], dict[int, str]] = field(default_factory=dict)
-    outputs: dict[str, list[Output]] = field(default_factory=dict)
+    outputs: dict[str, list[ItemOutput]] = field(default_factory=dict)
     left_out: int = 0
 
     @property
@@ -376,7 +376,7 @@ def as_array(column: Sequence[Any]) -> NDArray[Any]:
 
 def keep_outputs(samples: Samples, cell: Any, found: Iterable[Mapping[str, Any]], limit: int) -> None:
     """Put a cell's generated text where the explorer finds it, as long as there is room."""
-    own: dict[int, Output] = {}
+    own: dict[int, ItemOutput] = {}
     prompts = samples.prompts.setdefault((cell.task, cell.target), {})
     room = limit - samples.count
     for sample in found:
@@ -386,7 +386,7 @@ def keep_outputs(samples: Samples, cell: Any, found: Iterable[Mapping[str, Any]]
         if len(own) >= room:
             samples.left_out += 1
             continue
-        own[int(sample["doc_id"])] = Output(int(sample["doc_id"]), text, str(sample.get("output_language") or ""))
+        own[int(sample["doc_id"])] = ItemOutput(int(sample["doc_id"]), text, str(sample.get("output_language") or ""))
         prompts.setdefault(int(sample["doc_id"]), _prompt_of(sample))
     if own:
         samples.outputs[cell.cell] = list(own.values())
@@ -660,7 +660,8 @@ def _outputs(path: Path, cells: Any, items: dict[str, Items], limit: int) -> Sam
         rows = pq.read_table(path, columns=["doc_id", "response"], filters=[("cell", "==", cell)]).to_pylist()
         labels = dict(zip(items[cell].docs.tolist(), items[cell].values["output_language"], strict=True))
         samples.outputs[cell] = [
-            Output(row["doc_id"], _first_text(row["response"]), str(labels.get(row["doc_id"]) or "")) for row in rows
+            ItemOutput(row["doc_id"], _first_text(row["response"]), str(labels.get(row["doc_id"]) or ""))
+            for row in rows
         ]
         prompts = samples.prompts.setdefault(tuple(places.loc[cell]), {})
         prompts |= {row["doc_id"]: f"document {row['doc_id']} (merged tables hold no prompts)" for row in rows}

@@ -22,7 +22,7 @@ _FOR_A_CLAIM = 20  # random sets that a claim about LSS needs (docs/lss.md)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Conclusions:
     """The heart of a report.
 
     Attributes:
@@ -57,17 +57,17 @@ class _Headline:
     how: str
 
 
-def answer(results: Results) -> Answer:
+def answer(results: Results) -> Conclusions:
     """The words of a report."""
     headline = _headline(results)
     if headline is None:
         said = ("No score of a steered run is here yet, so there is nothing to answer.",)
-        return Answer(_run(results), said, ())
+        return Conclusions(_run(results), said, ())
     helps, tile = _helps(results, headline)
     hurts, price_tile = _hurts(results, headline)
     chance, chance_tile = _chance(results, headline)
     tiles = tuple(found for found in (tile, price_tile, chance_tile, _size(results)) if found)
-    return Answer(_run(results), (helps, hurts, chance), tiles)
+    return Conclusions(_run(results), (helps, hurts, chance), tiles)
 
 
 def _run(results: Results) -> str:

@@ -17,7 +17,7 @@ from lm_eval_steering.architectures import LayerSites, ModelSites, check_width, 
 from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet
-from lm_eval_steering.steering.compiled import Affine, Edit, Plan, Source, Term, compile_plan
+from lm_eval_steering.steering.compiled import Affine, CompiledIntervention, Edit, LiveValue, Term, compile_intervention
 from lm_eval_steering.steering.intervention import NORMAL, from_arguments
 from lm_eval_steering.steering.live import normal, statistic
 from lm_eval_steering.steering.positions import Declared, ForwardRows, RowReader
@@ -243,7 +243,7 @@ class EditAtWork:
         each: Affine,
         tensors: _Tensors,
         units: torch.Tensor,
-        sources: dict[Source, torch.Tensor],
+        sources: dict[LiveValue, torch.Tensor],
         rows: ForwardRows,
     ) -> torch.Tensor:
         """One affine map on (..., unit), at its positions and on the units that it touches."""
@@ -258,9 +258,9 @@ class EditAtWork:
         mask = rows.mask(each.positions, units.device)
         return result if mask is None else torch.where(mask.reshape(*units.shape[:-1], 1), result, units)
 
-    def _sources(self, units: torch.Tensor, dtype: torch.dtype, rows: ForwardRows) -> dict[Source, torch.Tensor]:
+    def _sources(self, units: torch.Tensor, dtype: torch.dtype, rows: ForwardRows) -> dict[LiveValue, torch.Tensor]:
         """Every value that only the forward pass knows, (..., 1) or (..., unit), from the units before any step."""
-        found: dict[Source, torch.Tensor] = {}
+        found: dict[LiveValue, torch.Tensor] = {}
         wide: torch.Tensor | None = None
         for each, tensors in zip(self.edit.maps, self._tensors[units.device], strict=True):
             for term, chosen in zip(each.all_terms, tensors.chosen, strict=True):
@@ -276,7 +276,7 @@ class EditAtWork:
                 found[term.source] = value.to(dtype)
         return found
 
-    def _normal(self, source: Source, device: torch.device, rows: ForwardRows) -> torch.Tensor:
+    def _normal(self, source: LiveValue, device: torch.device, rows: ForwardRows) -> torch.Tensor:
         if rows.tokens is None or rows.index is None:
             raise InterventionError(
                 "value=normal: the random numbers depend on token ids and their places, and the model was given "
@@ -385,7 +385,7 @@ class Steering:
     each forward pass of the decoder every edited module must have fired exactly once.
     """
 
-    def __init__(self, sites: ModelSites, plan: Plan) -> None:
+    def __init__(self, sites: ModelSites, plan: CompiledIntervention) -> None:
         """Prepare; nothing is attached yet.
 
         Args:
@@ -400,7 +400,7 @@ class Steering:
         self._rows: ForwardRows | None = None  # of the forward pass in progress
         self._take(plan)
 
-    def _take(self, plan: Plan) -> None:
+    def _take(self, plan: CompiledIntervention) -> None:
         self.plan = plan
         self._edits = {(edit.layer, edit.site): EditAtWork(edit, self._sites.shape.units) for edit in plan.edits}
         self._kinds = {edit.positions for edit in plan.edits}
@@ -442,7 +442,7 @@ class Steering:
         self._handles.clear()
         forget_compiled()
 
-    def change(self, plan: Plan) -> None:
+    def change(self, plan: CompiledIntervention) -> None:
         """Replace the plan on the attached model: tensors are swapped, hooks stay where both plans edit.
 
         The counters start anew.
@@ -609,4 +609,4 @@ def steer(
     """
     found = fitting_sites(model, neurons, sites=sites, force=force)
     intervention = from_arguments({"language": language, **arguments})
-    return Steering(found, compile_plan(intervention, neurons, allow_empty))
+    return Steering(found, compile_intervention(intervention, neurons, allow_empty))

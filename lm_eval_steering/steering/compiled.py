@@ -22,7 +22,7 @@ from lm_eval_steering.steering.positions import ALL
 
 
 @dataclass(frozen=True)
-class Source:
+class LiveValue:
     """A value that only the forward pass knows.
 
     Attributes:
@@ -42,7 +42,7 @@ class Source:
 class Term:
     """A source and what it is multiplied with, (unit,) float32; for `mad` (unit,) bool too, whose distances count."""
 
-    source: Source
+    source: LiveValue
     coefficients: NDArray[np.float32]
     chosen: NDArray[np.bool_] | None = None
 
@@ -99,9 +99,9 @@ class _Open:
     scale: NDArray[np.float64]
     shift: NDArray[np.float64]
     written: NDArray[np.bool_]
-    terms: dict[Source, NDArray[np.float64]] = field(default_factory=dict)
-    chosen: dict[Source, NDArray[np.bool_]] = field(default_factory=dict)
-    gain: Source | None = None
+    terms: dict[LiveValue, NDArray[np.float64]] = field(default_factory=dict)
+    chosen: dict[LiveValue, NDArray[np.bool_]] = field(default_factory=dict)
+    gain: LiveValue | None = None
 
     @classmethod
     def identity(cls, count: int, positions: str) -> _Open:
@@ -114,7 +114,7 @@ class _Open:
         scale, shift = _float32(self.scale), _float32(self.shift)
         return Affine(self.positions, self.touched, scale, shift, self.written, terms, gain)
 
-    def _term(self, source: Source, values: NDArray[np.float64]) -> Term:
+    def _term(self, source: LiveValue, values: NDArray[np.float64]) -> Term:
         return Term(source, _float32(values), self.chosen.get(source))
 
 
@@ -159,7 +159,7 @@ class Maps:
         """
         return tuple(each.closed() for each in self._done)
 
-    def _map_for(self, step: Step, source: Source | None) -> _Open:
+    def _map_for(self, step: Step, source: LiveValue | None) -> _Open:
         """The open map if the step can join it: a product with a live statistic stands for itself."""
         last = self._done[-1] if self._done else None
         multiplies = step.op == "scale" and source is not None
@@ -169,14 +169,14 @@ class Maps:
         return self._done[-1]
 
 
-def source_of(step: Step, number: int = 0) -> Source | None:
+def source_of(step: Step, number: int = 0) -> LiveValue | None:
     """The value of a step that only the forward pass knows; None where the value is known."""
     if step.value == NORMAL:
-        return Source(NORMAL, step=number, seed=step.seed)
+        return LiveValue(NORMAL, step=number, seed=step.seed)
     if not is_live(step.value):
         return None
     name = str(step.value).removeprefix("live_")
-    return Source(name, step.scope == "sequence", number if name == "mad" else -1)
+    return LiveValue(name, step.scope == "sequence", number if name == "mad" else -1)
 
 
 def _float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -217,7 +217,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CompiledIntervention:
     """All edits of an intervention, and what a reader of a score wants to know about it.
 
     Attributes:
@@ -243,7 +243,9 @@ class Plan:
         return any(each.needs_rows for edit in self.edits for each in edit.maps)
 
 
-def compile_plan(intervention: Intervention, neuron_set: NeuronSet, allow_empty: bool = False) -> Plan:
+def compile_intervention(
+    intervention: Intervention, neuron_set: NeuronSet, allow_empty: bool = False
+) -> CompiledIntervention:
     """Turn an intervention into tensors for one model.
 
     Args:
@@ -266,7 +268,7 @@ def compile_plan(intervention: Intervention, neuron_set: NeuronSet, allow_empty:
         here = [part for part in parts if part.step.site == site]
         edits += _edits(site, here)
         shared += len(union_of([part.neurons[part.owners > 1] for part in here]))
-    return Plan(resolved, tuple(edits), sum(len(edit.units) for edit in edits), shared)
+    return CompiledIntervention(resolved, tuple(edits), sum(len(edit.units) for edit in edits), shared)
 
 
 @dataclass(frozen=True)

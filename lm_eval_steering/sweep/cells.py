@@ -17,9 +17,9 @@ from lm_eval_steering.lmeval.arguments import read_config
 from lm_eval_steering.neurons.corpus import Corpus
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.provenance import fingerprint
-from lm_eval_steering.steering.compiled import compile_plan
+from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import Intervention, Step, from_arguments
-from lm_eval_steering.sweep.plan import Entry, Plan, PlanError
+from lm_eval_steering.sweep.plan import InterventionEntry, PlanError, SweepPlan
 from lm_eval_steering.sweep.plan_tasks import TaskBook
 
 # --- From the entries of a plan to single interventions: one for each language, factor and random control
@@ -28,7 +28,7 @@ BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
-class Variant:
+class PlannedIntervention:
     """One intervention, ready to be given to `SteeredHFLM.intervene`.
 
     Attributes:
@@ -60,13 +60,13 @@ class Variant:
         return "+".join(self.languages) or None
 
 
-def variants_of(plan: Plan, neuron_set: NeuronSet) -> tuple[list[Variant], list[str]]:
+def variants_of(plan: SweepPlan, neuron_set: NeuronSet) -> tuple[list[PlannedIntervention], list[str]]:
     """The baseline, then every intervention of the plan, its random controls behind it; and notes on what collapsed.
 
     Raises:
         SteeringError: if an intervention is not defined for this neuron set; nothing was loaded.
     """
-    found: dict[str, Variant] = {}
+    found: dict[str, PlannedIntervention] = {}
     notes: list[str] = []
     for number, entry in enumerate(plan.interventions):
         for variant, intervention in _of_entry(plan, number, entry, neuron_set):
@@ -80,10 +80,10 @@ def variants_of(plan: Plan, neuron_set: NeuronSet) -> tuple[list[Variant], list[
         for variant in own:
             _refuse_unmeasured(variant)
     controls = [_control(variant, seed) for variant in own for seed in range(plan.controls.random)]
-    return [Variant(BASELINE), *own, *controls], notes
+    return [PlannedIntervention(BASELINE), *own, *controls], notes
 
 
-def _told_apart(found: Mapping[str, Variant]) -> list[Variant]:
+def _told_apart(found: Mapping[str, PlannedIntervention]) -> list[PlannedIntervention]:
     """Interventions by signature; where short names leave out how two of them differ, a hash is appended."""
     often = Counter(variant.name for variant in found.values())
     return [
@@ -96,7 +96,9 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
-def _of_entry(plan: Plan, number: int, entry: Entry, neuron_set: NeuronSet) -> Iterator[tuple[Variant, Intervention]]:
+def _of_entry(
+    plan: SweepPlan, number: int, entry: InterventionEntry, neuron_set: NeuronSet
+) -> Iterator[tuple[PlannedIntervention, Intervention]]:
     given = entry.model_dump(exclude={"factors", "factor", "languages"}, exclude_none=True)
     steers = entry.op is not None or entry.preset is not None
     targets = (entry.languages or plan.languages) if steers else (None,)
@@ -109,11 +111,11 @@ def _of_entry(plan: Plan, number: int, entry: Entry, neuron_set: NeuronSet) -> I
             if factor is not None:
                 arguments["factor"] = float(factor)
             try:
-                compiled = compile_plan(from_arguments(arguments), neuron_set, plan.allow_empty)
+                compiled = compile_intervention(from_arguments(arguments), neuron_set, plan.allow_empty)
             except SteeringError as error:
                 raise PlanError(f"interventions.{number}: {error}") from None
             intervention = compiled.intervention
-            variant = Variant(
+            variant = PlannedIntervention(
                 _name(intervention, entry, factor), arguments, intervention.model_dump(mode="json"),
                 intervention.steered, number, None if factor is None else float(factor),
             )  # fmt: skip
@@ -130,7 +132,7 @@ def _is_identity(step: Step) -> bool:
     return step.op == "add" and (step.factor == 0 or step.value == 0)
 
 
-def _refuse_unmeasured(variant: Variant) -> None:
+def _refuse_unmeasured(variant: PlannedIntervention) -> None:
     """A neuron set holds statistics of its own neurons alone."""
     for step in variant.intervention["steps"]:
         value = step["value"]
@@ -142,11 +144,11 @@ def _refuse_unmeasured(variant: Variant) -> None:
             )
 
 
-def _control(variant: Variant, seed: int) -> Variant:
+def _control(variant: PlannedIntervention, seed: int) -> PlannedIntervention:
     return replace(variant, name=f"{variant.name}-random{seed}", control=seed)
 
 
-def _name(intervention: Intervention, entry: Entry, factor: float | None) -> str:
+def _name(intervention: Intervention, entry: InterventionEntry, factor: float | None) -> str:
     """Such as `fra_Latn-add-mean-x4-product`; for people, and never read back."""
     parts = ["+".join(intervention.steered) or "none"]
     parts += [entry.preset] if entry.preset else [entry.op] if entry.op else []
@@ -180,7 +182,7 @@ class Cell:
     """
 
     key: str
-    variant: Variant
+    variant: PlannedIntervention
     task: str
     target: str | None
     items: str = ALL
@@ -200,7 +202,7 @@ class Cell:
     def read(cls, found: Mapping[str, Any]) -> Cell:
         """A cell from what `describe` gave."""
         own = dict(found["variant"])
-        variant = Variant(**own | {"languages": tuple(own["languages"])})
+        variant = PlannedIntervention(**own | {"languages": tuple(own["languages"])})
         return cls(variant=variant, **{key: found[key] for key in ("key", "task", "target", "items", "stage")})
 
 
@@ -217,10 +219,10 @@ class Grid:
         notes: what a user should know: factors that collapsed, cells that are not defined.
     """
 
-    plan: Plan
+    plan: SweepPlan
     book: TaskBook
     neuron_set: NeuronSet
-    variants: list[Variant]
+    variants: list[PlannedIntervention]
     cells: list[Cell] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -249,7 +251,7 @@ class Grid:
         texts = {code: corpus.identity(code) for code in self.neuron_set.languages}
         return {"texts": texts, "sentences": wanted.sentences}
 
-    def then_cells(self, chosen: Iterable[Variant]) -> list[Cell]:
+    def then_cells(self, chosen: Iterable[PlannedIntervention]) -> list[Cell]:
         """Cells of `then` for some chosen interventions: those, their random controls, and the baseline."""
         if self.plan.then is None:
             return []
@@ -262,16 +264,18 @@ class Grid:
         """Largest number of cells that `then` can have."""
         if self.plan.then is None or self.plan.choose is None:
             return 0
-        groups: dict[str, list[Variant]] = {}
+        groups: dict[str, list[PlannedIntervention]] = {}
         for variant in self.candidates():
             groups.setdefault(group_of(variant, self.plan), []).append(variant)
         return len({cell.key for own in groups.values() for cell in self.then_cells(own[:1])})
 
-    def candidates(self) -> list[Variant]:
+    def candidates(self) -> list[PlannedIntervention]:
         """Interventions that can be chosen: those that steer, on the language's own neurons."""
         return [variant for variant in self.variants if variant.languages and variant.control is None]
 
-    def _product(self, variants: Sequence[Variant], tasks: Sequence[str], stage: int, codes: set[str]) -> list[Cell]:
+    def _product(
+        self, variants: Sequence[PlannedIntervention], tasks: Sequence[str], stage: int, codes: set[str]
+    ) -> list[Cell]:
         """Task by task, so that its requests are tokenised once; within it the baseline first."""
         found: dict[str, Cell] = {}
         for task in self.book.spelled_out(tasks):
@@ -294,12 +298,12 @@ class Grid:
         if text not in self.notes:
             self.notes.append(text)
 
-    def _targets(self, variant: Variant, task: str, codes: set[str]) -> list[str | None]:
+    def _targets(self, variant: PlannedIntervention, task: str, codes: set[str]) -> list[str | None]:
         if not variant.is_baseline:
             return [variant.target]
         return list(sorted(codes)) if self.book.is_targeted(task) else [None]
 
-    def _cell(self, variant: Variant, task: str, target: str | None, stage: int) -> Cell:
+    def _cell(self, variant: PlannedIntervention, task: str, target: str | None, stage: int) -> Cell:
         plan = self.plan
         items = REPORT if stage == 2 and plan.choose is not None and plan.choose.split == "half" else ALL
         split = {"seed": plan.choose.seed, "item": plan.choose.item} if items == REPORT and plan.choose else None
@@ -323,19 +327,19 @@ class Grid:
         return Cell(key, variant, task, target, items, stage)
 
 
-def _own_name(variant: Variant) -> str:
+def _own_name(variant: PlannedIntervention) -> str:
     """Of a control: the name of the intervention that it is the control of."""
     return variant.name if variant.control is None else variant.name.removesuffix(f"-random{variant.control}")
 
 
-def group_of(variant: Variant, plan: Plan) -> str:
+def group_of(variant: PlannedIntervention, plan: SweepPlan) -> str:
     """What one intervention is chosen for."""
     assert plan.choose is not None
     language = "+".join(variant.languages)
     return language if plan.choose.by == "language" else f"{language}, intervention {variant.entry}"
 
 
-def spell_out(plan: Plan) -> Grid:
+def spell_out(plan: SweepPlan) -> Grid:
     """All cells of a plan's first stage. Neither the model nor anything of its weights is loaded.
 
     Raises:
@@ -349,19 +353,19 @@ def spell_out(plan: Plan) -> Grid:
     return grid
 
 
-def options_of(plan: Plan) -> dict[str, Any]:
+def options_of(plan: SweepPlan) -> dict[str, Any]:
     """How lm-eval is asked to evaluate."""
     names = {"limit", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "bootstrap_iters"}
     return plan.model_dump(mode="json", include=names | {"metadata"})
 
 
-def calibration_place(plan: Plan) -> str:
+def calibration_place(plan: SweepPlan) -> str:
     """Where the text is that measures the controls, with `demo` spelled out."""
     named = str(plan.controls.calibration)
     return str(resources.demo_calibration()) if named == "demo" else named
 
 
-def model_arguments(plan: Plan) -> dict[str, Any]:
+def model_arguments(plan: SweepPlan) -> dict[str, Any]:
     """Arguments of the model class, with `demo` spelled out."""
     found = plan.model.model_dump(exclude_none=True)
     if found["pretrained"] == "demo":
@@ -369,7 +373,7 @@ def model_arguments(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def declared_model(plan: Plan) -> dict[str, Any]:
+def declared_model(plan: SweepPlan) -> dict[str, Any]:
     """What names a model before it is loaded: the hub's commit, or its files' names, sizes and ends.
 
     Raises:

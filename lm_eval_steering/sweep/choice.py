@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError, did_you_mean
-from lm_eval_steering.sweep.cells import ALL, CHOOSE, REPORT, Cell, Grid, Variant, group_of
+from lm_eval_steering.sweep.cells import ALL, CHOOSE, REPORT, Cell, Grid, PlannedIntervention, group_of
 from lm_eval_steering.sweep.store import Store, StoredCell
 
 # --- Two halves of the items, the same for all tasks and languages: what a factor is chosen on is never reported on
@@ -122,7 +122,7 @@ class Group:
     """
 
     name: str
-    variants: tuple[Variant, ...]
+    variants: tuple[PlannedIntervention, ...]
     cells: tuple[Cell, ...]
 
     @property
@@ -144,7 +144,7 @@ def groups_of(grid: Grid) -> list[Group]:
     own = grid.book.spelled_out(grid.plan.tasks)
     if wrong := [name for name in tasks if name not in own]:
         raise SteeringError(f"choose.tasks: {wrong[0]} is not among the plan's tasks{did_you_mean(wrong[0], own)}")
-    found: dict[str, list[Variant]] = {}
+    found: dict[str, list[PlannedIntervention]] = {}
     for variant in grid.candidates():
         found.setdefault(group_of(variant, grid.plan), []).append(variant)
     return [

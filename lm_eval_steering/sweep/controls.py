@@ -11,14 +11,14 @@ from lm_eval_steering.neurons.calibrate import calibrated
 from lm_eval_steering.neurons.find import random_set
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Search
-from lm_eval_steering.neurons.running import Ranks, Runner
+from lm_eval_steering.neurons.running import ModelRunner, Ranks
 from lm_eval_steering.provenance import fingerprint
 from lm_eval_steering.sweep.cells import Grid, calibration_place
 from lm_eval_steering.sweep.locks import locked
 from lm_eval_steering.sweep.store import Store
 
 
-class Controls:
+class ControlSets:
     """The control sets of one grid, made when they are first asked for."""
 
     def __init__(self, grid: Grid, store: Store, ranks: Ranks) -> None:
@@ -64,6 +64,6 @@ class Controls:
         wanted, languages = self._grid.plan.controls, self._grid.neuron_set.languages
         search = Search(calibration_place(self._grid.plan), languages, rows="sentences", sentences=wanted.sentences)
         # Rows of fixed number: a detected batch size would make the statistics depend on the machine's memory.
-        runner = Runner(LazyModel.of(lm.model, lm.tokenizer), batch_size=16)
+        runner = ModelRunner(LazyModel.of(lm.model, lm.tokenizer), batch_size=16)
         lm.intervene(None)
         return calibrated(draws, runner, search.calibration_texts(runner.model), search.corpora()[1].name)

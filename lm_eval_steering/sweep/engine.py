@@ -21,17 +21,25 @@ from typing import Any
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.files import write_bytes
 from lm_eval_steering.provenance import fingerprint
-from lm_eval_steering.sweep.cells import ALL, Cell, Grid, Variant, declared_model, model_arguments, options_of
+from lm_eval_steering.sweep.cells import (
+    ALL,
+    Cell,
+    Grid,
+    PlannedIntervention,
+    declared_model,
+    model_arguments,
+    options_of,
+)
 from lm_eval_steering.sweep.choice import check_choice
 from lm_eval_steering.sweep.engine_exports import Exports, prompts_of
 from lm_eval_steering.sweep.engine_items import Item, items_of, positions, prepared, wants_hooks
 from lm_eval_steering.sweep.engine_results import PLACE, Asked, answer_of, check
 from lm_eval_steering.sweep.engine_store import store_answer
-from lm_eval_steering.sweep.estimate import Progress
+from lm_eval_steering.sweep.estimate import CellLog
 from lm_eval_steering.sweep.evaluate import StorageFullError
 from lm_eval_steering.sweep.locks import locked
 from lm_eval_steering.sweep.plan import PlanError
-from lm_eval_steering.sweep.runner import DONE, FAILED, Outcome, Runner
+from lm_eval_steering.sweep.runner import DONE, FAILED, Outcome, SweepRunner
 from lm_eval_steering.sweep.store import MISSING, Store
 
 _OPTIONS = ("batch_size", "max_batch_size", "device")  # lm-eval's command hands these to the model class itself
@@ -84,7 +92,7 @@ class Run:
         cells: one a task.
     """
 
-    variant: Variant
+    variant: PlannedIntervention
     target: str | None
     items: str
     cells: tuple[Cell, ...]
@@ -130,10 +138,10 @@ def refuse(grid: Grid, store: Store) -> None:
     Exports(grid, store).refuse()
 
 
-class EngineRunner(Runner):
+class EngineRunner(SweepRunner):
     """Reads what results there are, and exports and writes commands for the rest."""
 
-    def __init__(self, grid: Grid, store: Store, progress: Progress | None = None) -> None:
+    def __init__(self, grid: Grid, store: Store, progress: CellLog | None = None) -> None:
         super().__init__(engine_grid(grid), store, progress=progress)
         self.exports = Exports(self.grid, store)
         self._folder = store.path.absolute() / "engine"
@@ -192,7 +200,7 @@ class EngineRunner(Runner):
         self.outcome.ran += 1
         return DONE
 
-    def _asked(self, variant: Variant) -> Asked:
+    def _asked(self, variant: PlannedIntervention) -> Asked:
         if variant.is_baseline:
             return Asked(self._arguments(variant))
         note = self.exports.note(variant)
@@ -275,7 +283,7 @@ class EngineRunner(Runner):
             for item in self._items_of(cell).values():
                 yield "".join(item.texts[0])
 
-    def _arguments(self, variant: Variant) -> dict[str, Any]:
+    def _arguments(self, variant: PlannedIntervention) -> dict[str, Any]:
         """Arguments of the engine's model class."""
         plain = model_arguments(self.grid.plan)
         named, folder = plain["pretrained"], Path(plain["pretrained"])

@@ -18,7 +18,7 @@ from lm_eval_steering.export.verify import Loader
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.progress import Log
 from lm_eval_steering.provenance import fingerprint
-from lm_eval_steering.sweep.cells import Grid, Variant, model_arguments
+from lm_eval_steering.sweep.cells import Grid, PlannedIntervention, model_arguments
 from lm_eval_steering.sweep.plan import PlanError
 from lm_eval_steering.sweep.store import Store, StoreError, read_json
 
@@ -60,7 +60,7 @@ class Exports:
                 engine = self._grid.plan.engine.name
                 raise PlanError(f"engine {engine}: {variant.name} (interventions.{variant.entry}): {error}") from None
 
-    def path(self, variant: Variant) -> Path:
+    def path(self, variant: PlannedIntervention) -> Path:
         """Folder of one export; its name ends in a hash of everything that decides it."""
         own = self._grid
         mark = fingerprint(
@@ -75,7 +75,7 @@ class Exports:
         )
         return self.folder / f"{variant.name[:_LONGEST]}--{mark[:16]}"
 
-    def make(self, variant: Variant, neurons: NeuronSet, prompts: Sequence[str]) -> str:
+    def make(self, variant: PlannedIntervention, neurons: NeuronSet, prompts: Sequence[str]) -> str:
         """Write one export, and compare it with the hooks; says how that went.
 
         Raises:
@@ -88,7 +88,7 @@ class Exports:
         self._store.keep(self._note(variant), {"export": record, "verified": verified})
         return said if prompts else "not compared with the hooks (engine.verify is 0)"
 
-    def note(self, variant: Variant) -> dict[str, Any] | None:
+    def note(self, variant: PlannedIntervention) -> dict[str, Any] | None:
         """What is known of one export: its `steering.json`, and how it was verified; None where it was not made.
 
         Raises:
@@ -105,14 +105,14 @@ class Exports:
             )
         return found
 
-    def is_made(self, variant: Variant) -> bool:
+    def is_made(self, variant: PlannedIntervention) -> bool:
         """Whether the export can be run."""
         return self.note(variant) is not None and (self.path(variant) / RECORD).is_file()
 
-    def _note(self, variant: Variant) -> str:
+    def _note(self, variant: PlannedIntervention) -> str:
         return f"engine/notes/{self.path(variant).name}.json"
 
-    def _job(self, variant: Variant, neurons: NeuronSet, prompts: Sequence[str]) -> Job:
+    def _job(self, variant: PlannedIntervention, neurons: NeuronSet, prompts: Sequence[str]) -> Job:
         plan = self._grid.plan
         return Job(
             self.loader(), neurons, variant.arguments, self.path(variant), plan.allow_empty, plan.force, prompts,

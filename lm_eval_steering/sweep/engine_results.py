@@ -10,7 +10,7 @@ from typing import Any
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.sweep.engine_items import Item
-from lm_eval_steering.sweep.plan import Plan
+from lm_eval_steering.sweep.plan import SweepPlan
 
 # Arguments that say where and how fast a model runs, and not what it answers.
 PLACE = {
@@ -86,7 +86,7 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
                 raise ForeignResultError(f"{path}, line {number}: no sample of lm-eval, or cut short") from None
 
 
-def check(answer: Answer, plan: Plan, task: str, asked: Asked, items: Mapping[int, Item], version: Any) -> None:
+def check(answer: Answer, plan: SweepPlan, task: str, asked: Asked, items: Mapping[int, Item], version: Any) -> None:
     """Refuse results of another model, another task, other items or other prompts.
 
     Args:

@@ -19,7 +19,7 @@ from lm_eval_steering.sweep.cells import Cell, Grid
 from lm_eval_steering.sweep.engine_items import prepared
 from lm_eval_steering.sweep.engine_results import Answer, Asked
 from lm_eval_steering.sweep.evaluate import facts_of, put_cell
-from lm_eval_steering.sweep.plan import Plan
+from lm_eval_steering.sweep.plan import SweepPlan
 
 _BY_TASK = {
     "results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes",
@@ -34,7 +34,7 @@ class Made:
     signature: str
 
 
-def identifier_of(plan: Plan) -> LanguageIdentifier:
+def identifier_of(plan: SweepPlan) -> LanguageIdentifier:
     """What identifies the language of finished text, as `steered-hf` would be told."""
     own = plan.model.model_extra or {}
     return LanguageIdentifier.named(

@@ -32,7 +32,7 @@ class Estimate:
         return sum(means.get(cell.task, rest) for cell in cells)
 
 
-class Progress:
+class CellLog:
     """One line a cell: a log where the output is a file, one line that changes on a terminal."""
 
     def __init__(self, show: bool = True, stream: TextIO | None = None) -> None:

@@ -18,8 +18,8 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.sweep.cells import REPORT, Cell, Grid, model_arguments, options_of
 from lm_eval_steering.sweep.choice import positions_of
-from lm_eval_steering.sweep.model import SweepModel
 from lm_eval_steering.sweep.store import FORMAT_VERSION, as_json
+from lm_eval_steering.sweep.sweep_model import SweepModel
 
 
 class StorageFullError(SteeringError):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.sweep.plan import Plan, build_plan
+from lm_eval_steering.sweep.plan import SweepPlan, build_plan
 
 _POLL = 0.5  # seconds between two looks at local jobs
 
@@ -81,7 +81,7 @@ class Launched:
         return max(self.codes, default=0)
 
 
-def launch_local(plan: Plan, out: Path, workers: int, retry_failed: bool = False) -> Launched:
+def launch_local(plan: SweepPlan, out: Path, workers: int, retry_failed: bool = False) -> Launched:
     """Run a plan by several processes of this machine, and wait for them; each has a GPU of its own where there are.
 
     Raises:
@@ -104,7 +104,7 @@ def launch_local(plan: Plan, out: Path, workers: int, retry_failed: bool = False
     return Launched(tuple(job.job_id for job in jobs), tuple(codes), out / "jobs")
 
 
-def _local(plan: Plan, out: Path, index: int, number: int, retry_failed: bool) -> Any:
+def _local(plan: SweepPlan, out: Path, index: int, number: int, retry_failed: bool) -> Any:
     import submitit
     import torch
 
@@ -138,7 +138,7 @@ def _why(said: str) -> str:
     return lines[-1] if "with trace:" in said else " ".join(lines[:2])
 
 
-def launch_slurm(plan: Plan, out: Path, shards: int | None = None, retry_failed: bool = False) -> Launched:
+def launch_slurm(plan: SweepPlan, out: Path, shards: int | None = None, retry_failed: bool = False) -> Launched:
     """Hand a plan to SLURM as a job array, and `then` as a second one that depends on it. Nothing is waited for.
 
     Raises:
@@ -153,7 +153,7 @@ def launch_slurm(plan: Plan, out: Path, shards: int | None = None, retry_failed:
     return Launched(tuple(jobs), (), out / "jobs")
 
 
-def _array(plan: Plan, out: Path, number: int, retry_failed: bool, dependency: str | None) -> list[str]:
+def _array(plan: SweepPlan, out: Path, number: int, retry_failed: bool, dependency: str | None) -> list[str]:
     import submitit
 
     wanted = plan.slurm
@@ -181,5 +181,5 @@ def _array(plan: Plan, out: Path, number: int, retry_failed: bool, dependency: s
     return [job.job_id for job in jobs]
 
 
-def _job(plan: Plan, out: Path, index: int, number: int, retry_failed: bool) -> ShardJob:
+def _job(plan: SweepPlan, out: Path, index: int, number: int, retry_failed: bool) -> ShardJob:
     return ShardJob(plan.model_dump(mode="json"), str(out.absolute()), index, number, retry_failed)

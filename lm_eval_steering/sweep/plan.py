@@ -40,7 +40,7 @@ class ModelPart(BaseModel):
     batch_size: int | str = Field(8, description="Rows a forward pass, or auto; halved where memory runs out.")
 
 
-class Entry(_Part):
+class InterventionEntry(_Part):
     """One kind of intervention; it is done to every language of the plan, with every factor."""
 
     op: str | None = Field(None, description="`scale`, `add` or `set`.")
@@ -59,7 +59,7 @@ class Entry(_Part):
     seed: int | None = Field(None, description="Of random values.")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Entry:
+    def _consistent(self) -> InterventionEntry:
         if self.factor is not None and self.factors is not None:
             raise ValueError("factor beside factors: write one of the two")
         if self.op is None and self.preset is None and self.deactivate is None:
@@ -72,7 +72,7 @@ class Entry(_Part):
         return _codes(found) if found else None
 
 
-class Controls(_Part):
+class ControlsPart(_Part):
     """Matched random neuron sets, each put through every intervention of the plan."""
 
     random: int = Field(0, ge=0, description="Number of sets; their seeds are 0, 1, ...")
@@ -145,15 +145,17 @@ class Engine(_Part):
         return self.name != STEERED_HF
 
 
-class Plan(_Part):
+class SweepPlan(_Part):
     """A whole plan."""
 
     model: ModelPart = Field(description="Which model.")
     neurons: str = Field(description="Its neuron set, a path or the name of one that ships.")
     languages: tuple[str, ...] = Field(min_length=1, description="Languages to steer to.")
-    interventions: tuple[Entry, ...] = Field(min_length=1, description="What is done to their neurons.")
+    interventions: tuple[InterventionEntry, ...] = Field(min_length=1, description="What is done to their neurons.")
     tasks: tuple[str, ...] = Field(min_length=1, description="Tasks, groups or tags of lm-eval.")
-    controls: Controls = Field(default_factory=lambda: Controls.model_validate({}), description="Random controls.")
+    controls: ControlsPart = Field(
+        default_factory=lambda: ControlsPart.model_validate({}), description="Random controls."
+    )
     choose: Choose | None = Field(None, description="Choose a factor.")
     then: Then | None = Field(None, description="Evaluate the chosen ones elsewhere.")
     engine: Engine = Field(
@@ -189,13 +191,13 @@ class Plan(_Part):
         return {"name": found} if isinstance(found, str) else found
 
     @model_validator(mode="after")
-    def _one_engine(self) -> Plan:
+    def _one_engine(self) -> SweepPlan:
         if reason := _why_no_engine(self):
             raise ValueError(reason)
         return self
 
     @model_validator(mode="after")
-    def _consistent(self) -> Plan:
+    def _consistent(self) -> SweepPlan:
         if self.then is not None and self.choose is None:
             raise ValueError("then without choose: say how the interventions for it are chosen")
         if self.limit is not None and self.then is not None and self.choose and self.choose.split == "half":
@@ -203,7 +205,7 @@ class Plan(_Part):
         return self
 
 
-def _why_no_engine(plan: Plan) -> str | None:
+def _why_no_engine(plan: SweepPlan) -> str | None:
     """Why the engine cannot be asked what the plan says; None where it can."""
     engine, model = plan.engine, plan.model
     if not engine.is_external:
@@ -228,7 +230,7 @@ def _codes(found: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(codes.normalise(code) for code in found))
 
 
-def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
+def read_plan(path: Path, overrides: Sequence[str] = ()) -> SweepPlan:
     """The plan of a YAML file, with `key=value` overrides such as `controls.random=5`.
 
     Raises:
@@ -247,14 +249,14 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     return build_plan(found, str(path))
 
 
-def build_plan(found: Mapping[str, Any], where: str = "plan") -> Plan:
+def build_plan(found: Mapping[str, Any], where: str = "plan") -> SweepPlan:
     """A plan from plain data.
 
     Raises:
         PlanError: for the first thing that is wrong.
     """
     try:
-        return Plan.model_validate(found)
+        return SweepPlan.model_validate(found)
     except ValidationError as failure:
         error = failure.errors(include_url=False)[0]
     cause = error.get("ctx", {}).get("error")
@@ -272,11 +274,11 @@ def build_plan(found: Mapping[str, Any], where: str = "plan") -> Plan:
 
 def _keys_at(place: Sequence[Any]) -> list[str]:
     """Keys that the part of a plan at this place knows."""
-    part: Any = Plan
+    part: Any = SweepPlan
     kinds: dict[str, Any] = {
         "model": ModelPart,
-        "interventions": Entry,
-        "controls": Controls,
+        "interventions": InterventionEntry,
+        "controls": ControlsPart,
         "choose": Choose,
         "then": Then,
         "engine": Engine,

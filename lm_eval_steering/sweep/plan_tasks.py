@@ -14,7 +14,7 @@ from lm_eval_steering.lmeval.task_families.lss import UNDEFINED
 from lm_eval_steering.metrics.likelihood import MADE_FOR
 from lm_eval_steering.provenance import fingerprint
 from lm_eval_steering.resources import tasks_folder
-from lm_eval_steering.sweep.plan import Plan, PlanError
+from lm_eval_steering.sweep.plan import PlanError, SweepPlan
 
 # --- What a task is, as a hash: its settings, the functions it names, its documents. Where it lies is no part of it
 
@@ -67,7 +67,7 @@ class TaskBook:
     its baseline too; every other task has one baseline. Which is which is seen from the documents.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: SweepPlan) -> None:
         register_all()
         self._plan = plan
         self._managers: dict[tuple[Path, str | None], Any] = {}

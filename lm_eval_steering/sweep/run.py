@@ -7,7 +7,7 @@ from pathlib import Path
 from lm_eval_steering.sweep.cells import Grid
 from lm_eval_steering.sweep.engine import EngineRunner
 from lm_eval_steering.sweep.plan import PlanError
-from lm_eval_steering.sweep.runner import Outcome, Runner, Shard
+from lm_eval_steering.sweep.runner import Outcome, Shard, SweepRunner
 from lm_eval_steering.sweep.store import Store
 
 
@@ -15,7 +15,7 @@ def run_sweep(grid: Grid, out: Path, shard: Shard | None = None, retry_failed: b
     """Run what is missing of a plan into a folder."""
     engine = grid.plan.engine
     if not engine.is_external:
-        return Runner(grid, Store(out), shard, retry_failed).run()
+        return SweepRunner(grid, Store(out), shard, retry_failed).run()
     if shard is not None:
         raise PlanError(f"--shard with engine {engine.name}: its commands are what is dealt to jobs")
     return EngineRunner(grid, Store(out)).run()

@@ -19,13 +19,13 @@ from lm_eval_steering.lmeval.repeated import be_quiet, look_up_the_machine_once
 from lm_eval_steering.neurons.running import launched
 from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments
 from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves
-from lm_eval_steering.sweep.controls import Controls
-from lm_eval_steering.sweep.estimate import Estimate, Progress
+from lm_eval_steering.sweep.controls import ControlSets
+from lm_eval_steering.sweep.estimate import CellLog, Estimate
 from lm_eval_steering.sweep.evaluate import StorageFullError, evaluate, store_cell
 from lm_eval_steering.sweep.locks import locked, why_unsafe
-from lm_eval_steering.sweep.model import RankError, SweepModel, is_out_of_memory
 from lm_eval_steering.sweep.plan import PlanError
 from lm_eval_steering.sweep.store import Store
+from lm_eval_steering.sweep.sweep_model import RankError, SweepModel, is_out_of_memory
 
 DONE, FAILED, BUSY, RUN = "done", "failed", "busy", "run"
 OK, SOME_FAILED, WAITING, INTERRUPTED = 0, 1, 3, 130
@@ -89,7 +89,7 @@ class Outcome:
         return WAITING if self.waiting else OK
 
 
-class Runner:
+class SweepRunner:
     """One process (or the processes of one `accelerate launch`) at work on one folder."""
 
     def __init__(
@@ -98,16 +98,16 @@ class Runner:
         store: Store,
         shard: Shard | None = None,
         retry_failed: bool = False,
-        progress: Progress | None = None,
+        progress: CellLog | None = None,
         load: Callable[..., SweepModel] = SweepModel,
     ) -> None:
         self.grid, self.store, self.shard = grid, store, shard or Shard()
         self.ranks = launched()[0]
-        self.progress = progress or Progress(show=self.ranks.first)
+        self.progress = progress or CellLog(show=self.ranks.first)
         self.outcome = Outcome()
         self._retry, self._load = retry_failed, load
         self._lm: SweepModel | None = None
-        self._controls = Controls(grid, store, self.ranks)
+        self._controls = ControlSets(grid, store, self.ranks)
         self._estimate = Estimate()
         self._rest: list[Cell] = []
         self._last_task: tuple[str, str | None] | None = None

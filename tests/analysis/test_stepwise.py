@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_steering import resources, steer
 from lm_eval_steering.analysis.prompts import Prompts, batches, demo_prompts, read_prompts
-from lm_eval_steering.analysis.stepwise import Decoding, Fallback, Step, deactivate_stepwise, order_of, table, write
+from lm_eval_steering.analysis.stepwise import (
+    DeactivationStep,
+    Decoding,
+    Fallback,
+    deactivate_stepwise,
+    order_of,
+    table,
+    write,
+)
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.cli import analysis
 from lm_eval_steering.errors import DidNotHappenError, NeuronSetError, SteeringError, UnknownLanguageError
@@ -136,16 +144,18 @@ def test_what_is_written(found: Fallback, tmp_path: Path) -> None:
     assert (tmp_path / "stepwise.svg").read_bytes() == first
 
 
-def made_up(deactivated: tuple[str, ...], *labels: str) -> Step:
+def made_up(deactivated: tuple[str, ...], *labels: str) -> DeactivationStep:
     identified = tuple(Identified(label, 1.0) for label in labels)
-    return Step(deactivated, len(deactivated), labels, identified, "none", "0" * 64, None, 0.0)
+    return DeactivationStep(deactivated, len(deactivated), labels, identified, "none", "0" * 64, None, 0.0)
 
 
 def test_the_table_counts_what_is_off_and_unknown(tmp_path: Path) -> None:
     first = made_up((), "zho_Hans", "zho_Hant", "eng_Latn", "unknown")
     second = made_up(("zho_Hans",), "zho_Hans", "zho_Hant", "eng_Latn", "unknown")
     assert (first.in_off, second.in_off) == (0, 0.5)
-    ended = Step((), 0, ("", " \n", "Hello"), (Identified("unknown", 0.1),) * 3, "none", "0" * 64, None, 0.0)
+    ended = DeactivationStep(
+        (), 0, ("", " \n", "Hello"), (Identified("unknown", 0.1),) * 3, "none", "0" * 64, None, 0.0
+    )
     assert ended.counts == {"empty": 2, "unknown": 1}, "an output without text is no unknown language"
     lines = table(Fallback((first, second), {})).splitlines()
     assert lines[0].split() == ["step", "off", "neurons", "in", "off", "unknown", "empty", "most", "frequent"]

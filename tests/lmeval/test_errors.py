@@ -10,7 +10,7 @@ from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.arguments import split
-from lm_eval_steering.steering.compiled import compile_plan
+from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import from_arguments
 from tests.conftest import make_set, tiny_model
 
@@ -214,7 +214,7 @@ def message(written: str) -> str:
     with pytest.raises(SteeringError) as error:
         own, _ = split({"neurons": "set"} | simple_parse_args_string(written), HFLM, tiny_model("llama").config)
         own.targets()
-        compile_plan(from_arguments(own.steps()), SET, own.allow_empty)
+        compile_intervention(from_arguments(own.steps()), SET, own.allow_empty)
     return str(error.value)
 
 
@@ -256,7 +256,7 @@ def test_mistakes_in_a_file_say_in_which_step(text: str, expected: str, tmp_path
     with pytest.raises(SteeringError, match=expected) as error:
         intervention = from_arguments({"intervention": str(path)})
         turned = {"keep_shared": False}  # or the deactivation would leave out what is steered
-        compile_plan(
+        compile_intervention(
             intervention.model_copy(update={"steps": tuple(s.model_copy(update=turned) for s in intervention.steps)}),
             SET,
         )

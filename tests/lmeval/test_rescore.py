@@ -17,7 +17,7 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.expected_language import expected_language
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.registration import METRICS
-from lm_eval_steering.lmeval.rescore import Asked, rescore
+from lm_eval_steering.lmeval.rescore import RescoreOptions, rescore
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.resources import demo_model
 from tests.commands import run_together
@@ -112,7 +112,7 @@ def shared(direct: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
 
 def test_predict_only_and_rescore_equal_a_direct_run(direct: Path, predicted: Path) -> None:
     before = contents(predicted)
-    (done,) = rescore(predicted, Asked())
+    (done,) = rescore(predicted, RescoreOptions())
     after = contents(predicted)
     assert {path: after[path] for path in before} == before
     assert {path.name.split("_2")[0] for path in set(after) - set(before)} == {
@@ -140,18 +140,18 @@ def test_values_are_not_rounded_where_an_item_has_several_references(direct: Pat
 
 
 def test_rescoring_a_direct_run_gives_its_own_numbers_and_twice_the_same_file(direct: Path) -> None:
-    (first,) = rescore(direct, Asked())
+    (first,) = rescore(direct, RescoreOptions())
     content = first.path.read_bytes()
-    (second,) = rescore(direct, Asked())
+    (second,) = rescore(direct, RescoreOptions())
     assert second.path == first.path and second.path.read_bytes() == content
     assert shared(results_of(direct)["rescore_own"], first.scores["rescore_own"]) == first.scores["rescore_own"]
 
 
 def test_plain_hf_has_no_target_until_one_is_named(plain: Path) -> None:
     assert "lfs,none" not in results_of(plain)["rescore_own"]
-    (without,) = rescore(plain, Asked())
+    (without,) = rescore(plain, RescoreOptions())
     assert "lfs,none" not in without.scores[FORCING] and "lang_expected,none" in without.scores["rescore_own"]
-    named, other = (rescore(plain, Asked(targets=(code,)))[0] for code in ("fra_Latn", "deu_Latn"))
+    named, other = (rescore(plain, RescoreOptions(targets=(code,)))[0] for code in ("fra_Latn", "deu_Latn"))
     assert named.path != other.path != without.path and named.path.exists() and other.path.exists()
     labels = named.scores[FORCING]["output_language,none"].split()
     french = sum(int(label.split(":")[1]) for label in labels if label.startswith("fra_Latn"))
@@ -177,26 +177,26 @@ def test_another_identifier_is_refused_unless_it_is_asked_for(tmp_path: Path, pr
     for path in (results, samples):
         (tmp_path / path.name).write_text(path.read_text().replace("@8f3472cf", "@00000000"))
     with pytest.raises(SteeringError, match=r"the run identified languages with .*@00000000.*pass --lid"):
-        rescore(tmp_path, Asked())
-    (done,) = rescore(tmp_path, Asked(identifier=LanguageIdentifier(threshold=1.0)))
+        rescore(tmp_path, RescoreOptions())
+    (done,) = rescore(tmp_path, RescoreOptions(identifier=LanguageIdentifier(threshold=1.0)))
     assert ">1," in done.settings["language_identifier"]
 
 
 def test_what_cannot_be_rescored_is_said(tmp_path: Path) -> None:
     with pytest.raises(SteeringError, match="no samples_<task>_<date>"):
-        rescore(tmp_path, Asked())
+        rescore(tmp_path, RescoreOptions())
     samples = tmp_path / "samples_t_2026-01-01T00-00-00.5.jsonl"
     samples.write_text('{"filtered_resps": [["-1.0", "False"]], "filter": "none"}\n')
     with pytest.raises(SteeringError, match="likelihood"):
-        rescore(tmp_path, Asked())
+        rescore(tmp_path, RescoreOptions())
     samples.write_text('{"filtered_resps": ["Guten')
     with pytest.raises(SteeringError, match="line 1: no sample of lm-eval, or cut short"):
-        rescore(tmp_path, Asked())
+        rescore(tmp_path, RescoreOptions())
     samples.write_text('{"filtered_resps": ["Guten Tag"]}\n{"filtered_resps": [[7]]}\n')
     with pytest.raises(SteeringError, match="turns 1 of 2 answers into something that is no text"):
-        rescore(tmp_path, Asked())
+        rescore(tmp_path, RescoreOptions())
     with pytest.raises(SteeringError, match="about='words'"):
-        Asked(about="words")
+        RescoreOptions(about="words")
 
 
 def test_what_cannot_be_is_refused_before_anything_is_generated(

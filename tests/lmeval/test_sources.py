@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from lm_eval_steering.lmeval import sources
-from lm_eval_steering.lmeval.sources import DataError, Hub, Source, find_file, hub_places, load_rows, write_rows
+from lm_eval_steering.lmeval.sources import DataError, Hub, RowsSource, find_file, hub_places, load_rows, write_rows
 from lm_eval_steering.lmeval.task_families import belebele, mlqa, xcopa, xnli, xquad, xwinograd
 
 ROWS = [{"text": "eins", "n": 1}, {"text": "zwei\u2028drei", "n": 2}]
-SOURCE = Source("things", "zho_Hans", "test", ("text", "n"), hub_places("someone/things200", "cn", "test"))
+SOURCE = RowsSource("things", "zho_Hans", "test", ("text", "n"), hub_places("someone/things200", "cn", "test"))
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_rows_of_the_hub_are_not_shared(hub: list[tuple[Any, ...]]) -> None:
 
 def test_the_error_names_everything_that_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    source = Source("things", "fra_Latn", "test", ("text",), (Hub("a/b", "fr"), Hub("json", data_files="x.jsonl")))
+    source = RowsSource("things", "fra_Latn", "test", ("text",), (Hub("a/b", "fr"), Hub("json", data_files="x.jsonl")))
     with pytest.raises(DataError) as caught:
         load_rows(source, {"data_dir": tmp_path})
     message = str(caught.value)
@@ -147,7 +147,7 @@ def test_the_real_library_reads_a_conversion_after_a_place_without_the_configura
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), part)
     first = Hub(str(tmp_path / "repository"), "cn")
     second = Hub(str(tmp_path / "repository"), data_files="cn/test/*.parquet")
-    source = Source("things", "zho_Hans", "test", ("text", "n"), (first, second))
+    source = RowsSource("things", "zho_Hans", "test", ("text", "n"), (first, second))
     assert load_rows(source, {}) == ROWS
     with pytest.raises(DataError, match=r"repository cn split test \(ValueError: BuilderConfig 'cn' not found"):
         load_rows(replace(source, hub=(first,)), {})
@@ -163,7 +163,7 @@ def test_a_bad_parquet_file_and_a_missing_folder(tmp_path: Path) -> None:
 
 
 def test_incomplete_rows_are_left_out_only_where_a_family_says_so(tmp_path: Path, caplog: Any) -> None:
-    source = Source("things", "fra_Latn", "test", ("text", "n"), skip_incomplete=True)
+    source = RowsSource("things", "fra_Latn", "test", ("text", "n"), skip_incomplete=True)
     put(tmp_path, "things/fra_Latn.test.jsonl", [*ROWS, {"text": None, "n": 3}])
     with caplog.at_level(logging.WARNING):
         assert load_rows(source, {"data_dir": tmp_path}) == ROWS
@@ -191,6 +191,8 @@ def test_the_folder_of_excerpts_works_as_it_is(shared_data: Path) -> None:
         assert find_file(folder, source) is not None, source
         assert len(load_rows(source, {"data_dir": folder})) >= 16
     for name in ("mvicuna", "flores200"):
-        assert find_file(folder, Source(name, "fra_Latn", "devtest", ())) is not None
-    assert find_file(folder, Source("flores", "fra_Latn", "devtest", (), (Hub("Muennighoff/flores200"),))) is not None
+        assert find_file(folder, RowsSource(name, "fra_Latn", "devtest", ())) is not None
+    assert (
+        find_file(folder, RowsSource("flores", "fra_Latn", "devtest", (), (Hub("Muennighoff/flores200"),))) is not None
+    )
     assert find_file(folder, mlqa.source("deu_Latn")) is None

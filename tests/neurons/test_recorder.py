@@ -24,7 +24,7 @@ from lm_eval_steering.neurons.find import Method, control_sets, find_neurons, ra
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
-from lm_eval_steering.neurons.running import Runner
+from lm_eval_steering.neurons.running import ModelRunner
 from tests.commands import ended, forked
 from tests.conftest import LAYERS, UNITS, tiny_model, tiny_tokenizer
 
@@ -46,7 +46,7 @@ def recorder_of(
     text: Path, folder: Path, model: Any = None, languages: tuple[str, ...] = LANGUAGES, **search: Any
 ) -> Recorder:
     lazy = LazyModel.of(model or tiny_model("llama"), tiny_tokenizer())
-    return Recorder(Runner(lazy, batch_size=4), Search(str(text), languages, **search), RecordingFolder(folder))
+    return Recorder(ModelRunner(lazy, batch_size=4), Search(str(text), languages, **search), RecordingFolder(folder))
 
 
 def test_a_set_is_complete_and_the_same_each_time(model: torch.nn.Module, text: Path, tmp_path: Path) -> None:

@@ -16,7 +16,16 @@ from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import CorpusError, DidNotHappenError
 from lm_eval_steering.neurons.calibrate import calibrate
 from lm_eval_steering.neurons.recording import count_active, sentence_means
-from lm_eval_steering.neurons.running import Batches, Ranks, Rows, Runner, Side, bos_of, packed_rows, sentence_rows
+from lm_eval_steering.neurons.running import (
+    Batches,
+    ModelRunner,
+    Ranks,
+    Side,
+    TokenRows,
+    bos_of,
+    packed_rows,
+    sentence_rows,
+)
 from tests.conftest import UNITS, tiny_model, tiny_tokenizer
 
 ROWS = {
@@ -49,7 +58,7 @@ def captured(model: torch.nn.Module, row: list[int], units: int = UNITS, bos: in
 
 
 def batches(model: Any, rows: list[list[int]], size: int, side: Side = "right", ranks: Ranks | None = None) -> Batches:
-    return Batches(Rows.of(rows), tiny_tokenizer(), sites_of(model), size, ranks, side)
+    return Batches(TokenRows.of(rows), tiny_tokenizer(), sites_of(model), size, ranks, side)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -92,8 +101,8 @@ def test_the_demo_model_over_real_text(shared_data: Path, dtype: torch.dtype) ->
 
 def test_statistics_equal_a_plain_loop(model: torch.nn.Module) -> None:
     model.double()
-    runner = Runner(LazyModel.of(model, tiny_tokenizer()), batch_size=2)
-    found = calibrate(runner, {code: Rows.of(rows) for code, rows in ROWS.items()}, NEURONS)
+    runner = ModelRunner(LazyModel.of(model, tiny_tokenizer()), batch_size=2)
+    found = calibrate(runner, {code: TokenRows.of(rows) for code, rows in ROWS.items()}, NEURONS)
     for site in ("activation", "product"):
         for k, rows in enumerate(ROWS.values()):
             units = [captured(model, row)[site][NEURONS[:, 0], :, NEURONS[:, 1]].numpy() for row in rows]
@@ -132,9 +141,9 @@ def test_overflow_is_an_error_and_not_an_inactive_unit() -> None:
     model.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(DidNotHappenError, match="infinities or NaN"):
         count_active(sites_of(model), batches(model, ROWS["fra_Latn"], 4))
-    runner = Runner(LazyModel.of(model, tiny_tokenizer()))
+    runner = ModelRunner(LazyModel.of(model, tiny_tokenizer()))
     with pytest.raises(DidNotHappenError, match="fra_Latn: activations hold infinities or NaN"):
-        calibrate(runner, {"fra_Latn": Rows.of(ROWS["fra_Latn"])}, NEURONS)
+        calibrate(runner, {"fra_Latn": TokenRows.of(ROWS["fra_Latn"])}, NEURONS)
 
 
 def test_nothing_to_record_is_an_error(model: torch.nn.Module) -> None:
@@ -146,7 +155,7 @@ def test_rows_are_packed_or_one_a_sentence() -> None:
     tokenizer = tiny_tokenizer()
     text = ["w0 w1 w2", "w3", "w4 w5 w6 w7"]
 
-    def lists(rows: Rows) -> list[list[int]]:
+    def lists(rows: TokenRows) -> list[list[int]]:
         return [row.tolist() for row in rows]
 
     assert lists(packed_rows(text, tokenizer, 3)) == [[3, 4, 5], [6, 7, 8], [9, 10]]
@@ -158,7 +167,7 @@ def test_rows_are_packed_or_one_a_sentence() -> None:
 
 
 def test_the_hash_of_the_text_depends_on_where_rows_end() -> None:
-    assert len({Rows.of(rows).sha256() for rows in ([[1, 2]], [[1], [2]], [[2], [1]])}) == 3
+    assert len({TokenRows.of(rows).sha256() for rows in ([[1, 2]], [[1], [2]], [[2], [1]])}) == 3
 
 
 def test_rows_begin_with_bos_where_the_tokenizer_has_one() -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics
 from lm_eval_steering.steering.attach import Steering
-from lm_eval_steering.steering.compiled import compile_plan
+from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import build, from_arguments
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "gurgurov_mlp_interventions.json").read_text())
@@ -54,7 +54,7 @@ def neuron_set(case: dict[str, Any]) -> NeuronSet:
 
 def run(case: dict[str, Any], steps: list[dict[str, Any]], key: str) -> torch.Tensor:
     made = model()
-    plan = compile_plan(build({"steps": steps}), neuron_set(case))
+    plan = compile_intervention(build({"steps": steps}), neuron_set(case))
     inputs = torch.tensor(GOLDEN[f"input_{key}"])
     with torch.no_grad(), Steering(sites_of(made), plan):
         return made.model.layers[0].mlp(inputs)[..., :UNITS]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lm_eval_steering import languages
-from lm_eval_steering.lmeval.sources import Source
+from lm_eval_steering.lmeval.sources import RowsSource
 from lm_eval_steering.lmeval.task_families import belebele, include, xcopa, xnli, xquad, xwinograd
 from lm_eval_steering.lmeval.task_families.answers import exact_match, f1, gurgurov, letter, relation, score_answer
 
@@ -105,7 +105,7 @@ def test_xcopa_of_rahmanisa_is_the_default_wording(code: str, question: str) -> 
 
 def test_xwinograd_of_rahmanisa_is_the_default_wording() -> None:
     golden = GOLDEN["xwinograd"]
-    found = xwinograd.halves(golden["doc"], Source("xwinograd", "eng_Latn", "test", ()))
+    found = xwinograd.halves(golden["doc"], RowsSource("xwinograd", "eng_Latn", "test", ()))
     assert found == {"contexts": golden["choices"], "rest": golden["target"]}
     assert ("1", "2").index(golden["doc"]["answer"]) == golden["gold_index"]
 

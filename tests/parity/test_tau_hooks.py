@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics
 from lm_eval_steering.steering.attach import Steering
-from lm_eval_steering.steering.compiled import compile_plan
+from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import Intervention, from_arguments
 from lm_eval_steering.steering.live import statistic
 
@@ -62,7 +62,9 @@ def units(given: Any, *interventions: Intervention, mask: Any = None) -> torch.T
     inputs = torch.tensor(given)
     with torch.no_grad(), ExitStack() as stack:
         for each in interventions:
-            steering = stack.enter_context(Steering(sites_of(made), compile_plan(each, neuron_set(), allow_empty=True)))
+            steering = stack.enter_context(
+                Steering(sites_of(made), compile_intervention(each, neuron_set(), allow_empty=True))
+            )
             if mask is not None:
                 rows = torch.tensor(mask, dtype=torch.bool)
                 stack.enter_context(steering.rows(rows))

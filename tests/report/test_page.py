@@ -13,7 +13,7 @@ import pytest
 from lm_eval_steering.report.effects import Results
 from lm_eval_steering.report.make import Report
 from lm_eval_steering.report.page import render
-from lm_eval_steering.report.read import Output, Samples
+from lm_eval_steering.report.read import ItemOutput, Samples
 
 SCHEMES, WIDTHS = ("light", "dark"), (1400, 420)
 
@@ -146,7 +146,7 @@ def test_a_hundred_thousand_outputs_stay_usable(browser: Any, results: Results, 
     each = 100_000 // len(found.outputs) + 1
     prompts = {key: {doc: f"prompt {doc} of many" for doc in range(each)} for key in found.prompts}
     outputs = {
-        cell: [Output(doc, f"{own[doc % len(own)].text} and {doc} more words", own[doc % len(own)].language)
+        cell: [ItemOutput(doc, f"{own[doc % len(own)].text} and {doc} more words", own[doc % len(own)].language)
                for doc in range(each)]
         for cell, own in found.outputs.items()
     }  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from lm_eval_steering import steer
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.steering.compiled import compile_plan
+from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import from_arguments
 from lm_eval_steering.steering.live import normal
 from tests.conftest import UNITS, make_set, tiny_model
@@ -287,6 +287,6 @@ def test_the_seed_decides_and_is_in_the_signature() -> None:
         with steer(model, neuron_set, deactivate="fra", deactivate_to="random", seed=seed), torch.no_grad():
             found.append(model(ROW).logits)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-    plan = compile_plan(from_arguments({"deactivate": "fra", "deactivate_to": "noise", "seed": 2}), neuron_set)
+    plan = compile_intervention(from_arguments({"deactivate": "fra", "deactivate_to": "noise", "seed": 2}), neuron_set)
     assert "value:normal|factor:5|deactivate:fra_Latn" in plan.intervention.signature()
     assert "seed:2" in plan.intervention.signature()

@@ -12,7 +12,7 @@ from lm_eval_steering import steer
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.errors import ArchitectureError
 from lm_eval_steering.steering.attach import LargestChange, Steering
-from lm_eval_steering.steering.compiled import compile_plan
+from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import from_arguments
 from tests.conftest import make_set, tiny_model
 
@@ -40,7 +40,7 @@ def test_a_compiled_model_is_steered_as_the_eager_one() -> None:
     steering = steer(model, SET, **KINDS[2])
     with steering:
         for arguments in (KINDS[2], KINDS[1]):
-            steering.change(compile_plan(from_arguments(arguments), SET))
+            steering.change(compile_intervention(from_arguments(arguments), SET))
             eager, found = logits(model), logits(compiled)
             assert torch.allclose(found, eager, rtol=1e-5, atol=1e-5) and not torch.allclose(found, plain, atol=1e-3)
             assert steering.evidence().forwards == 2
@@ -95,7 +95,7 @@ def test_identities_are_bit_equal(arguments: dict[str, Any], dtype: torch.dtype)
 def test_a_changed_plan_is_as_good_as_a_new_one_and_keeps_its_place_among_hooks() -> None:
     model, calls = tiny_model("llama"), []
     sites = sites_of(model)
-    plans = [compile_plan(from_arguments(arguments), SET) for arguments in KINDS]
+    plans = [compile_intervention(from_arguments(arguments), SET) for arguments in KINDS]
     expected = []
     for plan in plans:
         with Steering(sites, plan):
@@ -135,7 +135,7 @@ def test_units_that_are_split_over_devices_are_refused(monkeypatch: pytest.Monke
 def test_tensors_follow_the_device_of_their_layer() -> None:
     """As with device_map: the mask is where the tokens are, each layer's tensors where the layer is."""
     model = tiny_model("llama")
-    plan = compile_plan(from_arguments(KINDS[2]), SET)
+    plan = compile_intervention(from_arguments(KINDS[2]), SET)
     steering = Steering(sites_of(model), plan)
     edit = next(iter(steering._edits.values()))
     with steering:

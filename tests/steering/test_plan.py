@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lm_eval_steering.errors import InterventionError, NeuronSetError
 from lm_eval_steering.steering.attach import EditAtWork, LargestChange
-from lm_eval_steering.steering.compiled import Plan, compile_plan
+from lm_eval_steering.steering.compiled import CompiledIntervention, compile_intervention
 from lm_eval_steering.steering.intervention import Intervention, Step, build, from_arguments
 from lm_eval_steering.steering.live import statistic
 from lm_eval_steering.steering.positions import ForwardRows
@@ -31,7 +31,7 @@ steps = st.builds(
 )
 
 
-def apply(plan: Plan, activations: np.ndarray, site: str = "activation") -> np.ndarray:
+def apply(plan: CompiledIntervention, activations: np.ndarray, site: str = "activation") -> np.ndarray:
     """The plan on (layer, unit) activations."""
     result = activations.copy()
     for edit in plan.edits:
@@ -67,7 +67,7 @@ def test_composition_equals_one_step_after_another(chosen: list[Step], seed: int
     expected = activations
     for step in chosen:
         expected = one_step(step, expected)
-    found = apply(compile_plan(Intervention(steps=tuple(chosen)), SET), activations)
+    found = apply(compile_intervention(Intervention(steps=tuple(chosen)), SET), activations)
     assert np.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -94,7 +94,7 @@ ROWS = ForwardRows(
 def at_work(intervention: Intervention, units: torch.Tensor) -> torch.Tensor:
     """(layer, row, position, unit) of every layer at site activation, each edited by itself."""
     result = units.clone()
-    for edit in compile_plan(intervention, SET).edits:
+    for edit in compile_intervention(intervention, SET).edits:
         result[edit.layer] = EditAtWork(edit, 24)(units[edit.layer], ROWS, LargestChange())
     return result
 
@@ -158,7 +158,7 @@ def test_activations_scaled_and_scaled_back_are_restored(factor: float, seed: in
 @given(steps)
 def test_the_order_of_languages_in_a_step_does_not_matter(step: Step) -> None:
     turned = step.model_copy(update={"languages": step.languages[::-1]})
-    first, second = (compile_plan(Intervention(steps=(s,)), SET) for s in (step, turned))
+    first, second = (compile_intervention(Intervention(steps=(s,)), SET) for s in (step, turned))
     for one, other in zip(first.edits, second.edits, strict=True):
         for first_map, second_map in zip(one.maps, other.maps, strict=True):
             assert np.array_equal(first_map.scale, second_map.scale)
@@ -170,7 +170,7 @@ def test_the_order_of_languages_in_a_step_does_not_matter(step: Step) -> None:
     [{"op": "scale", "factor": 1}, {"op": "add", "value": "mean", "factor": 0}, {"op": "add", "value": 0}],
 )
 def test_identity_interventions_are_exact_identities(arguments: dict) -> None:
-    plan = compile_plan(from_arguments({"language": "fra_Latn", **arguments}), SET)
+    plan = compile_intervention(from_arguments({"language": "fra_Latn", **arguments}), SET)
     for edit in plan.edits:
         (only,) = edit.maps
         assert (only.scale == 1).all() and (only.shift == 0).all() and not only.written.any()
@@ -179,12 +179,12 @@ def test_identity_interventions_are_exact_identities(arguments: dict) -> None:
 @given(st.floats(0.01, 100))
 def test_scaling_and_scaling_back_restores(factor: float) -> None:
     both = [{"op": "scale", "languages": ["fra_Latn"], "factor": f} for f in (factor, 1 / factor)]
-    for edit in compile_plan(build({"steps": both}), SET).edits:
+    for edit in compile_intervention(build({"steps": both}), SET).edits:
         assert np.allclose(edit.maps[0].scale, 1, rtol=1e-6)
 
 
 def test_a_shared_neuron_is_scaled_once() -> None:
-    plan = compile_plan(from_arguments({"language": "fra_Latn+deu_Latn", "op": "scale", "factor": 3}), SET)
+    plan = compile_intervention(from_arguments({"language": "fra_Latn+deu_Latn", "op": "scale", "factor": 3}), SET)
     assert all((edit.maps[0].scale == 3).all() for edit in plan.edits)
     assert (plan.neurons, plan.shared) == (4, 1)
 
@@ -193,32 +193,32 @@ def test_deactivation_leaves_out_what_is_steered_unless_told_otherwise() -> None
     arguments = {"language": "fra_Latn", "op": "scale", "factor": 3, "deactivate": "deu_Latn"}
     kept, literal = from_arguments(arguments), from_arguments({**arguments, "keep_shared": False})
     activations = np.ones((3, 24))
-    assert apply(compile_plan(kept, SET), activations)[0, 5] == 3
-    assert apply(compile_plan(literal, SET), activations)[0, 5] == 0
-    assert apply(compile_plan(kept, SET), activations)[1, 7] == 0
+    assert apply(compile_intervention(kept, SET), activations)[0, 5] == 3
+    assert apply(compile_intervention(literal, SET), activations)[0, 5] == 0
+    assert apply(compile_intervention(kept, SET), activations)[1, 7] == 0
 
 
 def test_layers_and_sites_are_kept_apart() -> None:
-    plan = compile_plan(from_arguments({"language": "fra", "op": "add", "site": "product", "layers": "2"}), SET)
+    plan = compile_intervention(from_arguments({"language": "fra", "op": "add", "site": "product", "layers": "2"}), SET)
     assert [(edit.layer, edit.site, edit.units.tolist()) for edit in plan.edits] == [(2, "product", [3])]
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(InterventionError, match="tur_Latn has no neurons in the neuron set; allow_empty=true"):
-        compile_plan(from_arguments({"language": "tur", "op": "scale"}), SET)
-    assert compile_plan(from_arguments({"language": "tur", "op": "scale"}), SET, allow_empty=True).neurons == 0
+        compile_intervention(from_arguments({"language": "tur", "op": "scale"}), SET)
+    assert compile_intervention(from_arguments({"language": "tur", "op": "scale"}), SET, allow_empty=True).neurons == 0
     with pytest.raises(InterventionError, match="fra_Latn has no neurons in layers 1"):
-        compile_plan(from_arguments({"language": "fra", "op": "scale", "layers": "1"}), SET)
+        compile_intervention(from_arguments({"language": "fra", "op": "scale", "layers": "1"}), SET)
     with pytest.raises(InterventionError, match="overflow float32"):
-        compile_plan(from_arguments({"language": "fra", "op": "add", "value": 1e30, "factor": 1e30}), SET)
+        compile_intervention(from_arguments({"language": "fra", "op": "add", "value": 1e30, "factor": 1e30}), SET)
     nothing = {"language": "fra+deu", "op": "scale", "deactivate": "deu"}
     with pytest.raises(InterventionError, match="deactivating deu_Latn would do nothing"):
-        compile_plan(from_arguments(nothing), SET)
+        compile_intervention(from_arguments(nothing), SET)
     alone = make_set({"fra_Latn": [(0, 1)]})
     with pytest.raises(NeuronSetError, match="diffmean needs at least two languages"):
-        compile_plan(from_arguments({"language": "fra", "op": "add", "value": "diffmean"}), alone)
+        compile_intervention(from_arguments({"language": "fra", "op": "add", "value": "diffmean"}), alone)
     bare = make_set({"fra_Latn": [(0, 1)]}, calibrated=False)
     with pytest.raises(InterventionError, match="value=mean: the neuron set holds no calibrated statistics"):
-        compile_plan(from_arguments({"language": "fra", "op": "add", "value": "mean"}), bare)
+        compile_intervention(from_arguments({"language": "fra", "op": "add", "value": "mean"}), bare)
     with pytest.raises(NeuronSetError, match="statistic 'p75' at site 'activation' is not in the neuron set"):
-        compile_plan(from_arguments({"language": "fra", "op": "add", "value": "p75"}), SET)
+        compile_intervention(from_arguments({"language": "fra", "op": "add", "value": "p75"}), SET)

@@ -11,10 +11,10 @@ import pytest
 
 from lm_eval_steering.resources import tasks_folder
 from lm_eval_steering.sweep.cells import Grid, spell_out
-from lm_eval_steering.sweep.estimate import Progress
+from lm_eval_steering.sweep.estimate import CellLog
 from lm_eval_steering.sweep.merge import merge
 from lm_eval_steering.sweep.plan import build_plan
-from lm_eval_steering.sweep.runner import Outcome, Runner, Shard
+from lm_eval_steering.sweep.runner import Outcome, Shard, SweepRunner
 from lm_eval_steering.sweep.store import Store
 
 ITEMS = 7  # odd, so that two processes do not get equally many
@@ -143,8 +143,8 @@ def spell(task_files: Path) -> Spell:
 def run(grid: Grid, out: Path, shard: str | None = None, retry_failed: bool = False, **options: Any) -> Outcome:
     """A run in this process, without a word."""
     part = Shard.parse(shard) if shard else None
-    progress = options.pop("progress", None) or Progress(stream=io.StringIO())
-    return Runner(grid, Store(out), part, retry_failed, progress, **options).run()
+    progress = options.pop("progress", None) or CellLog(stream=io.StringIO())
+    return SweepRunner(grid, Store(out), part, retry_failed, progress, **options).run()
 
 
 @pytest.fixture(scope="session")

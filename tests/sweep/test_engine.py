@@ -25,7 +25,7 @@ from lm_eval_steering.resources import demo_model
 from lm_eval_steering.sweep import Store
 from lm_eval_steering.sweep.cells import Grid
 from lm_eval_steering.sweep.engine import EngineRunner, engine_grid
-from lm_eval_steering.sweep.estimate import Progress
+from lm_eval_steering.sweep.estimate import CellLog
 from lm_eval_steering.sweep.plan import build_plan
 from lm_eval_steering.sweep.run import run_sweep
 from lm_eval_steering.sweep.runner import SOME_FAILED, WAITING, Outcome, Shard
@@ -64,7 +64,7 @@ def _obey(out: Path) -> int:
 
 
 def sweep(grid: Grid, out: Path) -> Outcome:
-    return EngineRunner(grid, Store(out), Progress(show=False)).run()
+    return EngineRunner(grid, Store(out), CellLog(show=False)).run()
 
 
 @pytest.fixture(scope="session")

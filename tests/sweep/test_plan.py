@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.sweep.plan import Plan, build_plan, read_plan
+from lm_eval_steering.sweep.plan import SweepPlan, build_plan, read_plan
 from lm_eval_steering.sweep.status import describe
 from tests.sweep.conftest import PLAIN, PLAN, Spell
 
@@ -87,7 +87,7 @@ def test_overrides(tmp_path: Path) -> None:
 
 def test_every_field_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text()
-    seen: list[Any] = [Plan]
+    seen: list[Any] = [SweepPlan]
     for part in seen:
         for name, field in part.model_fields.items():
             assert f"`{name}`" in page, name

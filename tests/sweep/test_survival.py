@@ -19,12 +19,12 @@ import torch
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.sweep.cells import Grid
-from lm_eval_steering.sweep.estimate import Progress
+from lm_eval_steering.sweep.estimate import CellLog
 from lm_eval_steering.sweep.locks import locked, owners, why_unsafe
-from lm_eval_steering.sweep.model import SweepModel
 from lm_eval_steering.sweep.runner import Shard
 from lm_eval_steering.sweep.status import status
 from lm_eval_steering.sweep.store import Store
+from lm_eval_steering.sweep.sweep_model import SweepModel
 from tests.commands import ended, forked
 from tests.sweep.conftest import PLAIN, Spell, merged, run
 
@@ -154,7 +154,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(spell: Spell, tmp_path: Path
         models.append(Tight(*args, **arguments))
         return models[0]
 
-    outcome = run(grid, tmp_path / "run", load=load, progress=Progress(stream=said))
+    outcome = run(grid, tmp_path / "run", load=load, progress=CellLog(stream=said))
     assert (outcome.exit_code, outcome.done) == (0, len(grid.cells))
     assert "out of memory, going on with 3 rows a forward pass" in said.getvalue()
     assert "out of memory, going on with 1 rows a forward pass" in said.getvalue()
@@ -275,7 +275,7 @@ def test_a_damaged_cell_is_named_put_aside_and_done_again(finished_small: Path, 
     with pytest.raises(SteeringError, match=re.escape(folder.name)):
         merged([out], out.parent / "never")
     said = io.StringIO()
-    assert run(grid, out, progress=Progress(stream=said)).ran == 1
+    assert run(grid, out, progress=CellLog(stream=said)).ran == 1
     assert folder.name in said.getvalue() and "is done again" in said.getvalue()
     assert len(list((out / "damaged").iterdir())) == 1
     assert merged([out], out.parent / "after") == before

@@ -17,7 +17,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import UnknownLanguageError
-from lm_eval_steering.lmeval.sources import DataError, Source
+from lm_eval_steering.lmeval.sources import DataError, RowsSource
 
 # Metrics that not every document has.
 OF_SOME_ITEMS = {"clas_relevance", "clas_score"}
@@ -69,7 +69,7 @@ def language_tag(evaluated: str) -> str:
     return f"steering_{evaluated}"
 
 
-def expect(row: Mapping[str, Any], column: str, allowed: tuple[Any, ...], source: Source) -> Any:
+def expect(row: Mapping[str, Any], column: str, allowed: tuple[Any, ...], source: RowsSource) -> Any:
     """The value of a column, which must be one of a few."""
     if row[column] not in allowed:
         raise DataError(

@@ -45,7 +45,7 @@ IDENTIFIER = "lid218e"
 
 
 @dataclass(frozen=True)
-class Variant:
+class PromptVariant:
     """Which pairs, and how the questions are put.
 
     Attributes:
@@ -62,11 +62,11 @@ class Variant:
 
 
 VARIANTS = {
-    "": Variant(),
-    "instruction": Variant(instruction=True),
-    "t1": Variant(CLAS_HIGH, CLAS_HIGH, same=False),
-    "t2": Variant(CLAS_HIGH, CLAS_LOW),
-    "t3": Variant((*CLAS_HIGH, *CLAS_LOW), ("jpn_Jpan", "rus_Cyrl", "deu_Latn"), same=False),
+    "": PromptVariant(),
+    "instruction": PromptVariant(instruction=True),
+    "t1": PromptVariant(CLAS_HIGH, CLAS_HIGH, same=False),
+    "t2": PromptVariant(CLAS_HIGH, CLAS_LOW),
+    "t3": PromptVariant((*CLAS_HIGH, *CLAS_LOW), ("jpn_Jpan", "rus_Cyrl", "deu_Latn"), same=False),
 }
 _failed: set[str] = set()  # judges that went away in this process: one error each, not one an answer
 

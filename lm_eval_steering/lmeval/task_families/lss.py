@@ -15,7 +15,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.lmeval.sources import Hub, Source, as_dataset, load_rows
+from lm_eval_steering.lmeval.sources import Hub, RowsSource, as_dataset, load_rows
 from lm_eval_steering.lmeval.task_families import demo as tasks
 from lm_eval_steering.lmeval.task_families import group_file, task_file, task_name
 from lm_eval_steering.lmeval.task_families.common import ALL, MLAMA, keeps_to_its_file
@@ -127,11 +127,11 @@ def mlama_documents(evaluated: str, variant: str = "mlama", **settings: Any) -> 
     return as_dataset(documents)
 
 
-def mlama(base: str, target: str) -> Source:
+def mlama(base: str, target: str) -> RowsSource:
     """MLAMA-dod-185 in one base language; every row has the subjects and objects of all its languages."""
     own = _short(base)
     columns = ("template", f"sub_{own}", f"obj_{own}", f"obj_{_short(target)}")
-    return Source("mlama", base, "test", columns, (Hub("inayarhmns/MLAMA-dod-185", own),))
+    return RowsSource("mlama", base, "test", columns, (Hub("inayarhmns/MLAMA-dod-185", own),))
 
 
 def _short(code: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.lmeval.sources import CONVERTED, Hub, Source, load_rows, read_file
+from lm_eval_steering.lmeval.sources import CONVERTED, Hub, RowsSource, load_rows, read_file
 
 # Scripts that are written without blanks between words.
 UNSPACED = ("Hans", "Hant", "Jpan", "Thai", "Laoo", "Khmr", "Mymr", "Tibt")
@@ -28,9 +28,9 @@ class Pair:
     second: str
 
 
-def flores(code: str, split: str = "devtest") -> Source:
+def flores(code: str, split: str = "devtest") -> RowsSource:
     """FLORES-200 in one language; two languages are parallel by `id`."""
-    return Source(
+    return RowsSource(
         "flores200",
         code,
         split,

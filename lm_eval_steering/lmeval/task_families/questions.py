@@ -10,7 +10,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.lmeval.sources import DataError, Hub, Source, data_folder, load_rows
+from lm_eval_steering.lmeval.sources import DataError, Hub, RowsSource, data_folder, load_rows
 
 FILE = Path(__file__).parent / "data" / "questions.jsonl"
 
@@ -34,12 +34,12 @@ def own(code: str, _settings: Mapping[str, Any]) -> list[str]:
     return [row[code] for row in _own()]
 
 
-def mvicuna_source(code: str) -> Source:
+def mvicuna_source(code: str) -> RowsSource:
     """mVicuna (Tang et al. 2024): 70 questions a language. No copy on the hub is known to us: local files only.
 
     `data/` of github.com/RUCAIBox/Language-Specific-Neurons can be named as it is.
     """
-    return Source("mvicuna", code, "test", ("prompt",))
+    return RowsSource("mvicuna", code, "test", ("prompt",))
 
 
 def mvicuna(code: str, settings: Mapping[str, Any]) -> list[str]:
@@ -52,9 +52,9 @@ def mvicuna(code: str, settings: Mapping[str, Any]) -> list[str]:
     return [str(row["prompt"]).strip() for row in load_rows(mvicuna_source(code), settings)]
 
 
-def clas_bench_source(code: str) -> Source:
+def clas_bench_source(code: str) -> RowsSource:
     """CLaS-Bench (Gurgurov et al. 2026): 70 questions in each of 32 languages; on the hub one table for all."""
-    return Source(
+    return RowsSource(
         "clas_bench", code, "train", ("language_code", "question"), (Hub("DGurgurov/CLaS-Bench", None, "train"),)
     )
 

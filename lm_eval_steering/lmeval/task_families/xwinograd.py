@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_steering.lmeval.sources import DataError, Source, as_dataset, hub_places, load_rows
+from lm_eval_steering.lmeval.sources import DataError, RowsSource, as_dataset, hub_places, load_rows
 from lm_eval_steering.lmeval.task_families import code_of, expect, group_file, language_tag, task_file, task_name
 from lm_eval_steering.lmeval.task_families.common import is_other_wording, keeps_to_its_file, text_id
 
@@ -23,12 +23,12 @@ CODES = {
 }  # fmt: skip
 
 
-def source(evaluated: str) -> Source:
+def source(evaluated: str) -> RowsSource:
     """Where the items of a language are."""
     code = code_of(evaluated, CODES, "XWinograd")
     columns = ("sentence", "option1", "option2", "answer")
     places = hub_places("Muennighoff/xwinograd", code, "test")
-    return Source("xwinograd", evaluated, "test", columns, places, skip_incomplete=True)
+    return RowsSource("xwinograd", evaluated, "test", columns, places, skip_incomplete=True)
 
 
 @keeps_to_its_file
@@ -46,7 +46,7 @@ def documents(evaluated: str, variant: str = "", **settings: Any) -> dict[str, A
     )
 
 
-def halves(row: Mapping[str, Any], origin: Source, natural: bool = False) -> dict[str, Any]:
+def halves(row: Mapping[str, Any], origin: RowsSource, natural: bool = False) -> dict[str, Any]:
     """The sentence up to the gap with each name, and the rest: stripped, or `natural`, with its own leading blank."""
     before, gap, after = row["sentence"].partition("_")
     if not gap:

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.lmeval.model import SteeredHFLM
-from lm_eval_steering.lmeval.packing import Budget, alike
+from lm_eval_steering.lmeval.packing import BatchBudget, alike
 from tests.conftest import make_set, tiny_model, tiny_tokenizer
 from tests.lmeval.scoring.conftest import FRENCH, neurons
 
@@ -171,7 +171,7 @@ def test_another_setting_is_refused_with_the_nearest_one() -> None:
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=20))
 def test_groups_are_of_similar_length(lengths: list[int]) -> None:
-    groups = alike(range(len(lengths)), lengths.__getitem__, lambda _: 1, Budget.of_prompts("cpu"))
+    groups = alike(range(len(lengths)), lengths.__getitem__, lambda _: 1, BatchBudget.of_prompts("cpu"))
     assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
     for rows in groups:
         longest = max(lengths[row] for row in rows)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from lm_eval_steering.lmeval.packing import Entry, Row
+from lm_eval_steering.lmeval.packing import PackedRow, ScoredRequest
 from lm_eval_steering.lmeval.scoring import Baseline, digest_of
 from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
 from tests.lmeval.scoring.conftest import FRENCH, instances, loaded, neurons
 
 
 def batch(*tokens: int) -> bytes:
-    row = Row(prompt=1)
-    row.add(Entry(tokens, 1, (1,), 0), 0)
+    row = PackedRow(prompt=1)
+    row.add(ScoredRequest(tokens, 1, (1,), 0), 0)
     return digest_of([row])
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.packing import (
     BLOCK,
-    Budget,
+    BatchBudget,
     Cost,
     Masks,
-    Row,
+    PackedRow,
     attention,
     batches,
     entries_of,
@@ -30,7 +30,7 @@ DEAR = Cost(token=1.0, pair=1e9)  # none does
 TOKENS = st.lists(st.integers(0, 2), min_size=2, max_size=9)
 
 
-def above(row: Row, node: int) -> list[int]:
+def above(row: PackedRow, node: int) -> list[int]:
     """The nodes from the root of a row down to one of its nodes."""
     return [place for place in range(node + 1) if node < row.ends[place]]
 
@@ -109,7 +109,7 @@ def test_batches_hold_every_row_once_and_keep_to_the_budget(
     lists: list[list[int]], tokens: int, positions: int, pads: int
 ) -> None:
     rows = rows_of(entries_of([(("", ""), each[:1], each[1:]) for each in lists], 64), CHEAP)
-    found = batches(rows, Budget(tokens, positions, pads))
+    found = batches(rows, BatchBudget(tokens, positions, pads))
     assert sorted(id(row) for batch in found for row in batch) == sorted(map(id, rows))
     for batch in found:
         assert len({row.branches for row in batch}) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lm_eval_steering.lmeval.sources import DataError, Source
+from lm_eval_steering.lmeval.sources import DataError, RowsSource
 from lm_eval_steering.lmeval.task_families import xcopa, xnli, xquad, xwinograd
 from lm_eval_steering.lmeval.task_families.answers import exact_match, f1, gurgurov, letter, mlqa, relation, squad
 
@@ -80,7 +80,7 @@ def test_natural_wordings_keep_every_letter_and_force_no_blank() -> None:
     assert xcopa.natural(english, "it", "effect") == {
         "prompt": "The man fell quindi", "choices": [" he slipped.", " it rained."],
     }  # fmt: skip
-    origin = Source("xwinograd", "jpn_Jpan", "test", ())
+    origin = RowsSource("xwinograd", "jpn_Jpan", "test", ())
     chinese = {"sentence": "因_担心。 ", "option1": "甲", "option2": "乙"}
     assert xwinograd.halves(chinese, origin, natural=True) == {"contexts": ["因甲", "因乙"], "rest": "担心。"}
     english = {"sentence": "As _ ran.", "option1": "he", "option2": "she"}
