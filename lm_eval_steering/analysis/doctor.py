@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lm_eval_steering.analysis import checks
-from lm_eval_steering.analysis import checks as invariance
 from lm_eval_steering.analysis.checks import Bench, Check, Finding, random_neurons
 from lm_eval_steering.architectures import model_type_of, sites_of
 from lm_eval_steering.architectures.loading import LazyModel
@@ -86,15 +85,15 @@ def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], Finding]]]:
     yield "products follow the definition", partial(checks.edits_by_definition, bench, "product")
     yield "only chosen units and layers change", partial(checks.nothing_else_changes, bench)
     for suffix, arguments in (("", checks.STRONG), (", live statistic", checks.LIVE)):
-        yield f"a row beside other rows{suffix}", partial(invariance.batch_composition, bench, arguments)
-        yield f"a row in a larger batch{suffix}", partial(invariance.batch_size, bench, arguments)
-        yield f"left padding{suffix}", partial(invariance.padding, bench, arguments, "left")
-        yield f"right padding{suffix}", partial(invariance.padding, bench, arguments, "right")
-        yield f"prefill and decode equal one forward{suffix}", partial(invariance.cache, bench, arguments)
-    yield "detaching restores the model", partial(invariance.detaching, bench)
-    yield "two steerings one after another", partial(invariance.one_after_another, bench)
-    yield "hooks of others survive", partial(invariance.foreign_hooks, bench)
-    yield "the weights are untouched", partial(invariance.weights_untouched, bench, digest)
+        yield f"a row beside other rows{suffix}", partial(checks.batch_composition, bench, arguments)
+        yield f"a row in a larger batch{suffix}", partial(checks.batch_size, bench, arguments)
+        yield f"left padding{suffix}", partial(checks.padding, bench, arguments, "left")
+        yield f"right padding{suffix}", partial(checks.padding, bench, arguments, "right")
+        yield f"prefill and decode equal one forward{suffix}", partial(checks.cache, bench, arguments)
+    yield "detaching restores the model", partial(checks.detaching, bench)
+    yield "two steerings one after another", partial(checks.one_after_another, bench)
+    yield "hooks of others survive", partial(checks.foreign_hooks, bench)
+    yield "the weights are untouched", partial(checks.weights_untouched, bench, digest)
 
 
 def _try(title: str, check: Callable[[], Finding]) -> Check:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lm_eval_steering.neurons.find import Method
     from lm_eval_steering.neurons.neuron_set import NeuronSet
     from lm_eval_steering.neurons.recorder import Recorder, Search
-    from lm_eval_steering.neurons.running import ModelRunner
+    from lm_eval_steering.neurons.runner import ModelRunner
 
 Recording = Annotated[Path, typer.Option(help="Folder of a recording.")]
 
@@ -206,7 +206,8 @@ def _model(
 
 
 def _runner(model: LazyModel, batch_size: str, context: int | None) -> ModelRunner:
-    from lm_eval_steering.neurons.running import CONTEXT, ModelRunner, launched
+    from lm_eval_steering.neurons.runner import CONTEXT, ModelRunner
+    from lm_eval_steering.neurons.running import launched
     from lm_eval_steering.progress import Log
 
     ranks = launched()[0]

@@ -26,7 +26,7 @@ from lm_eval_steering.neurons.find import Method, control_sets, find_neurons
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
-from lm_eval_steering.neurons.running import ModelRunner
+from lm_eval_steering.neurons.runner import ModelRunner
 
 LANGUAGES = ("deu_Latn", "spa_Latn", "tur_Latn", "jpn_Jpan")
 STEERING = {"op": "add", "value": "mean", "site": "product"}  # what steers the demo model best

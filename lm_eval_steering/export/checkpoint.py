@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from lm_eval_steering.architectures import FAMILIES, model_type_of
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.export.fold import Fold, LayerMap
+from lm_eval_steering.export.fold import Fold
+from lm_eval_steering.export.layer_maps import LayerMap
 from lm_eval_steering.export.layouts import Target, layout_of, place_of
 from lm_eval_steering.export.source import CheckpointSource, Tensors, skeleton_of
 from lm_eval_steering.progress import Log

@@ -23,7 +23,7 @@ from lm_eval_steering.architectures.weights import weights_digest, weights_sketc
 from lm_eval_steering.errors import InterventionError, SteeringError
 from lm_eval_steering.export import lora
 from lm_eval_steering.export.checkpoint import Checkpoint
-from lm_eval_steering.export.fold import LayerMap, layer_maps
+from lm_eval_steering.export.layer_maps import LayerMap, layer_maps
 from lm_eval_steering.export.layouts import layout_of, target_of
 from lm_eval_steering.export.source import CheckpointSource
 from lm_eval_steering.export.verify import Loader, VerificationError, refuse_unless_reproduced, verify

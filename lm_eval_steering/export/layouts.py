@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 
 from lm_eval_steering.architectures import FAMILIES, Family, family_of, model_type_of, text_config_of
 from lm_eval_steering.errors import ArchitectureError
-from lm_eval_steering.export.fold import LayerMap
+from lm_eval_steering.export.layer_maps import LayerMap
 
 # At 32 silu(c) and gelu(c) are c in every floating-point type, so that the constant is exact.
 PULSE = 32.0

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from lm_eval_steering.architectures import FAMILIES, model_type_of
 from lm_eval_steering.errors import InterventionError
-from lm_eval_steering.export.fold import LayerMap, uniform_scale
+from lm_eval_steering.export.layer_maps import LayerMap, uniform_scale
 from lm_eval_steering.export.layouts import layout_of, place_of
 from lm_eval_steering.export.source import CheckpointSource
 

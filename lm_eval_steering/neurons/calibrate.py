@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from lm_eval_steering.architectures import ModelSites
 from lm_eval_steering.errors import CorpusError, DidNotHappenError
 from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, Statistics, union_of
-from lm_eval_steering.neurons.running import Batches, ModelRunner, Observer, Ranks, TokenRows, observing
+from lm_eval_steering.neurons.runner import ModelRunner
+from lm_eval_steering.neurons.running import Batches, Observer, Ranks, TokenRows, observing
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 SENTENCES = 100  # a language, by default

@@ -22,7 +22,8 @@ from lm_eval_steering.neurons.recording import (
     sentence_means,
     tokens_per_second,
 )
-from lm_eval_steering.neurons.running import CONTEXT, ModelRunner, TokenRows, packed_rows, sentence_rows, sentences_of
+from lm_eval_steering.neurons.runner import CONTEXT, ModelRunner
+from lm_eval_steering.neurons.running import TokenRows, packed_rows, sentence_rows, sentences_of
 from lm_eval_steering.progress import readable_seconds
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm_eval_steering.files import write_bytes
-from lm_eval_steering.report.effects import Results, compute
-from lm_eval_steering.report.figures import draw, gallery, layers_of
+from lm_eval_steering.report.gallery import draw, gallery, layers_of
 from lm_eval_steering.report.page import render
 from lm_eval_steering.report.read import MAX_SAMPLES, ReportError, Sweep, read_merged, read_store
+from lm_eval_steering.report.results import Results, compute
 from lm_eval_steering.report.sentences import answer
-from lm_eval_steering.report.tables import write_tables
+from lm_eval_steering.report.table_files import write_tables
 
 PAGE = "report.html"
 

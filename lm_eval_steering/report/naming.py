@@ -6,8 +6,9 @@ import re
 
 from lm_eval_steering.languages import english_name, same_language
 from lm_eval_steering.lmeval.evaluated_language import evaluated_language, family_prefixes
-from lm_eval_steering.report.read import CROSS, SELF, SEVERAL
 from lm_eval_steering.steering.intervention import parse
+
+SELF, CROSS, SEVERAL = "self", "cross", "several"
 
 _OUR_CODE = re.compile(r"_[a-z]{3}_[A-Z][a-z]{3}(?=_|$)")
 _OTHERS = "others"

@@ -19,9 +19,9 @@ import jinja2
 
 from lm_eval_steering.languages import english_name, family_order, same_language
 from lm_eval_steering.metrics.language_id import UNKNOWN
-from lm_eval_steering.report.effects import Results
-from lm_eval_steering.report.figures import Figured
+from lm_eval_steering.report.gallery import Figured
 from lm_eval_steering.report.read import ItemOutput, Sweep
+from lm_eval_steering.report.results import Results
 from lm_eval_steering.report.sentences import answer
 
 # --- Samples for the page: every prompt once, and under it the baseline's output and the steered ones by factor

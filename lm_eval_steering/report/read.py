@@ -22,6 +22,7 @@ from lm_eval_steering.metrics.degenerate import degenerate
 from lm_eval_steering.metrics.language_id import UNKNOWN
 from lm_eval_steering.provenance import versions
 from lm_eval_steering.report import naming
+from lm_eval_steering.report.naming import SEVERAL
 from lm_eval_steering.sweep.choice import REPORT, half_of, item_of
 from lm_eval_steering.sweep.store import Store
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BASELINE = "baseline"
-SELF, CROSS, SEVERAL = "self", "cross", "several"
 CELL_COLUMNS = (
     "cell", "model", "task", "family", "evaluated", "steered", "relation", "kind", "factor", "control", "is_baseline",
     "target", "items", "stage", "signature", "fingerprint", "baseline_cell",

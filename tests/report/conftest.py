@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lm_eval_steering.report.effects import Results, compute
 from lm_eval_steering.report.make import Report, make_report, read_sweep
+from lm_eval_steering.report.results import Results, compute
 from tests.report.synthetic import write_sweep
 
 CHROMIUM = shutil.which("chromium")

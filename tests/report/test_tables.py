@@ -13,13 +13,13 @@ import pytest
 
 from lm_eval_steering.report import tables
 from lm_eval_steering.report.comparison import compare_interventions, compare_runs
-from lm_eval_steering.report.effects import Results, compute
-from lm_eval_steering.report.figures import draw, gallery
+from lm_eval_steering.report.gallery import draw, gallery
 from lm_eval_steering.report.make import Report, read_sweep
 from lm_eval_steering.report.naming import families, kind_of, silenced
 from lm_eval_steering.report.page import render
 from lm_eval_steering.report.read import ReportError, add_baseline
-from lm_eval_steering.report.tables import latex, markdown
+from lm_eval_steering.report.results import Results, compute
+from lm_eval_steering.report.table_files import latex, markdown
 from lm_eval_steering.sweep.merge import merge
 from tests.report.synthetic import FolderOfCells, right, write_sweep
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lm_eval_steering.report.effects import compute
 from lm_eval_steering.report.make import read_sweep
+from lm_eval_steering.report.results import compute
 from lm_eval_steering.sweep.choice import REPORT, half_of
 from lm_eval_steering.sweep.merge import merge
 from tests.conftest import Command

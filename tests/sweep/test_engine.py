@@ -19,8 +19,8 @@ from lm_eval.tasks.manager import TaskIndex
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.repeated import look_up_the_machine_once
-from lm_eval_steering.report.effects import compute
 from lm_eval_steering.report.make import read_sweep
+from lm_eval_steering.report.results import compute
 from lm_eval_steering.resources import demo_model
 from lm_eval_steering.sweep import Store
 from lm_eval_steering.sweep.cells import Grid

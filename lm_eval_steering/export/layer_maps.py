@@ -1,0 +1,128 @@
+"""What a static intervention comes to at the last linear layer of each MLP: the algebra that an export rests on.
+
+With the activation a, the up projection's output u (1 in a plain MLP) and the last linear layer's columns W[:, i], a
+plan makes of unit i, whose product is p = a * u,
+
+    p' = product * p + lift * u + constant
+
+since site `activation` gives (s1 * a + t1) * u and site `product` then s2 * (...) + t2: product = s1 * s2,
+lift = s2 * t1, constant = t2. The first is a scaling of W[:, i], the last a bias; a lift needs a unit whose activation
+is constant. In a plain MLP u = 1, so that a lift is a constant too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_eval_steering.errors import InterventionError
+from lm_eval_steering.steering.compiled import Affine, CompiledIntervention
+from lm_eval_steering.steering.intervention import NORMAL, Intervention, Step, is_live
+from lm_eval_steering.steering.positions import ALL
+
+_WAY_OUT = "evaluate it with `--model steered-hf`"
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """What is made of the edited units of one layer, p' = product * p + lift * u + constant.
+
+    Attributes:
+        layer: number of the decoder layer.
+        units: (unit,) sorted indices.
+        product: (unit,) float64.
+        lift: (unit,) float64, all 0 in a plain MLP.
+        constant: (unit,) float64, in units of p.
+    """
+
+    layer: int
+    units: NDArray[np.int64]
+    product: NDArray[np.float64]
+    lift: NDArray[np.float64]
+    constant: NDArray[np.float64]
+
+    @property
+    def scales_only(self) -> bool:
+        """Whether nothing is added to any unit."""
+        return not self.lift.any() and not self.constant.any()
+
+    @property
+    def silent(self) -> NDArray[np.bool_]:
+        """(unit,) bool, where the unit's own activation counts for nothing."""
+        return self.product == 0
+
+    @property
+    def appended(self) -> NDArray[np.int64]:
+        """Units that are kept and lifted too, so that the lift needs a unit of its own beside them."""
+        return self.units[(self.lift != 0) & ~self.silent]
+
+
+def refuse_dynamic(intervention: Intervention) -> None:
+    """Refuse what weights cannot say: they do the same to every token of every text.
+
+    Raises:
+        InterventionError: naming the step and what it depends on.
+    """
+    for number, step in enumerate(intervention.steps, start=1):
+        if reason := _dynamic(step):
+            raise InterventionError(f"step {number} cannot be written into weights: {reason}; {_WAY_OUT}")
+
+
+def _dynamic(step: Step) -> str | None:
+    if step.positions != ALL:
+        return (
+            f"positions={step.positions} acts on some tokens of a text, and weights treat every token alike "
+            "(positions=all is static)"
+        )
+    if is_live(step.value):
+        return (
+            f"value={step.value} is a statistic of the activations in hand, known only while the model runs (the "
+            "calibrated statistics are static)"
+        )
+    if step.value == NORMAL:
+        return "value=normal is drawn anew for every token"
+    return None
+
+
+def layer_maps(plan: CompiledIntervention, gated: bool) -> dict[int, LayerMap]:
+    """Layer -> what a plan makes of its units.
+
+    Args:
+        plan: compiled for the model.
+        gated: whether the MLP multiplies the activation with an up projection.
+
+    Raises:
+        InterventionError: if the plan is not static.
+    """
+    refuse_dynamic(plan.intervention)
+    layers = sorted({edit.layer for edit in plan.edits})
+    return {layer: _layer_map(plan, layer, gated) for layer in layers}
+
+
+def _layer_map(plan: CompiledIntervention, layer: int, gated: bool) -> LayerMap:
+    here = [edit for edit in plan.edits if edit.layer == layer]
+    units = np.unique(np.concatenate([edit.units for edit in here]))
+    product, lift, constant = np.ones(len(units)), np.zeros(len(units)), np.zeros(len(units))
+    for edit in here:  # `activation` before `product`, as a forward pass reaches them
+        rows = np.searchsorted(units, edit.units)
+        for each in edit.maps:
+            scale, shift = _numbers(each)
+            product[rows] *= scale
+            lift[rows] *= scale
+            constant[rows] *= scale
+            (lift if edit.site == "activation" and gated else constant)[rows] += shift
+    return LayerMap(layer, units, product, lift, constant)
+
+
+def _numbers(each: Affine) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(unit,) scale and shift of one map, as the hooks read them: the float32 numbers."""
+    scale = np.where(each.touched & each.written, 0.0, each.scale.astype(np.float64))
+    return np.where(each.touched, scale, 1.0), np.where(each.touched, each.shift.astype(np.float64), 0.0)
+
+
+def uniform_scale(maps: dict[int, LayerMap]) -> float | None:
+    """The one number that every unit is multiplied with; None where they differ."""
+    values = np.unique(np.concatenate([each.product for each in maps.values()]))
+    return float(values[0]) if len(values) == 1 else None

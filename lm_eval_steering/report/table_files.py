@@ -1,0 +1,159 @@
+"""Tables as files: CSV, parquet, Markdown and LaTeX (booktabs)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lm_eval_steering.report import tables
+from lm_eval_steering.report.gallery import best_overall, drawn_metrics
+from lm_eval_steering.report.naming import readable_metric
+from lm_eval_steering.report.results import Results
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "×": r"$\times$", "−": r"$-$",
+}  # fmt: skip
+PRINTED_ROWS = 200  # a longer table is for machines: it stays CSV and parquet
+
+
+def write_tables(results: Results, folder: Path) -> list[Path]:
+    """Every table as CSV and parquet; the printed ones (summary, best factors, matrices) as Markdown and LaTeX too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, frame in results.frames().items():
+        paths += [folder / f"{name}.csv", folder / f"{name}.parquet"]
+        frame.to_csv(paths[-2], index=False, lineterminator="\n")
+        frame.to_parquet(paths[-1], index=False)
+    for name, (frame, caption) in printed(results).items():
+        paths += [folder / f"{name}.md", folder / f"{name}.tex"]
+        paths[-2].write_text(markdown(frame, caption), encoding="utf-8")
+        paths[-1].write_text(latex(frame, caption, name), encoding="utf-8")
+    return paths
+
+
+def printed(results: Results) -> dict[str, tuple[pd.DataFrame, str]]:
+    """Name -> (table of texts, caption) of what is meant for a paper."""
+    against = results.sweep.against
+    found = {}
+    for family, metric, kind in drawn_metrics(results.effects.frame):
+        rows = results.summary
+        rows = rows[(rows["family"] == family) & (rows["metric"] == metric) & (rows["kind"] == kind)]
+        place = "".join(c if c.isalnum() else "-" for c in f"{family}-{metric}-{kind}")
+        what = f"{readable_metric(metric)} on {family}, {kind}"
+        caption = (
+            f"{what}: mean over languages, difference from the {against} with its 95 % interval (bootstrap of "
+            "languages and items), and languages or pairs that improved, in brackets those significant after Holm's "
+            "correction."
+        )
+        found[f"summary-{place}"] = (summary_text(rows), caption)
+        factor = best_overall(rows)
+        values = tables.matrix(results.effects, family, metric, kind, factor, "difference")
+        n = tables.matrix(results.effects, family, metric, kind, factor, "n").to_numpy(float)
+        caption = f"{what}, factor {factor:g}: difference from the {against}, steered language by evaluated language"
+        found[f"matrix-{place}"] = (matrix_text(values), f"{caption} (n = {_whole(np.nanmax(n))} items a cell).")
+    if len(results.best) and len(results.best) <= PRINTED_ROWS:
+        caption = "The best factor of each language: chosen on one half of the items, reported on the other one."
+        found["best-factors"] = (best_text(results.best), caption)
+    return found
+
+
+def summary_text(rows: pd.DataFrame) -> pd.DataFrame:
+    """The summary as a person reads it: one row a factor; a blank where there is nothing."""
+    import pandas as pd
+
+    found = []
+    for row in rows.sort_values("factor").to_dict("records"):
+        texts = {"factor": number(row["factor"])}
+        for relation in tables.RELATIONS:
+            if rows[f"{relation}_cells"].sum() == 0:
+                continue
+            improved = f"{row[f'{relation}_improved']} of {row[f'{relation}_cells']} ({row[f'{relation}_significant']})"
+            texts |= {
+                f"{relation} baseline": number(row[f"{relation}_baseline"]),
+                f"{relation}": number(row[f"{relation}_score"]),
+                f"{relation} difference": with_interval(
+                    row[f"{relation}_difference"], row[f"{relation}_low"], row[f"{relation}_high"]
+                ),
+                f"{relation} improved": improved if row[f"{relation}_cells"] else "",
+                f"{relation} n": _whole(row[f"{relation}_n"]),
+            }
+            if rows[f"{relation}_missing"].sum():
+                texts[f"{relation} missing"] = _whole(row[f"{relation}_missing"])
+        if rows["gap"].notna().any():
+            texts["self - cross"] = with_interval(row["gap"], row["gap_low"], row["gap_high"])
+        found.append(texts)
+    return pd.DataFrame(found).fillna("")
+
+
+def matrix_text(values: pd.DataFrame) -> pd.DataFrame:
+    """Codes and differences as texts."""
+    texts = values.map(lambda value: number(value, signed=True))
+    texts.columns = [code or "several" for code in texts.columns]
+    return texts.rename_axis("steered").reset_index()
+
+
+def best_text(best: pd.DataFrame) -> pd.DataFrame:
+    """The best factors as texts."""
+    own = best[[*("family", "metric", "kind", "steered", "factor", "n_choose", "n", "baseline", "score")]].copy()
+    for name in ("factor", "baseline", "score"):
+        own[name] = [number(value) for value in own[name]]
+    own["difference"] = [
+        with_interval(*ends) for ends in zip(best["difference"], best["low"], best["high"], strict=True)
+    ]
+    return own.rename(columns={"n_choose": "n chosen on"}).astype(str)
+
+
+def number(value: Any, signed: bool = False) -> str:
+    """Three significant digits; nothing for nan."""
+    if value is None or math.isnan(value):
+        return ""
+    text = f"{value:+.3g}" if signed else f"{value:.3g}"
+    return f"{value:+,.0f}" if signed and "e" in text and abs(value) >= 1 else text
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """`+0.12 [+0.03, +0.21]`; nothing for nan."""
+    if math.isnan(value):
+        return ""
+    ends = "" if math.isnan(low) else f" [{number(low, True)}, {number(high, True)}]"
+    return f"{number(value, True)}{ends}"
+
+
+def _whole(value: Any) -> str:
+    return "" if math.isnan(value) else f"{int(value):,}"
+
+
+def markdown(frame: pd.DataFrame, caption: str) -> str:
+    """A Markdown table under its caption."""
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in [list(frame.columns), *frame.astype(str).values]]
+    return "\n".join([caption, "", lines[0], "|" + " --- |" * len(frame.columns), *lines[1:]]) + "\n"
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def latex(frame: pd.DataFrame, caption: str, label: str) -> str:
+    """A `table*` with booktabs, shrunk to the page where it is wider (packages booktabs and graphicx)."""
+    columns = "l" + "r" * (len(frame.columns) - 1)
+    rows = [" & ".join(map(escape, row)) + r" \\" for row in frame.astype(str).values]
+    body = [" & ".join(map(escape, frame.columns)) + r" \\", r"\midrule", *rows]
+    return "\n".join(
+        [
+            r"\begin{table*}", r"\centering", rf"\caption{{{escape(caption)}}}", rf"\label{{tab:{label}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}}", r"\end{table*}",
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def escape(text: Any) -> str:
+    """Any text, for LaTeX."""
+    return "".join(_LATEX.get(letter, letter) for letter in str(text))
