@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lm_eval_steering.files import write_bytes
+from lm_eval_steering.files import write_json
 
 _QUIET_INTERVAL = 30.0  # seconds between lines where the bars go to a file
 
@@ -71,8 +70,7 @@ class Log:
             "processor": platform.processor() or platform.machine(),
             "steps": self.entries,
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_bytes(result.with_name(f"{result.stem}.log.json"), text.encode())
+        write_json(result.with_name(f"{result.stem}.log.json"), content)
 
 
 def readable_seconds(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +17,7 @@ from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.demo import picture, tables
 from lm_eval_steering.demo.figures import FACTORS, Figures
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.files import write_json
 from lm_eval_steering.languages import choose
 from lm_eval_steering.lmeval.registration import register_all
 from lm_eval_steering.lmeval.repeated import be_quiet, look_up_the_machine_once
@@ -26,7 +26,7 @@ from lm_eval_steering.neurons.find import Method, control_sets, find_neurons
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
-from lm_eval_steering.neurons.runner import ModelRunner
+from lm_eval_steering.neurons.running import ModelRunner
 
 LANGUAGES = ("deu_Latn", "spa_Latn", "tur_Latn", "jpn_Jpan")
 STEERING = {"op": "add", "value": "mean", "site": "product"}  # what steers the demo model best
@@ -104,7 +104,7 @@ def run_demo(out: Path, languages: Sequence[str] = LANGUAGES, controls: int = 3)
     total = 1 + len(languages) * (4 + len(FACTORS) + controls + min(controls, DEACTIVATION_CONTROLS) - 1)
     with _progress(console) as progress:
         measure(Evaluator(lm, out / "lm_eval", progress, total), figures, neuron_set, randoms)
-    (out / "figures.json").write_text(json.dumps(asdict(figures), indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "figures.json", asdict(figures))
     picture.draw(figures, out / "demo.png")
     console.export_text()  # what was printed so far is not part of the tables
     tables.show(figures, console)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_eval_steering import files as storage
-from lm_eval_steering import languages
+from lm_eval_steering import files, languages
 from lm_eval_steering.architectures.weights import same_weights
 from lm_eval_steering.errors import NeuronSetError, did_you_mean
 
@@ -219,7 +218,7 @@ class NeuronSet:
             "statistics_languages": list(self.calibrated.languages) if self.calibrated else None,
             "content_sha256": self.content_hash(),
         }
-        storage.write(Path(path), _KIND, metadata, self._tensors())
+        files.write_tensors(Path(path), _KIND, metadata, self._tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronSet:
@@ -228,7 +227,7 @@ class NeuronSet:
         Raises:
             NeuronSetError: if it is missing, cut short, not a neuron set, or its content is not what it says.
         """
-        metadata, tensors = storage.read(Path(path), _KIND, NeuronSetError)
+        metadata, tensors = files.read_tensors(Path(path), _KIND, NeuronSetError)
         try:
             provenance = Provenance(**metadata["provenance"] | {"weights": tuple(metadata["provenance"]["weights"])})
             codes = tuple(metadata["languages"])

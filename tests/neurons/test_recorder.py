@@ -24,7 +24,7 @@ from lm_eval_steering.neurons.find import Method, control_sets, find_neurons, ra
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
-from lm_eval_steering.neurons.runner import ModelRunner
+from lm_eval_steering.neurons.running import ModelRunner
 from tests.commands import ended, forked
 from tests.conftest import LAYERS, UNITS, tiny_model, tiny_tokenizer
 
