@@ -33,7 +33,7 @@ class Log:
         self.started = datetime.now(UTC)
         self._clock = time.perf_counter()
 
-    def bar(self, name: str, total: int, unit: str, level: int = 0) -> tqdm:
+    def bar(self, name: str, total: int, unit: str, level: int = 0) -> tqdm[Any]:
         """A bar with its rate and the time left; `level` 1 stands below another one and goes when it is full."""
         interval = 0.1 if sys.stderr.isatty() else _QUIET_INTERVAL
         return tqdm(

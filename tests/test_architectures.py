@@ -370,7 +370,7 @@ def test_the_option_finds_what_discovery_leaves_alone() -> None:
     model = unknown_llama()
     for layer in model.model.layers:
         layer.mlp = Mixed(layer.mlp)
-    with pytest.raises(ArchitectureError, match="say where it is"):
+    with pytest.raises(ArchitectureError, match="name it"):
         sites_of(model)
     sites = sites_of(model, "model.layers:mlp.mixer.act_fn:mlp.mixer.down_proj")
     assert sites.shape == Shape(LAYERS, UNITS) and sites.gated

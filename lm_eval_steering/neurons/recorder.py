@@ -249,7 +249,7 @@ class Recorder:
             f"{self.runner.fitting_batch_size} rows per batch)"
         )
 
-    def _count_one(self, language: str, bars: Sequence[tqdm]) -> None:
+    def _count_one(self, language: str, bars: Sequence[tqdm[Any]]) -> None:
         def progress(tokens: int) -> None:
             for bar in bars:  # each process counts its share, and all are about equally far
                 bar.update(tokens * self.ranks.size)

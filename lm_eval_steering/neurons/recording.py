@@ -206,7 +206,7 @@ class RecordingFolder:
         missing = [language for language in chosen if not self.has("counts", language)]
         if missing or not chosen:
             raise RecordingError(
-                f"{self.path}: {', '.join(missing) or 'no language'} not recorded; there: "
+                f"{self.path}: {', '.join(missing) or 'no language'} not recorded; recorded: "
                 f"{', '.join(self.languages()) or 'none'}"
             )
         read = [self._read("counts", language, "counts") for language in chosen]

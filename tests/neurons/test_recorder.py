@@ -177,7 +177,7 @@ def test_damaged_files_are_refused(text: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(RecordingError, match=r"deu_Latn\.safetensors: not a whole safetensors file"):
         RecordingFolder(tmp_path / "a").load()
-    with pytest.raises(RecordingError, match=r"ita_Latn not recorded; there: deu_Latn, fra_Latn, tur_Latn"):
+    with pytest.raises(RecordingError, match=r"ita_Latn not recorded; recorded: deu_Latn, fra_Latn, tur_Latn"):
         RecordingFolder(tmp_path / "a").load(["ita_Latn"])
     with pytest.raises(RecordingError, match=r"no means over sentences; record again with --sentence-means"):
         RecordingFolder(tmp_path / "a").load(["fra_Latn", "tur_Latn"], with_sentences=True)
