@@ -1,4 +1,4 @@
-"""Language codes: FLORES style (`fra_Latn`) inside, ISO 639 codes and fastText labels accepted at the edge.
+"""Language codes: FLORES style (`fra_Latn`) inside; ISO 639, BCP 47 and fastText labels accepted at the edge.
 
 Nothing else in the package knows about code systems. The tables hold only what the `langcodes` library does not
 decide: which individual language FLORES-200 means by a macrolanguage, and the labels of fastText that are not ISO.
@@ -134,35 +134,61 @@ _FASTTEXT = {
 # langcodes keeps Bokmaal apart from the macrolanguage that fastText's label `no` stands for.
 _MACRO_OF = {"nb": "no"}
 
-_FLORES = re.compile(r"([a-z]{2,3})[_-]([A-Z][a-z]{3})")
+# Language, script and region of BCP 47, joined by either of two characters, in any case.
+_TAG = re.compile(
+    r"(?P<language>[a-z]{2,3})(?:[_-](?P<script>[a-z]{4}))?(?:[_-](?P<region>[a-z]{2}|\d{3}))?", re.IGNORECASE
+)
+
+# Codes of ISO 639 that name no single language.
+_NO_LANGUAGE = {
+    "mul": "several languages", "zxx": "no language", "und": "an undetermined language", "mis": "an uncoded language",
+}  # fmt: skip
+
+# Scripts that leave open which of two a text is in.
+_SEVERAL_SCRIPTS = {"Hani": ("Hans", "Hant")}
 
 
 def normalise(code: str) -> str:
-    """FLORES-style code of a language, from `fra_Latn`, `fra-Latn`, `fr`, `fra` or `__label__fr`.
+    """FLORES-style code of a language.
+
+    Read are `fra_Latn`, `fra-Latn`, `fr`, `fra`, tags of BCP 47 in any case (`zh-TW`, `pt_BR`, `FRA_LATN`) and
+    `__label__fr`. A region decides the script where a language has several (`zh-TW` is zho_Hant), and nothing else:
+    `ar-EG` is arb_Arab like `ar`, and Egyptian Arabic is `arz`.
 
     Raises:
-        UnknownLanguageError: if the code names no language; the message proposes one where the text is a name.
+        UnknownLanguageError: if the code names no single language, or leaves its script open; the message proposes
+            one where the text is a name.
     """
     text = code.strip()
-    return from_fasttext(text) if text.startswith("__label__") else _normalise(text)
+    if text.startswith("__label__"):
+        return from_fasttext(text)
+    tag = _TAG.fullmatch(text)
+    if tag and (meaning := _NO_LANGUAGE.get(tag["language"].lower())):
+        raise UnknownLanguageError(f"language {text!r} is {meaning}: expected one language, such as fra_Latn")
+    normal = _normalise(text)
+    base, script = normal.split("_")
+    if base == "zho" and script in _SEVERAL_SCRIPTS:
+        choices = " or ".join(f"{base}_{choice}" for choice in _SEVERAL_SCRIPTS[script])
+        raise UnknownLanguageError(f"language {text!r} leaves the script open: expected {choices}")
+    return normal
 
 
 @cache
 def _normalise(text: str) -> str:
-    pattern = _FLORES.fullmatch(text)
-    if not pattern and not re.fullmatch(r"[A-Za-z]{2,3}", text):
+    match = _TAG.fullmatch(text)
+    if not match:
         raise UnknownLanguageError(_unknown(text))
-    tag = f"{pattern[1]}-{pattern[2]}" if pattern else text.lower()
+    tag = "-".join(part for part in match.groups() if part)
     try:
         language = Language.get(tag)
         # The library takes Dari for Persian; FLORES keeps them apart.
-        alpha3 = "prs" if tag.startswith("prs") else language.to_alpha3()
+        alpha3 = "prs" if tag.lower().startswith("prs") else language.to_alpha3()
     except (LookupError, LanguageTagError):
         raise UnknownLanguageError(_unknown(text)) from None
     if not language.is_valid() or language.language_name().startswith("Unknown"):
         raise UnknownLanguageError(_unknown(text))
     alpha3 = _FLORES_OF_MACRO.get(alpha3, alpha3)
-    script = pattern[2] if pattern else _FLORES_SCRIPT.get(alpha3, language.maximize().script)
+    script = match["script"].title() if match["script"] else _FLORES_SCRIPT.get(alpha3, language.maximize().script)
     return f"{alpha3}_{script}"
 
 

@@ -17,17 +17,35 @@ from tests.test_language_families import FLORES_200
         ("nb", "nob_Latn"), ("nn", "nno_Latn"), ("ms", "zsm_Latn"), ("id", "ind_Latn"), ("sw", "swh_Latn"),
         ("fa", "pes_Arab"), ("als_Latn", "als_Latn"), ("__label__als", "gsw_Latn"), ("__label__fr", "fra_Latn"),
         ("he", "heb_Hebr"), ("__label__sh", "srp_Latn"),
+        # As BCP 47 and careless people write them.
+        ("fra_latn", "fra_Latn"), ("FRA_LATN", "fra_Latn"), ("zh-CN", "zho_Hans"), ("zh-TW", "zho_Hant"),
+        ("zh_hans", "zho_Hans"), ("zh-HK", "zho_Hant"), ("zh-Hant-TW", "zho_Hant"), ("pt-BR", "por_Latn"),
+        ("pt_br", "por_Latn"), ("en-US", "eng_Latn"), ("es-419", "spa_Latn"), ("ko-KR", "kor_Hang"),
+        ("ar-EG", "arb_Arab"), ("arz", "arz_Arab"), ("sr-Latn-RS", "srp_Latn"), ("EN", "eng_Latn"),
+        ("cmn_Hans", "zho_Hans"), ("prs-AF", "prs_Arab"),
     ],
 )  # fmt: skip
 def test_codes_are_normalised(given: str, expected: str) -> None:
     assert languages.normalise(given) == expected
 
 
-@pytest.mark.parametrize("code", ["xx", "french", "fra_Latm", "", "zzz_Latn", "fra Latn", "12"])
+@pytest.mark.parametrize("code", ["xx", "french", "fra_Latm", "", "zzz_Latn", "fra Latn", "12", "fr-Latn-XQ-x"])
 def test_unknown_codes_are_refused_by_name(code: str) -> None:
     with pytest.raises(UnknownLanguageError, match="expected a code such as fra_Latn") as error:
         languages.normalise(code)
     assert repr(code.strip()) in str(error.value)
+
+
+@pytest.mark.parametrize("code", ["mul", "zxx", "ZXX", "mul_Latn", "und", "mis"])
+def test_codes_of_no_single_language_are_refused(code: str) -> None:
+    with pytest.raises(UnknownLanguageError, match=rf"'{code}' is .*: expected one language"):
+        languages.normalise(code)
+
+
+@pytest.mark.parametrize("code", ["cmn_Hani", "zho-Hani", "zh_hani"])
+def test_a_code_that_leaves_the_script_open_is_asked_about(code: str) -> None:
+    with pytest.raises(UnknownLanguageError, match=rf"'{code}' .*expected zho_Hans or zho_Hant"):
+        languages.normalise(code)
 
 
 def test_a_name_gets_its_code_proposed() -> None:

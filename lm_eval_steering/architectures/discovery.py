@@ -400,7 +400,8 @@ def _model_sites(base: Any, decoder: nn.Module, layers: list[nn.Module], site: S
     if shape != declared:
         raise ArchitectureError(
             f"architecture {name!r}: {shape.layers} layers of {shape.units} units at {site.activation}, the config "
-            f"says {declared.layers} of {declared.units}; a row in lm_eval_steering.architectures.FAMILIES gives the width"
+            f"says {declared.layers} of {declared.units}; a row in lm_eval_steering.architectures.FAMILIES gives its "
+            "width"
         )
     return ModelSites(decoder, layer_sites(layers, site.activation, site.down), shape, site.gated)
 
