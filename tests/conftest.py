@@ -41,6 +41,21 @@ USUAL: dict[str, Any] = {
 GEMMA = USUAL | {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
 GPT = {**TOKENS, "n_positions": 64, "n_embd": 16, "n_layer": LAYERS, "n_head": 2, "n_inner": UNITS}
 FOUR_TIMES = {**TOKENS, "n_layers": LAYERS, "n_heads": 2, "initializer_range": 0.3}  # of a hidden size of UNITS / 4
+FULL_ATTENTION = ["full_attention"] * LAYERS
+SMALL_GEMMA = {
+    "layer_types": FULL_ATTENTION, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
+LINEAR_ATTENTION = {
+    "head_dim": 8, "layer_types": ["linear_attention", "full_attention", "full_attention"], "num_experts": 0,
+    "mlp_only_layers": [0, 1, 2], "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}  # fmt: skip
+DENSE_DEEPSEEK = {
+    "first_k_dense_replace": LAYERS, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
+    "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "olmo2", "cohere", "phi3", "phi", "starcoder2", "gpt_neox"), USUAL),
     **dict.fromkeys(("qwen3", "gemma"), USUAL | {"head_dim": 8}),
@@ -52,7 +67,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mpt": FOUR_TIMES | {"d_model": UNITS // 4, "max_seq_len": 64},
     "falcon": USUAL | {"ffn_hidden_size": UNITS, "alibi": False},
     "opt": USUAL | {"ffn_dim": UNITS, "word_embed_proj_dim": 16, "dropout": 0.0},
-}
+    **dict.fromkeys(("apertus", "arcee", "jais2", "nanochat", "olmo3", "smollm3"), USUAL),
+    **dict.fromkeys(("cwm", "hunyuan_v1_dense", "ministral", "ministral3"), USUAL | {"head_dim": 8}),
+    "exaone4": USUAL | {"sliding_window": 16, "layer_types": FULL_ATTENTION},
+    **dict.fromkeys(("glm4", "vaultgemma"), GEMMA),
+    "gemma3n_text": GEMMA | SMALL_GEMMA | {
+        "intermediate_size": [UNITS] * LAYERS, "altup_num_inputs": 2, "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * LAYERS,
+    },
+    "gemma4_text": GEMMA | SMALL_GEMMA | {"global_head_dim": 8},
+    **dict.fromkeys(("qwen3_5_text", "qwen3_next"), USUAL | LINEAR_ATTENTION),
+    "falcon_h1": USUAL | {
+        "mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 8, "mamba_n_groups": 1,
+        "mamba_chunk_size": 8, "head_dim": 8,
+    },
+    "llama4_text": USUAL | {
+        "head_dim": 8, "intermediate_size_mlp": UNITS, "moe_layers": [], "layer_types": FULL_ATTENTION,
+    },
+    "granitemoehybrid": USUAL | {
+        "shared_intermediate_size": UNITS, "num_local_experts": 0, "num_experts_per_tok": 0, "mamba_n_heads": 4,
+        "layer_types": ["attention"] * LAYERS,
+    },
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), USUAL | DENSE_DEEPSEEK),
+}  # fmt: skip
 
 
 def tiny_model(family: str) -> torch.nn.Module:

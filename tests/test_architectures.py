@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ from lm_eval_steering.architectures import (
     sites_of,
     text_config_of,
 )
-from lm_eval_steering.errors import ArchitectureError
+from lm_eval_steering.errors import ArchitectureError, NeuronSetError
+from lm_eval_steering.neurons.neuron_set import Provenance
 from lm_eval_steering.neurons.rows import TokenRows
 from lm_eval_steering.neurons.running import Batches, count_active
-from lm_eval_steering.steering.attach import Steering
+from lm_eval_steering.steering.attach import Steering, fitting_sites
 from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import from_arguments
 from tests.conftest import CONFIGS, GEMMA, GPT, LAYERS, TOKENS, UNITS, USUAL, make_set, tiny_model
@@ -38,10 +40,18 @@ XGLM = {"d_model": 16, "ffn_dim": UNITS, "num_layers": LAYERS, "attention_heads"
 UNKNOWN: dict[str, tuple[dict[str, Any], str, str, bool]] = {
     **{
         name: (USUAL, "mlp.act_fn", "mlp.down_proj", True)
-        for name in ("granite", "smollm3", "stablelm", "seed_oss", "ernie4_5", "cohere2", "olmo3")
+        for name in ("granite", "stablelm", "seed_oss", "ernie4_5", "cohere2")
     },
     "helium": (GEMMA, "mlp.act_fn", "mlp.down_proj", True),
-    "glm4": (GEMMA, "mlp.activation_fn", "mlp.down_proj", True),
+    "glm": (GEMMA, "mlp.activation_fn", "mlp.down_proj", True),
+    "recurrent_gemma": (
+        GEMMA
+        | {"intermediate_size": 2 * UNITS, "lru_width": 16, "block_types": ["attention"] * LAYERS}
+        | {"attention_window_size": 16},
+        "mlp_block.act_fn",
+        "mlp_block.down_proj",
+        True,
+    ),
     "nemotron": (USUAL, "mlp.act_fn", "mlp.down_proj", False),
     "persimmon": (USUAL, "mlp.act", "mlp.dense_4h_to_h", False),
     "gpt_bigcode": (GPT, "mlp.act", "mlp.c_proj", False),
@@ -109,9 +119,9 @@ def recorded(sites: ModelSites) -> np.ndarray:
     return count_active(sites, Batches(TokenRows.of(ROWS), [0], sites, batch_size=3))
 
 
-def plain_loop(model: Any, sites: ModelSites) -> np.ndarray:
-    """(layer, unit) tokens with activation > 0, one row at a time through the whole model, head included."""
-    counts = np.zeros((LAYERS, UNITS), dtype=np.int64)
+def plain_loop(model: Any, sites: ModelSites) -> list[np.ndarray]:
+    """layer -> (unit,) tokens with activation > 0, one row at a time through the whole model, head included."""
+    counts = [np.zeros(sites.shape.width(layer), dtype=np.int64) for layer in range(LAYERS)]
     for row in ROWS:
         found: list[torch.Tensor] = []
         hooks = [
@@ -122,7 +132,8 @@ def plain_loop(model: Any, sites: ModelSites) -> np.ndarray:
             model(torch.tensor([[0, *row]]))
         for hook in hooks:
             hook.remove()
-        counts += torch.stack([(out.reshape(-1, UNITS)[1:] > 0).sum(0) for out in found]).numpy()
+        for count, out in zip(counts, found, strict=True):
+            np.add(count, (out.reshape(-1, len(count))[1:] > 0).sum(0).numpy(), out=count)
     return counts
 
 
@@ -156,7 +167,7 @@ def test_a_family_outside_the_table_is_discovered_and_recorded(name: str) -> Non
     assert np.array_equal(recorded(sites), plain_loop(model, sites))
 
 
-@pytest.mark.parametrize("name", ["granite", "glm4", "gpt_bigcode", "xglm"])
+@pytest.mark.parametrize("name", ["granite", "glm", "gpt_bigcode", "xglm"])
 @pytest.mark.parametrize("site", ["activation", "product"])
 def test_a_discovered_family_is_steered_and_restored(name: str, site: str) -> None:
     model = build(name, UNKNOWN[name][0])
@@ -297,17 +308,72 @@ def test_weights_that_are_not_in_memory_are_refused() -> None:
 def test_another_width_than_the_configs_is_refused() -> None:
     model = unknown_llama()
     model.config.intermediate_size = 32
-    with pytest.raises(ArchitectureError, match=r"3 layers of 24 units at mlp.act_fn, the config says 3 of 32"):
+    with pytest.raises(ArchitectureError, match=r"3 layers of 24 units at mlp.act_fn, by the config 3 .* 32 units"):
         sites_of(model)
 
 
-def test_layers_of_different_widths_are_refused() -> None:
+def test_the_config_names_layers_of_different_widths() -> None:
     layers = {"num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS, "num_kv_shared_layers": 0}
     config = AutoConfig.for_model("gemma3n_text", **layers, intermediate_size=[24, 32, 24])
-    with pytest.raises(ArchitectureError, match="gemma3n_text: intermediate_size has 2 different values"):
-        shape_of(config)
+    assert shape_of(config) == Shape(LAYERS, 32, (24, 32, 24))
+    assert [shape_of(config).width(layer) for layer in range(LAYERS)] == [24, 32, 24]
     config.intermediate_size = [24, 24, 24]
     assert shape_of(config) == Shape(LAYERS, UNITS)
+    config.intermediate_size = [24, 24]
+    with pytest.raises(ArchitectureError, match="gemma3n_text: 2 widths of the MLP for 3 layers"):
+        shape_of(config)
+
+
+DOUBLE_WIDE = CONFIGS["gemma4_text"] | {"use_double_wide_mlp": True, "num_kv_shared_layers": 1}
+
+
+def test_layers_of_different_widths_are_found_recorded_and_steered() -> None:
+    model = build("gemma4_text", DOUBLE_WIDE).double()
+    sites = sites_of(model)
+    assert sites.shape == shape_of(model.config) == Shape(LAYERS, 2 * UNITS, (UNITS, UNITS, 2 * UNITS))
+    assert same(discover(model), sites)
+    counts = recorded(sites)
+    assert counts.shape == (LAYERS, 2 * UNITS)
+    assert not counts[:2, UNITS:].any() and counts[2, UNITS:].any()
+    expected = plain_loop(model, sites)
+    assert all(np.array_equal(counts[layer, : len(units)], units) for layer, units in enumerate(expected))
+    steered = replace(
+        make_set({"fra_Latn": [(0, 1), (1, 23)], "deu_Latn": [(1, 1)]}, "gemma4_text"),
+        provenance=Provenance("wide", "", "gemma4_text", LAYERS, 2 * UNITS, widths=(UNITS, UNITS, 2 * UNITS)),
+    )
+    wide = replace(
+        steered, assignments=steered.assignments | {"fra_Latn": np.array([[0, 1], [2, 47]])}, calibrated=None
+    )
+    plan = compile_intervention(from_arguments({"language": "fra_Latn", "op": "add", "value": 3.0}), wide)
+    with torch.no_grad():
+        before = model(IDS).logits
+        with Steering(fitting_sites(model, wide), plan) as steering:
+            assert not torch.equal(model(IDS).logits, before)
+            assert steering.evidence().fired == 2
+        assert torch.equal(model(IDS).logits, before)
+    with pytest.raises(NeuronSetError, match=r"3 layers of 24 units.*with 3 layers of 24 to 48 units"):
+        fitting_sites(model, make_set({"fra_Latn": [(0, 1)]}, "gemma4_text"))
+
+
+def test_an_activation_without_a_module_gets_no_advice_that_cannot_help() -> None:
+    model = build("lfm2", USUAL | {"layer_types": ["full_attention"] * LAYERS, "block_auto_adjust_ff_dim": False})
+    with pytest.raises(ArchitectureError, match=r"F\.silu.*`sites=` cannot help; use an implementation") as error:
+        sites_of(model)
+    assert "name it" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_a_deepseek_names_its_key_and_works_without_expert_layers(name: str) -> None:
+    config = CONFIGS[name]
+    with pytest.raises(ArchitectureError, match=rf"{name}: a mixture of experts \(n_routed_experts=4\)"):
+        shape_of(AutoConfig.for_model(name, **config | {"first_k_dense_replace": 1}))
+    assert shape_of(AutoConfig.for_model(name, **config)) == Shape(LAYERS, UNITS)
+
+
+def test_a_granite_hybrid_with_one_expert_is_a_mixture() -> None:
+    config = AutoConfig.for_model("granitemoehybrid", **CONFIGS["granitemoehybrid"] | {"num_local_experts": 1})
+    with pytest.raises(ArchitectureError, match=r"a mixture of experts \(num_local_experts=1\)"):
+        shape_of(config)
 
 
 def test_a_config_that_does_not_say_its_shape_is_refused_before_loading() -> None:

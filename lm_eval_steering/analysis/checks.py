@@ -180,13 +180,23 @@ def random_neurons(shape: Shape, architecture: str, seed: int) -> NeuronSet:
     every = {"eng_Latn": range(shape.layers), "fra_Latn": range(0, shape.layers, 2)}
     assignments = {
         code: np.array(
-            [(layer, unit) for layer in layers for unit in sorted(generator.choice(shape.units, count, replace=False))],
+            [
+                (layer, unit)
+                for layer in layers
+                for unit in sorted(generator.choice(shape.width(layer), count, replace=False))
+            ],
             dtype=np.int64,
         )
         for code, layers in every.items()
     }
     provenance = Provenance(
-        "random", "", architecture, shape.layers, shape.units, selection={"method": "random", "seed": seed}
+        "random",
+        "",
+        architecture,
+        shape.layers,
+        shape.units,
+        widths=shape.widths,
+        selection={"method": "random", "seed": seed},
     )
     return NeuronSet(tuple(assignments), assignments, provenance)
 

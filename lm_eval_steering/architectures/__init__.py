@@ -19,6 +19,7 @@ from lm_eval_steering.architectures.families import (
     model_type_of,
     refuse_unsupported,
     shape_of,
+    shape_text,
     text_config_of,
 )
 from lm_eval_steering.architectures.sites import LayerSites, ModelSites, check_width, layer_sites, submodule, text_part
@@ -38,6 +39,7 @@ __all__ = [
     "parse_sites",
     "refuse_unsupported",
     "shape_of",
+    "shape_text",
     "sites_of",
     "text_config_of",
 ]
@@ -67,5 +69,5 @@ def _from_table(base: Any, family: Family) -> ModelSites:
     # OPT's head calls the inner decoder past the model around it: the module that holds the layers always runs.
     decoder = submodule(inner, family.layers.rpartition(".")[0], "decoder")
     if len(layers) != shape.layers:
-        raise ArchitectureError(f"{family.layers}: {len(layers)} layers, the config says {shape.layers}")
+        raise ArchitectureError(f"{family.layers}: {len(layers)} layers, the config has {shape.layers}")
     return ModelSites(decoder, layer_sites(layers, family.activation, family.down), shape, family.gated)

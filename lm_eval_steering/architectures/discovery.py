@@ -213,6 +213,11 @@ class Site:
     units: int
     gated: bool
 
+    @property
+    def paths(self) -> tuple[str, str, bool]:
+        """All but the number of units, which may differ between layers."""
+        return self.activation, self.down, self.gated
+
 
 def parse_sites(text: str) -> SitePaths:
     """Read the option `sites=`: three dotted paths joined by colons, which `--model_args` leaves alone.
@@ -245,14 +250,14 @@ def discover(base: Any) -> ModelSites:
     with untouched(base):
         by_layer = [_sites_in(layer, trace) for layer, trace in zip(layers, traces, strict=True)]
     for number, sites in enumerate(by_layer):
-        if len(sites) != 1 or sites != by_layer[0]:
+        if len(sites) != 1 or sites[0].paths != by_layer[0][0].paths:
             seen = _listed(sites) or _unused(layers[number], traces[number])
             first = f" where layer 0 has {_listed(by_layer[0])}" if number else ""
             raise ArchitectureError(
                 f"architecture {name!r} is not in the table, and the probe did not find the one MLP activation of "
-                f"every layer of {path}: layer {number} has {seen}{first}; name it: {FORM}"
+                f"every layer of {path}: layer {number} has {seen}{first}{_way_out(layers[number], traces[number])}"
             )
-    return _model_sites(base, decoder, layers, by_layer[0][0])
+    return _model_sites(base, decoder, layers, [sites[0] for sites in by_layer])
 
 
 def verify(base: Any, paths: SitePaths) -> ModelSites:
@@ -277,9 +282,9 @@ def verify(base: Any, paths: SitePaths) -> ModelSites:
                 _checked(number, layer, trace, paths)
                 for number, (layer, trace) in enumerate(zip(layers, traces, strict=True))
             ]
-        if len(set(sites)) != 1:
+        if len({site.gated for site in sites}) != 1:
             raise ArchitectureError(f"the layers differ: {_listed(dict.fromkeys(sites))}")
-        return _model_sites(base, decoder, layers, sites[0])
+        return _model_sites(base, decoder, layers, sites)
     except ArchitectureError as error:
         raise ArchitectureError(f"sites={paths}: {error}") from error
 
@@ -393,17 +398,31 @@ def _is_linear(module: nn.Module) -> bool:
     return "linear" in type(module).__name__.lower() or (isinstance(weight, torch.Tensor) and weight.dim() == 2)
 
 
-def _model_sites(base: Any, decoder: nn.Module, layers: list[nn.Module], site: Site) -> ModelSites:
-    """The sites, once their shape is seen to be the one that the config says."""
-    name, shape = model_type_of(base.config), Shape(len(layers), site.units)
-    declared = Shape(declared_layers(base.config) or shape.layers, declared_units(base.config) or shape.units)
+def _model_sites(base: Any, decoder: nn.Module, layers: list[nn.Module], sites: Sequence[Site]) -> ModelSites:
+    """The sites, once their shape is seen to be that of the config."""
+    name, site = model_type_of(base.config), sites[0]
+    shape = Shape.of([each.units for each in sites])
+    units = declared_units(base.config) or [each.units for each in sites]
+    declared = Shape.of([units] * (declared_layers(base.config) or shape.layers) if isinstance(units, int) else units)
     if shape != declared:
         raise ArchitectureError(
-            f"architecture {name!r}: {shape.layers} layers of {shape.units} units at {site.activation}, the config "
-            f"says {declared.layers} of {declared.units}; a row in lm_eval_steering.architectures.FAMILIES gives its "
-            "width"
+            f"architecture {name!r}: {shape} at {site.activation}, by the config {declared}; a row "
+            "in lm_eval_steering.architectures.FAMILIES gives its width"
         )
     return ModelSites(decoder, layer_sites(layers, site.activation, site.down), shape, site.gated)
+
+
+def _way_out(layer: nn.Module, trace: LayerTrace) -> str:
+    """What can be done about a layer without a site: nothing, where no module that ran is an activation function."""
+    candidates = [
+        path for path in trace.outputs if not _NOT_MLP.search(path) and not _is_linear(layer.get_submodule(path))
+    ]
+    if any(_works_on_each_unit(layer.get_submodule(path), trace, path) for path in candidates):
+        return f"; name it: {FORM}"
+    return (
+        "; its MLP calls its activation as a function (such as F.silu) and not as a module, so there is nothing to "
+        "observe or edit: `sites=` cannot help; use an implementation of the model with a module for it"
+    )
 
 
 def _unused(layer: nn.Module, trace: LayerTrace) -> str:

@@ -5,8 +5,8 @@ To add a family, add a row. `docs/architectures.md` says what each column means.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lm_eval_steering.errors import ArchitectureError
@@ -21,14 +21,14 @@ class Family:
         activation: path of the activation function's module inside a layer.
         down: path of the last linear layer of the MLP inside a layer.
         gated: whether the activation is multiplied with an up projection before the last linear layer.
-        width: the number of units a layer, from the model's config.
+        width: the number of units per layer, from the model's config; a list where layers may differ.
     """
 
     layers: str
     activation: str
     down: str
     gated: bool
-    width: Callable[[Any], int]
+    width: Callable[[Any], int | Sequence[int]]
 
 
 def _attribute(name: str, times_hidden: int | None = None) -> Callable[[Any], int]:
@@ -40,12 +40,59 @@ def _attribute(name: str, times_hidden: int | None = None) -> Callable[[Any], in
     return width
 
 
+def _gemma4_widths(config: Any) -> list[int]:
+    """Layers that share keys and values may have MLPs of twice the width."""
+    width, layers = int(config.intermediate_size), int(config.num_hidden_layers)
+    wide = int(config.num_kv_shared_layers or 0) if getattr(config, "use_double_wide_mlp", False) else 0
+    return [width] * (layers - wide) + [2 * width] * wide
+
+
+def _given_intermediate(config: Any) -> int | Sequence[int]:
+    width = config.intermediate_size
+    return list(map(int, width)) if isinstance(width, list | tuple) else int(width)
+
+
 _INTERMEDIATE = _attribute("intermediate_size")
 _LLAMA = Family("layers", "mlp.act_fn", "mlp.down_proj", True, _INTERMEDIATE)
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "cohere"), _LLAMA
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "olmo2",
+            "cohere",
+            "cwm",
+            "deepseek_v2",
+            "deepseek_v3",
+            "exaone4",
+            "hunyuan_v1_dense",
+            "ministral",
+            "ministral3",
+            "olmo3",
+            "qwen3_5_text",
+            "qwen3_next",
+            "smollm3",
+            "vaultgemma",
+        ),
+        _LLAMA,
+    ),
+    "gemma3n_text": replace(_LLAMA, width=_given_intermediate),
+    "gemma4_text": replace(_LLAMA, width=_gemma4_widths),
+    **dict.fromkeys(("apertus", "arcee", "jais2"), replace(_LLAMA, gated=False)),
+    "glm4": replace(_LLAMA, activation="mlp.activation_fn"),
+    "nanochat": Family("layers", "mlp.activation_fn", "mlp.fc2", False, _INTERMEDIATE),
+    "falcon_h1": Family("layers", "feed_forward.act_fn", "feed_forward.down_proj", True, _INTERMEDIATE),
+    "llama4_text": Family(
+        "layers", "feed_forward.activation_fn", "feed_forward.down_proj", True, _attribute("intermediate_size_mlp")
+    ),
+    "granitemoehybrid": Family(
+        "layers", "shared_mlp.activation", "shared_mlp.output_linear", True, _attribute("shared_intermediate_size")
     ),
     "phi3": Family("layers", "mlp.activation_fn", "mlp.down_proj", True, _INTERMEDIATE),
     "phi": Family("layers", "mlp.activation_fn", "mlp.fc2", False, _INTERMEDIATE),
@@ -63,15 +110,45 @@ FAMILIES: dict[str, Family] = {
 
 # Names under which configs outside the table give the width of the MLP; None there means four times the hidden size.
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Families outside the table whose config counts the outputs of gate and up together.
+_HALVED = {"recurrent_gemma"}
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+
+# Families whose layers have an expert module as soon as there is one expert.
+_EXPERTS_FROM_ONE = {"granitemoehybrid"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Number of decoder layers, and of MLP units in each."""
+    """Number of decoder layers, and of MLP units in each.
+
+    Attributes:
+        layers: number of decoder layers.
+        units: MLP units per layer, of the widest where they differ.
+        widths: units of each layer where they differ, else empty.
+    """
 
     layers: int
     units: int
+    widths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, widths: Sequence[int]) -> Shape:
+        """From the number of units of each layer."""
+        differ = len(set(widths)) > 1
+        return cls(len(widths), max(widths), tuple(widths) if differ else ())
+
+    def width(self, layer: int) -> int:
+        """Units of one layer."""
+        return self.widths[layer] if self.widths else self.units
+
+    def __str__(self) -> str:
+        return shape_text(self.layers, self.units, self.widths)
+
+
+def shape_text(layers: int, units: int, widths: Sequence[int] = ()) -> str:
+    """`26 layers of 1152 units`, or `3 layers of 24 to 48 units`."""
+    return f"{layers} layers of {f'{min(widths)} to ' if widths else ''}{units} units"
 
 
 def text_config_of(config: Any) -> Any:
@@ -105,12 +182,29 @@ def refuse_unsupported(config: Any) -> None:
             "the text written; use a decoder-only model"
         )
     text = text_config_of(config)
+    if not _has_expert_layers(text):
+        return
     for part in (text, getattr(text, "ffn_config", None)):
-        for name in _EXPERTS:
+        # Under its key in config.json, where transformers gives it another name too.
+        for name in sorted(_EXPERTS, key=lambda name: name not in vars(part or text)):
             count = getattr(part, name, None)
-            # A config may count experts that a switch leaves out of the model.
-            if isinstance(count, int) and count > 1 and getattr(text, "is_moe", True):
+            if isinstance(count, int) and count > (0 if text.model_type in _EXPERTS_FROM_ONE else 1):
                 raise experts_error(text, f"{name}={count}")
+
+
+def _has_expert_layers(text: Any) -> bool:
+    """Whether any layer has experts: a config may count some, and leave them out of every layer."""
+    if not getattr(text, "is_moe", True):
+        return False
+    layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        return True
+    dense_layers = getattr(text, "first_k_dense_replace", None)
+    if isinstance(dense_layers, int) and dense_layers >= layers:
+        return False
+    if getattr(text, "moe_layers", None) == []:
+        return False
+    return not set(range(layers)) <= set(getattr(text, "mlp_only_layers", None) or ())
 
 
 def experts_error(config: Any, sign: str) -> ArchitectureError:
@@ -133,49 +227,49 @@ def family_of(config: Any) -> Family | None:
 
 
 def declared_layers(config: Any) -> int | None:
-    """Number of decoder layers that the config says, None where it does not."""
+    """Number of decoder layers by the config, None where it does not name it."""
     layers = getattr(text_config_of(config), "num_hidden_layers", None)
     return int(layers) if isinstance(layers, int) else None
 
 
-def declared_units(config: Any) -> int | None:
-    """Units a layer that the config says, by the table or by the usual names, None where it does not.
+def declared_units(config: Any) -> int | tuple[int, ...] | None:
+    """Units per layer by the config: by the table or the usual names; None where it does not name them.
 
     Raises:
-        ArchitectureError: if the layers have different numbers of units, or the family is refused.
+        ArchitectureError: if the family is refused.
     """
     family, text = family_of(config), text_config_of(config)
     if family is not None:
-        return family.width(text)
-    name = next((name for name in _WIDTHS if hasattr(text, name)), None)
-    width = getattr(text, name) if name else None
+        width: Any = family.width(text)
+    else:
+        name = next((name for name in _WIDTHS if hasattr(text, name)), None)
+        width = getattr(text, name) if name else None
+        if model_type_of(config) in _HALVED and width is not None:
+            width //= 2
+        if name and width is None:
+            width = 4 * int(getattr(text, "hidden_size", 0)) or None
     if isinstance(width, list | tuple):
-        if len(set(width)) != 1:
-            raise ArchitectureError(
-                f"{model_type_of(config)}: {name} has {len(set(width))} different values; layers of different widths "
-                "are not supported"
-            )
-        width = width[0]
-    if name and width is None:
-        width = 4 * int(getattr(text, "hidden_size", 0)) or None
+        return tuple(map(int, width))
     return int(width) if isinstance(width, int) else None
 
 
 def shape_of(config: Any) -> Shape:
-    """Layers and units a layer, from a transformers config alone: nothing is loaded.
+    """Layers and units per layer, from a transformers config alone: nothing is loaded.
 
     A family of the table has its own formula. Of any other, the config's `num_hidden_layers` and the first of
     `intermediate_size`, `ffn_dim`, `n_inner`, `ffn_hidden_size` and `d_ff` count (four times the hidden size where that
     one is None); `sites_of` refuses the loaded model if its probe finds another shape.
 
     Raises:
-        ArchitectureError: if the config does not say, or the family is refused by name.
+        ArchitectureError: if the config does not name them, or the family is refused by name.
     """
     units, layers = declared_units(config), declared_layers(config)
     if layers is None or units is None:
         what, names = ("layers", ("num_hidden_layers",)) if layers is None else ("MLP units", _WIDTHS)
         raise ArchitectureError(
-            f"architecture {model_type_of(config)!r} is not in the table, and its config does not say the number of "
+            f"architecture {model_type_of(config)!r} is not in the table, and its config does not name the number of "
             f"{what} (looked for {', '.join(names)}); a row in lm_eval_steering.architectures.FAMILIES makes it known"
         )
-    return Shape(layers, units)
+    if isinstance(units, tuple) and len(units) != layers:
+        raise ArchitectureError(f"{model_type_of(config)}: {len(units)} widths of the MLP for {layers} layers")
+    return Shape.of(units if isinstance(units, tuple) else [units] * layers)

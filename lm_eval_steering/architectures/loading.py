@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +34,9 @@ _ARGUMENTS = (
 _TOKENIZER_ONLY = {"tokenizer", "use_fast_tokenizer", "add_bos_token", "prefix_token_id"}
 # Which of them change the weights that an activation is computed with.
 _OF_THE_WEIGHTS = ("gguf_file", "subfolder", "peft", "quantization_config", "load_in_8bit", "load_in_4bit")
+
+
+Bos = Literal["auto", "always", "never"]
 
 
 class LazyModel:
@@ -169,7 +173,7 @@ class LazyModel:
         """Where its units are."""
         sites = sites_of(self.model, self.override)
         if sites.shape != self.shape:
-            raise ArchitectureError(f"{self.name}: units found at {sites.shape}, the config says {self.shape}")
+            raise ArchitectureError(f"{self.name}: {sites.shape} found, by the config {self.shape}")
         return sites
 
     @property
@@ -181,6 +185,28 @@ class LazyModel:
     def sketch(self) -> tuple[float, ...]:
         """A sketch of the loaded weights."""
         return weights_sketch(self.model)
+
+    def prefix(self, bos: Bos = "auto") -> tuple[int, ...]:
+        """Token ids that the model sees before a text, as evaluation shows them.
+
+        Args:
+            bos: `auto`: what the tokenizer puts before a text by itself, or else lm-eval's `prefix_token_id`: the
+                argument of that name, the tokenizer's BOS, or its EOS. `always`: lm-eval's `prefix_token_id`,
+                whatever the tokenizer does. `never`: nothing.
+
+        Raises:
+            SteeringError: if `always` was asked for and the tokenizer has neither BOS nor EOS.
+        """
+        if bos == "never":
+            return ()
+        added = _added_before(self.tokenizer) if bos == "auto" else ()
+        if added:
+            return added
+        candidates = (self.arguments.get("prefix_token_id"), self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        token = next((int(candidate) for candidate in candidates if candidate is not None), None)
+        if token is None and bos == "always":
+            raise SteeringError(f"{self.name}: bos=always, and the tokenizer has neither BOS nor EOS; use bos=never")
+        return () if token is None else (token,)
 
     @cached_property
     def tokenizer_sha256(self) -> str:
@@ -213,6 +239,7 @@ class LazyModel:
             "architecture": self.architecture,
             "layers": self.shape.layers,
             "units": self.shape.units,
+            **({"widths": list(self.shape.widths)} if self.shape.widths else {}),
             "activation_function": activation_function(self.config),
             "sites": self.override or "",
         }
@@ -220,6 +247,13 @@ class LazyModel:
     def description(self) -> dict[str, Any]:
         """The model's part of a provenance: nothing is loaded but the tokenizer."""
         return self.maker() | {"dtype": self.dtype, "tokenizer": self.tokenizer_sha256}
+
+
+def _added_before(tokenizer: Any) -> tuple[int, ...]:
+    """Special tokens that a tokenizer puts before a text by itself."""
+    special = set(tokenizer.all_special_ids)
+    ids = tokenizer("a")["input_ids"]
+    return tuple(takewhile(special.__contains__, ids))
 
 
 def quantization_config(arguments: Mapping[str, Any], dtype: str) -> Any:

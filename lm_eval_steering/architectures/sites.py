@@ -74,17 +74,21 @@ def text_part(base: Any) -> nn.Module:
     """
     text = text_config_of(base.config)
     if text is base.config:
-        whole: nn.Module = base.base_model
-        return whole
+        return _headless(base)
     for module in base.base_model.modules():
         config = getattr(module, "config", None)
         # Attention modules carry the text config too; only whole models know their base model.
         if hasattr(module, "base_model") and (config is text or getattr(config, "model_type", None) == text.model_type):
-            decoder: nn.Module = module.base_model
-            return decoder
+            return _headless(module)
     raise ArchitectureError(
         f"{base.config.model_type}: no {text.model_type} model inside {type(base).__name__}; load its text model"
     )
+
+
+def _headless(model: Any) -> nn.Module:
+    """The model inside one with a head; Llama 4's class names another part as its base."""
+    decoder: nn.Module = model.base_model if model.base_model is not model else getattr(model, "model", model)
+    return decoder
 
 
 def check_width(units: torch.Tensor, expected: int, layer: int) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lm_eval_steering.errors import ArchitectureError
+
 SAMPLES = 64  # values read from each tensor for the digest
 SKETCH = 256  # values of a sketch
 
@@ -53,11 +55,33 @@ def same_weights(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, value) for name, value in sorted(model.state_dict().items()) if isinstance(value, torch.Tensor))
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            yield name, _dequantized(name, value)
+
+
+def _dequantized(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A plain tensor; a subclass that holds quantised values (torchao's) as the values that they stand for.
+
+    Raises:
+        ArchitectureError: if a subclass cannot be dequantised.
+    """
+    if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer):
+        return tensor
+    try:
+        plain = tensor.dequantize()
+        if type(plain) is not torch.Tensor:
+            raise TypeError(f"dequantize() gave a {type(plain).__name__}")
+    except (NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
+        raise ArchitectureError(
+            f"weights {name!r}: a {type(tensor).__name__}, whose values cannot be read "
+            f"({str(error).strip().splitlines()[0]}); load the model without this quantisation"
+        ) from error
+    return plain
 
 
 def _sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """(value,) evenly spaced values, on the CPU; none of a tensor that is empty or on the meta device."""
+    """(value,) evenly spaced values, on CPU; none of a tensor that is empty or on the meta device."""
     if tensor.device.type == "meta" or not tensor.numel():
         return torch.zeros(0)
     flat = tensor.detach().reshape(-1)

@@ -186,7 +186,7 @@ def _model(options_of_model: options.ModelOptions, neurons: NeuronSet | None) ->
     """
     lazy = options_of_model.load()
     if neurons is not None:
-        neurons.check_model(lazy.shape.layers, lazy.shape.units, lazy.architecture)
+        neurons.check_model(lazy.shape.layers, lazy.shape.units, lazy.architecture, widths=lazy.shape.widths)
     return lazy
 
 

@@ -25,6 +25,7 @@ def find(
     percentiles: options.Percentiles = options.NINE,
     recording: Annotated[Path | None, typer.Option(help="Folder of the recording; by default OUT.recording.")] = None,
     batch_size: options.BatchSize = "16",
+    bos: options.Bos = options.BosKind.AUTO,
 ) -> None:
     """Find the language neurons of a model: record, select, calibrate. Run again, it does what is missing."""
     from lm_eval_steering.neurons.find import check_languages, find_neurons
@@ -37,7 +38,7 @@ def find(
     check_languages(search.languages)
     folder = recording or out.with_name(out.name.replace("-{rate}", "").replace("{rate}", "")).with_suffix(".recording")
     options.check_folder(folder)
-    runner = options.runner_of(model, batch_size, text.context)
+    runner = options.runner_of(model, batch_size, text.context, bos)
     neuron_sets = find_neurons(Recorder(runner, search, RecordingFolder(folder)), method)
     if runner.ranks.first:
         _write(neuron_sets, method, out, runner)
@@ -53,6 +54,7 @@ def record(
     ] = False,
     text_only: Annotated[bool, typer.Option(help="Read the text and stop: for a machine with internet.")] = False,
     batch_size: options.BatchSize = "16",
+    bos: options.Bos = options.BosKind.AUTO,
 ) -> None:
     """Count how often each unit is active in each language; several GPUs by accelerate launch -m lm_eval_steering."""
     from lm_eval_steering.neurons.recorder import Recorder
@@ -60,7 +62,7 @@ def record(
 
     options.check_folder(out)
     search = text.read()
-    runner = options.runner_of(model, batch_size, text.context)
+    runner = options.runner_of(model, batch_size, text.context, bos)
     recorder = Recorder(runner, search, RecordingFolder(out))
     if text_only:
         recorder.prepare()
@@ -99,6 +101,7 @@ def calibrate(
     percentiles: options.Percentiles = options.NINE,
     context: options.Context = None,
     batch_size: options.BatchSize = "16",
+    bos: options.Bos = options.BosKind.AUTO,
 ) -> None:
     """Measure the activations of a set's neurons, so that `value=mean`, `max`, `p90`, ... can be used."""
     from lm_eval_steering.neurons.calibrate import calibrated
@@ -110,7 +113,7 @@ def calibrate(
     neuron_set = NeuronSet.load(find_neuron_set(neurons))
     kept = options.read_percentiles(percentiles)
     search = Search(corpus, neuron_set.languages, context=context, sentences=sentences, percentiles=kept)
-    runner = options.runner_of(model, batch_size, context)
+    runner = options.runner_of(model, batch_size, context, bos)
     texts = search.calibration_texts(runner.model)
     (done,) = calibrated([neuron_set], runner, texts, search.corpora()[1].name, kept)
     if runner.ranks.first:

@@ -70,6 +70,19 @@ NINE = "1,5,10,25,50,75,90,95,99"
 BatchSize = Annotated[str, typer.Option(help="Rows per forward pass, or auto.")]
 
 
+class BosKind(StrEnum):
+    """What the model sees before each row."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+Bos = Annotated[
+    BosKind, typer.Option(help="Prefix of each row: what evaluation shows (auto), BOS (always), or nothing (never).")
+]
+
+
 # --- Groups of options: a command takes one parameter for each
 
 
@@ -194,14 +207,15 @@ class TextOptions:
         )  # fmt: skip
 
 
-def runner_of(model: ModelOptions, batch_size: str, context: int | None) -> ModelRunner:
+def runner_of(model: ModelOptions, batch_size: str, context: int | None, bos: BosKind) -> ModelRunner:
     """A model and how it is run, on the device of this process where several were launched."""
     from lm_eval_steering.neurons.running import CONTEXT, ModelRunner, launched
     from lm_eval_steering.progress import Log
 
     ranks, device = launched()
     log = Log(show=ranks.first)
-    return ModelRunner(model.load(device), read_batch_size(batch_size), ranks, log, context or CONTEXT)
+    size = read_batch_size(batch_size)
+    return ModelRunner(model.load(device), size, ranks, log, context or CONTEXT, bos.value)
 
 
 # --- Reading the texts

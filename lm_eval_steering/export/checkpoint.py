@@ -43,7 +43,7 @@ class Checkpoint:
         self._source, self._target, self._dtype = source, target, dtype
         config = source.lazy.config
         self._family, self._layout = FAMILIES[model_type_of(config)], layout_of(config)
-        before = self._family.width(config)
+        before = source.lazy.shape.units  # `target_of` refuses layers of different widths
         self._folds = _folds(maps, source.lazy.shape.layers, before, target)
         with source.reading() as tensors:
             self._own, self._shapes = self._tensors(tensors)

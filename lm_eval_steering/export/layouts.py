@@ -72,7 +72,36 @@ LAYOUTS: dict[str, Layout] = {
     "llama": Layout(_GATE_UP, {"mlp_bias": True}),
     "mistral": Layout(_GATE_UP, as_llama=_as_llama(attention_bias=False)),
     "qwen2": Layout(_GATE_UP, as_llama=_as_llama(attention_bias=True)),
-    **dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "cohere"), Layout(_GATE_UP)),
+    **dict.fromkeys(
+        (
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "gemma3n_text",
+            "gemma4_text",
+            "olmo2",
+            "cohere",
+            "cwm",
+            "deepseek_v2",
+            "deepseek_v3",
+            "exaone4",
+            "hunyuan_v1_dense",
+            "ministral",
+            "ministral3",
+            "olmo3",
+            "qwen3_5_text",
+            "qwen3_next",
+            "smollm3",
+            "vaultgemma",
+        ),
+        Layout(_GATE_UP),
+    ),
+    **dict.fromkeys(("apertus", "arcee", "jais2"), Layout(("mlp.up_proj",))),
+    "glm4": Layout(("mlp.gate_up_proj",)),
+    "nanochat": Layout(("mlp.fc1",)),
+    **dict.fromkeys(("falcon_h1", "llama4_text"), Layout(("feed_forward.gate_proj", "feed_forward.up_proj"))),
+    "granitemoehybrid": Layout(("shared_mlp.input_linear",)),
     "phi3": Layout(("mlp.gate_up_proj",)),
     "phi": Layout(("mlp.fc1",), {}),
     "starcoder2": Layout(("mlp.c_fc",), {"use_bias": True}),
@@ -159,7 +188,7 @@ def target_of(config: Any, maps: Mapping[int, LayerMap], multiple: int) -> Targe
     """
     layout, name = layout_of(config), model_type_of(config)
     family = FAMILIES[name]
-    width = family.width(config)
+    width = _one_width(config, family)
     own = copy.deepcopy(config)
     if all(each.scales_only for each in maps.values()):
         return Target(own, layout, width)
@@ -174,6 +203,17 @@ def target_of(config: Any, maps: Mapping[int, LayerMap], multiple: int) -> Targe
     notes = tuple(f"{key}={value} in its config; biases that the model has not are 0" for key, value in changed.items())
     target = Target(own, layout, width, notes=notes)
     return _grown(target, maps, multiple, notes) if family.gated else target
+
+
+def _one_width(config: Any, family: Family) -> int:
+    width = family.width(config)
+    widths = {width} if isinstance(width, int) else set(width)
+    if len(widths) > 1:
+        raise ArchitectureError(
+            f"{model_type_of(config)}: layers of {min(widths)} to {max(widths)} units, which export cannot write; "
+            "`--model steered-hf` evaluates them"
+        )
+    return widths.pop()
 
 
 _CAN = "op=scale and deactivation (set 0) can be exported, and `--model steered-hf` evaluates the rest"

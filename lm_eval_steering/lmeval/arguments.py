@@ -181,7 +181,7 @@ def plan_before_loading(
         return None, None
     neuron_set = NeuronSet.load(find_neuron_set(arguments.neurons))
     shape = shape_of(config)
-    neuron_set.check_model(shape.layers, shape.units, model_type_of(config), arguments.force)
+    neuron_set.check_model(shape.layers, shape.units, model_type_of(config), arguments.force, shape.widths)
     return neuron_set, compile_intervention(intervention, neuron_set, arguments.allow_empty)
 
 

@@ -41,7 +41,7 @@ def calibrated(
     """
     model = runner.model
     for neuron_set in neuron_sets:
-        neuron_set.check_model(model.shape.layers, model.shape.units, model.architecture)
+        neuron_set.check_model(model.shape.layers, model.shape.units, model.architecture, widths=model.shape.widths)
     runner.load()
     for neuron_set in neuron_sets:
         neuron_set.check_weights(model.sketch, model.name)
@@ -52,6 +52,7 @@ def calibrated(
         "source": source,
         "sentences": {code: len(rows) for code, rows in sentences.items()},
         "sha256": {code: rows.sha256() for code, rows in sentences.items()},
+        "prefix": runner.prefix_texts,
     }
     return [
         replace(

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.neurons import select
 from lm_eval_steering.neurons.calibrate import calibrated
-from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder
 from lm_eval_steering.neurons.recording import Recording
 from lm_eval_steering.neurons.select import Selection, average_precision, check_rate
@@ -86,15 +88,40 @@ def select_neurons(recording: Recording, method: Method) -> list[NeuronSet]:
         SteeringError: if there are fewer than two languages, or the method's numbers do not fit.
     """
     check_languages(recording.languages)
+    widths = recording.provenance.widths
     return [
         NeuronSet(
             recording.languages,
-            dict(zip(recording.languages, selection.neurons, strict=True)),
+            dict(zip(recording.languages, _by_layer(selection.neurons, widths), strict=True)),
             replace(
                 recording.provenance, selection=_with_codes(selection.numbers, recording.languages), versions=versions()
             ),
         )
-        for selection in method(recording)
+        for selection in method(_as_one_layer(recording) if widths else recording)
+    ]
+
+
+def _as_one_layer(recording: Recording) -> Recording:
+    """The recording of layers that differ in width with all of their units one after another, in one layer.
+
+    Selection ranks neurons and breaks ties by (layer, unit), which is their order here; what is no unit is left out.
+    """
+    units = recording.provenance.units
+    real = np.concatenate([np.arange(width) + layer * units for layer, width in enumerate(recording.provenance.widths)])
+    counts = recording.counts.reshape(-1, len(recording.languages))[real]
+    means = [table.reshape(len(table), 1, -1)[:, :, real] for table in recording.sentence_means]
+    return replace(recording, counts=counts[np.newaxis], sentence_means=means)
+
+
+def _by_layer(lists: Sequence[Neurons], widths: Sequence[int]) -> Sequence[Neurons]:
+    """Neurons of `_as_one_layer` as rows (layer, unit)."""
+    if not widths:
+        return lists
+    begins = np.cumsum([0, *widths])
+    layers = [np.searchsorted(begins, neurons[:, 1], side="right") - 1 for neurons in lists]
+    return [
+        np.column_stack([layer, neurons[:, 1] - begins[layer]]).astype(np.int64)
+        for layer, neurons in zip(layers, lists, strict=True)
     ]
 
 
@@ -150,10 +177,10 @@ def random_set(neuron_set: NeuronSet, seed: int, disjoint: bool = True) -> Neuro
         seed: of the draw.
         disjoint: whether the set's own neurons, of all languages, are left out.
     """
-    units = neuron_set.provenance.units
+    widths = neuron_set.provenance.widths or [neuron_set.provenance.units] * neuron_set.provenance.layers
     return replace(
         neuron_set,
-        assignments=random_control(neuron_set.assignments, units, seed, disjoint),
+        assignments=random_control(neuron_set.assignments, widths, seed, disjoint),
         calibrated=None,
         provenance=replace(
             neuron_set.provenance,

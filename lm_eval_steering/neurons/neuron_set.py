@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_eval_steering import files, languages
+from lm_eval_steering.architectures import shape_text
 from lm_eval_steering.architectures.weights import same_weights
 from lm_eval_steering.errors import NeuronSetError, did_you_mean
 
 SITES = ("activation", "product")
 _KIND = "neuron set"
+_NEWEST = 2  # format version; 1 has neither widths by layer nor a residual stream
 
 Neurons = NDArray[np.int64]  # (neuron, 2): sorted rows of (layer, unit)
 
@@ -32,7 +34,8 @@ class Provenance:
         revision: commit of the hub, empty for a folder.
         architecture: `model_type` of transformers.
         layers: number of decoder layers.
-        units: MLP units per layer.
+        units: MLP units per layer, of the widest where they differ.
+        widths: units of each layer where they differ, else empty; kept by format version 2.
         activation_function: its name in the model's config; empty where the config has none.
         sites: where the units are, if that was given (`architectures.sites_of`); usually empty.
         dtype: that the activations were recorded in.
@@ -56,6 +59,7 @@ class Provenance:
     selection: Mapping[str, Any] = field(default_factory=dict)
     corpus: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    widths: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,15 @@ class NeuronSet:
         assignments: language -> (neuron, 2) sorted rows of (layer, unit).
         provenance: model, selection, corpus.
         calibrated: activation statistics of the chosen neurons, or None.
+        residual: statistic -> (layer, dimension, language) float32 of the hidden states that each decoder layer
+            returns, in the order of `languages`; empty where none were measured.
     """
 
     languages: tuple[str, ...]
     assignments: Mapping[str, Neurons]
     provenance: Provenance
     calibrated: Statistics | None = None
+    residual: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if set(self.languages) != set(self.assignments) or len(set(self.languages)) != len(self.languages):
@@ -137,19 +144,26 @@ class NeuronSet:
             if languages.normalise(language) != language:
                 raise NeuronSetError(f"language {language!r} is not a code of the form fra_Latn")
             self._check(language, self.assignments[language])
+        for name, table in self.residual.items():
+            if table.ndim != 3 or (table.shape[0], table.shape[2]) != (self.provenance.layers, len(self.languages)):
+                raise NeuronSetError(
+                    f"residual {name!r} of shape {table.shape}, expected ({self.provenance.layers} layers, dimension, "
+                    f"{len(self.languages)} languages)"
+                )
 
     def _check(self, language: str, neurons: Neurons) -> None:
         if neurons.ndim != 2 or neurons.shape[1] != 2:
             raise NeuronSetError(f"{language}: neurons of shape {neurons.shape}, expected (neuron, 2)")
-        limits = np.array([self.provenance.layers, self.provenance.units])
-        outside = (neurons < 0) | (neurons >= limits)
+        layers, units, widths = self.provenance.layers, self.provenance.units, self.provenance.widths
+        limits = np.asarray(widths or [units] * layers)[np.clip(neurons[:, 0], 0, layers - 1)]
+        outside = (neurons < 0).any(axis=1) | (neurons[:, 0] >= layers) | (neurons[:, 1] >= limits)
         if outside.any():
-            layer, unit = neurons[outside.any(axis=1)][0]
+            layer, unit = neurons[outside][0]
             raise NeuronSetError(
                 f"{language}: neuron (layer {layer}, unit {unit}) is out of range for "
-                f"{limits[0]} layers of {limits[1]} units"
+                f"{shape_text(layers, units, widths)}"
             )
-        keys = _keys(neurons, int(limits[1]))
+        keys = _keys(neurons, units)
         if (np.diff(keys) <= 0).any():
             raise NeuronSetError(f"{language}: neurons must be sorted by (layer, unit) and distinct")
 
@@ -190,7 +204,8 @@ class NeuronSet:
     @cached_property
     def _content_hash(self) -> str:
         columns = self.calibrated.languages if self.calibrated else ()
-        digest = hashlib.sha256(json.dumps([self.languages, list(self.shape), columns]).encode())
+        shape = [*self.shape, *([list(self.provenance.widths)] if self.provenance.widths else [])]
+        digest = hashlib.sha256(json.dumps([self.languages, shape, columns]).encode())
         for name, tensor in sorted(self._tensors().items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
             digest.update(np.ascontiguousarray(tensor).tobytes())
@@ -198,7 +213,7 @@ class NeuronSet:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(layers, units a layer) of the model."""
+        """(layers, units per layer) of the model."""
         return self.provenance.layers, self.provenance.units
 
     # --- the file ---------------------------------------------------------------------------------------------
@@ -209,17 +224,24 @@ class NeuronSet:
             tensors["statistics/neurons"] = self.calibrated.neurons
             for site, tables in self.calibrated.values.items():
                 tensors |= {f"statistics/{site}/{name}": table for name, table in tables.items()}
-        return tensors
+        return tensors | {f"residual/{name}": table for name, table in self.residual.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write the file in one step: a file of that name is whole or is the one that was there before."""
+        """Write the file in one step: whole, or the file of that name stays as it was.
+
+        Format version 1 wherever it can hold the set, so that older releases read it too.
+        """
+        provenance = asdict(self.provenance)
+        if not self.provenance.widths:
+            del provenance["widths"]
         metadata = {
             "languages": list(self.languages),
-            "provenance": asdict(self.provenance),
+            "provenance": provenance,
             "statistics_languages": list(self.calibrated.languages) if self.calibrated else None,
             "content_sha256": self.content_hash(),
         }
-        files.write_tensors(Path(path), _KIND, metadata, self._tensors())
+        version = 2 if self.provenance.widths or self.residual else 1
+        files.write_tensors(Path(path), _KIND, metadata, self._tensors(), version)
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronSet:
@@ -228,15 +250,17 @@ class NeuronSet:
         Raises:
             NeuronSetError: if it is missing, cut short, not a neuron set, or its content is not what it says.
         """
-        metadata, tensors = files.read_tensors(Path(path), _KIND, NeuronSetError)
+        metadata, tensors = files.read_tensors(Path(path), _KIND, NeuronSetError, _NEWEST)
         try:
-            provenance = Provenance(**metadata["provenance"] | {"weights": tuple(metadata["provenance"]["weights"])})
+            sequences = {name: tuple(metadata["provenance"].get(name, ())) for name in ("weights", "widths")}
+            provenance = Provenance(**metadata["provenance"] | sequences)
             codes = tuple(metadata["languages"])
             loaded = cls(
                 codes,
                 {code: tensors[f"neurons/{code}"] for code in codes},
                 provenance,
                 _statistics(metadata["statistics_languages"], tensors),
+                {name.removeprefix("residual/"): tensors[name] for name in tensors if name.startswith("residual/")},
             )
         except (KeyError, TypeError) as error:
             raise NeuronSetError(f"{path}: not a complete neuron set ({error})") from None
@@ -244,7 +268,9 @@ class NeuronSet:
             raise NeuronSetError(f"{path}: the content does not match its own checksum; the file was damaged or edited")
         return loaded
 
-    def check_model(self, layers: int, units: int, architecture: str, force: bool = False) -> None:
+    def check_model(
+        self, layers: int, units: int, architecture: str, force: bool = False, widths: Sequence[int] = ()
+    ) -> None:
         """Refuse to be used with a model of another architecture or shape.
 
         Args:
@@ -252,18 +278,31 @@ class NeuronSet:
             units: of the model, per layer.
             architecture: `model_type` of the model's language part.
             force: accept any model that has all of the neurons.
+            widths: units of each layer of the model where they differ.
 
         Raises:
             NeuronSetError: naming both.
         """
-        expected, given = (self.provenance.architecture, *self.shape), (architecture, layers, units)
-        if expected == given or (force and layers >= expected[1] and units >= expected[2]):
+        provenance = self.provenance
+        same = (provenance.architecture, *self.shape, tuple(provenance.widths)) == (
+            architecture,
+            layers,
+            units,
+            tuple(widths),
+        )
+        if same or (force and self._fits_into(widths or [units] * layers)):
             return
         way_out = "force=true needs at least as many" if force else "find its neurons with `lm-eval-steering find`"
         raise NeuronSetError(
-            f"the neuron set is for {self.provenance.model} ({expected[0]}, {expected[1]} layers of {expected[2]} "
-            f"units), the model is {given[0]} with {given[1]} layers of {given[2]} units; {way_out}"
+            f"the neuron set is for {provenance.model} ({provenance.architecture}, "
+            f"{shape_text(*self.shape, provenance.widths)}), the model is {architecture} with "
+            f"{shape_text(layers, units, widths)}; {way_out}"
         )
+
+    def _fits_into(self, widths: Sequence[int]) -> bool:
+        """Whether a model with these numbers of units has all layers and units of this set's model."""
+        own = self.provenance.widths or [self.provenance.units] * self.provenance.layers
+        return len(widths) >= len(own) and all(other >= width for width, other in zip(own, widths, strict=False))
 
     def check_weights(self, sketch: Sequence[float], name: str) -> None:
         """Refuse to be used with another checkpoint of the same shape, where both sketches are known.

@@ -112,6 +112,7 @@ class Recorder:
                 "context": self.search.length(self.model),
                 "budget": self.search.tokens,
                 "calibration_sentences": self.search.sentences,
+                "prefix": self.runner.prefix_texts,
             },
         }
 

@@ -97,6 +97,8 @@ class RecordingFolder:
             RecordingError: naming each setting with both values.
         """
         stored = _flat(self.settings)
+        if stored and "corpus.prefix" in _flat(settings):  # recorded before it was kept: BOS where there is one
+            stored.setdefault("corpus.prefix", _flat(settings)["corpus.prefix"])
         wanted = _flat({"format_version": files.FORMAT_VERSION, **json.loads(files.canonical(settings))})
         differing = [name for name in sorted(wanted | stored) if stored and wanted.get(name) != stored.get(name)]
         if differing:

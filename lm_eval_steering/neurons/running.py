@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_steering.architectures import ModelSites, check_width
-from lm_eval_steering.architectures.loading import LazyModel
+from lm_eval_steering.architectures.loading import Bos, LazyModel
 from lm_eval_steering.errors import CorpusError, DidNotHappenError, SteeringError
 from lm_eval_steering.neurons.rows import TokenRow, TokenRows
 from lm_eval_steering.progress import Log
@@ -204,7 +204,7 @@ def observing(
     observers = (at_activation, at_product)
 
     def show(site: int, layer: int, units: torch.Tensor) -> None:
-        check_width(units, sites.shape.units, layer)
+        check_width(units, sites.shape.width(layer), layer)
         calls[site, layer] += 1
         observer = observers[site]
         if observer is not None:
@@ -291,9 +291,12 @@ class _Counter:
         return self.buffers[units.device]
 
     def result(self) -> torch.Tensor:
-        """(layer, unit) int64 on CPU; zeros where this process had no batch."""
-        zeros = torch.zeros(self.sites.shape.units, dtype=torch.int64)
-        return torch.stack([zeros if total is None else total.cpu() for total in self.totals])
+        """(layer, unit) int64 on CPU; zeros where this process had no batch, and after the last unit of a layer."""
+        counts = torch.zeros(self.sites.shape.layers, self.sites.shape.units, dtype=torch.int64)
+        for layer, total in enumerate(self.totals):
+            if total is not None:
+                counts[layer, : len(total)] = total.cpu()
+        return counts
 
 
 @torch.inference_mode()
@@ -336,7 +339,10 @@ def count_active(
 
 @torch.inference_mode()
 def sentence_means(sites: ModelSites, batches: Batches, ranks: Ranks | None = None) -> NDArray[np.float32]:
-    """(sentence, layer, unit) float32 mean activation over each row's tokens, in the order of the rows."""
+    """(sentence, layer, unit) float32 mean activation over each row's tokens, in the order of the rows.
+
+    Where layers differ in width, zeros follow the last unit of the narrower ones.
+    """
     means_by_row: dict[int, NDArray[np.float32]] = {}
     layers: dict[int, torch.Tensor] = {}
     counted = torch.zeros(0, 0, dtype=torch.bool)
@@ -344,7 +350,8 @@ def sentence_means(sites: ModelSites, batches: Batches, ranks: Ranks | None = No
     def average(layer: int, units: torch.Tensor) -> None:
         mask = counted.to(units.device).unsqueeze(-1)
         by_row = torch.where(mask, units.reshape(*counted.shape, -1).float(), 0)
-        layers[layer] = (by_row.sum(1) / mask.sum(1)).cpu()
+        means = (by_row.sum(1) / mask.sum(1)).cpu()
+        layers[layer] = torch.nn.functional.pad(means, (0, sites.shape.units - means.shape[-1]))
 
     with observing(sites, at_activation=average) as run:
         for batch in batches:
@@ -411,6 +418,7 @@ class ModelRunner:
         ranks: the processes that share the work.
         log: shown progress, and the times that are kept.
         longest: tokens of the longest row, for a batch size that fits.
+        bos: which prefix the model sees before each row (`LazyModel.prefix`).
     """
 
     def __init__(
@@ -420,8 +428,9 @@ class ModelRunner:
         ranks: Ranks | None = None,
         log: Log | None = None,
         longest: int = CONTEXT,
+        bos: Bos = "auto",
     ) -> None:
-        self.model, self.batch_size, self.longest = model, batch_size, longest
+        self.model, self.batch_size, self.longest, self.bos = model, batch_size, longest, bos
         self.ranks = ranks or Ranks()
         self.log = log or Log(show=False)
 
@@ -433,9 +442,13 @@ class ModelRunner:
 
     @cached_property
     def prefix(self) -> tuple[int, ...]:
-        """BOS where the tokenizer has one: token ids that the model sees before each row."""
-        bos = self.model.tokenizer.bos_token_id
-        return () if bos is None else (int(bos),)
+        """Token ids that the model sees before each row, and that are not counted: those that evaluation shows."""
+        return self.model.prefix(self.bos)
+
+    @property
+    def prefix_texts(self) -> list[str]:
+        """The prefix as tokens, for a provenance."""
+        return [str(token) for token in self.model.tokenizer.convert_ids_to_tokens(list(self.prefix))]
 
     def batches(self, rows: TokenRows) -> Batches:
         """This process's part of the plan for some rows."""

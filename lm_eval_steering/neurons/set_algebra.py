@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lm_eval_steering.architectures import shape_text
 from lm_eval_steering.architectures.weights import same_weights
 from lm_eval_steering.errors import NeuronSetError, SteeringError
 from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet, Provenance, Statistics, union_of
@@ -78,7 +79,7 @@ def subtract(first: NeuronSet, others: Sequence[NeuronSet]) -> NeuronSet:
 
 
 def random_control(
-    assignments: Mapping[str, Neurons], units: int, seed: int, disjoint: bool = True
+    assignments: Mapping[str, Neurons], widths: int | Sequence[int], seed: int, disjoint: bool = True
 ) -> dict[str, Neurons]:
     """Random neurons for each neuron of a set, in the same layer: a copy of the set with other units.
 
@@ -87,7 +88,7 @@ def random_control(
 
     Args:
         assignments: language -> (neuron, 2) sorted rows (layer, unit), the neurons to match.
-        units: MLP units per layer.
+        widths: MLP units per layer; a list where layers differ.
         seed: of the draw.
         disjoint: leave out the neurons of all languages of the set; otherwise they may be drawn like any other.
 
@@ -99,17 +100,19 @@ def random_control(
     for layer in np.unique(neurons[:, 0]):
         here = neurons[:, 0] == layer
         taken = neurons[here, 1]
-        free = np.setdiff1d(np.arange(units), taken) if disjoint else np.arange(units)
+        units = np.arange(widths if isinstance(widths, int) else widths[layer])
+        free = np.setdiff1d(units, taken) if disjoint else units
         if len(free) < len(taken):
             raise SteeringError(
                 f"layer {layer} has {len(free)} units outside the set's {len(taken)}, too few for a matched random "
                 "control; select at a lower rate, or draw with disjoint=False"
             )
         images[here] = np.random.default_rng([seed, int(layer)]).choice(free, size=len(taken), replace=False)
-    return {language: _replaced(rows, neurons, images, units) for language, rows in assignments.items()}
+    return {language: _replaced(rows, neurons, images) for language, rows in assignments.items()}
 
 
-def _replaced(rows: Neurons, neurons: Neurons, images: NDArray[np.int64], units: int) -> Neurons:
+def _replaced(rows: Neurons, neurons: Neurons, images: NDArray[np.int64]) -> Neurons:
+    units = 1 + int(neurons[:, 1].max(initial=0))
     positions = np.searchsorted(neurons[:, 0] * units + neurons[:, 1], rows[:, 0] * units + rows[:, 1])
     return union_of([np.column_stack([rows[:, 0], images[positions]])])
 
@@ -119,7 +122,7 @@ def _check(sets: Sequence[NeuronSet]) -> None:
     if not sets:
         raise NeuronSetError("no neuron set: give at least one")
     for first, second in combinations([neuron_set.provenance for neuron_set in sets], 2):
-        if (first.architecture, first.layers, first.units) != (second.architecture, second.layers, second.units):
+        if _shape(first) != _shape(second):
             raise NeuronSetError(
                 f"neuron sets of different models: {_name(first)} and {_name(second)}; combine sets of one model"
             )
@@ -130,9 +133,13 @@ def _check(sets: Sequence[NeuronSet]) -> None:
             )
 
 
+def _shape(provenance: Provenance) -> tuple[str, int, int, tuple[int, ...]]:
+    return provenance.architecture, provenance.layers, provenance.units, tuple(provenance.widths)
+
+
 def _name(provenance: Provenance) -> str:
-    shape = f"{provenance.architecture}, {provenance.layers} layers of {provenance.units} units"
-    return f"{provenance.model} ({shape})"
+    shape = shape_text(provenance.layers, provenance.units, provenance.widths)
+    return f"{provenance.model} ({provenance.architecture}, {shape})"
 
 
 def _result(
@@ -159,7 +166,7 @@ def _result(
 def _agreed(provenances: Sequence[Provenance]) -> Provenance:
     """What all say; the model's name is the first's, and what they differ in is left empty."""
     first = provenances[0]
-    empty = Provenance(first.model, "", first.architecture, first.layers, first.units)
+    empty = Provenance(first.model, "", first.architecture, first.layers, first.units, widths=first.widths)
     values: dict[str, Any] = {
         field.name: getattr(first, field.name)
         for field in fields(Provenance)

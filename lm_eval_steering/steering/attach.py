@@ -367,7 +367,8 @@ def fitting_sites(
     refuse_sharded(model)
     refuse_prompt_learning(model)
     found = found or sites_of(model, sites or neurons.provenance.sites or None)
-    neurons.check_model(found.shape.layers, found.shape.units, model_type_of(model.config), force)
+    shape = found.shape
+    neurons.check_model(shape.layers, shape.units, model_type_of(model.config), force, shape.widths)
     if not force:
         neurons.check_weights(weights_sketch(model) if sketch is None else sketch, name)
     return found
@@ -402,7 +403,8 @@ class Steering:
 
     def _take(self, plan: CompiledIntervention) -> None:
         self.plan = plan
-        self._edits = {(edit.layer, edit.site): EditAtWork(edit, self._sites.shape.units) for edit in plan.edits}
+        shape = self._sites.shape
+        self._edits = {(edit.layer, edit.site): EditAtWork(edit, shape.width(edit.layer)) for edit in plan.edits}
         self._kinds = {edit.positions for edit in plan.edits}
         self._needs = plan.needs_rows, plan.lookahead
         self._counters = Counters()

@@ -250,16 +250,19 @@ def test_the_command_exits_with_1_and_names_the_bypassed_module(tmp_path: Path) 
 def test_a_set_of_another_model_is_refused_before_the_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm_eval_steering.cli import analysis
+    from lm_eval_steering.cli import app
 
     tiny_model("llama").save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(NeuronSetError, match="the neuron set is for demo-model"):
-        analysis.doctor(str(tmp_path / "tiny"), Path("demo"))
+        app(["doctor", "--model", str(tmp_path / "tiny"), "--neurons", "demo"], standalone_mode=False)
     wrong = make_set({"fra_Latn": [(0, 1)]})
     replace(wrong, provenance=replace(wrong.provenance, units=UNITS + 1)).save(tmp_path / "wide.safetensors")
     with pytest.raises(NeuronSetError, match="25 units"):
-        analysis.doctor(str(tmp_path / "tiny"), tmp_path / "wide.safetensors")
+        app(
+            ["doctor", "--model", str(tmp_path / "tiny"), "--neurons", str(tmp_path / "wide.safetensors")],
+            standalone_mode=False,
+        )
 
 
 def test_a_model_that_breaks_inside_a_check_gets_its_whole_table() -> None:

@@ -121,7 +121,7 @@ def test_the_error_names_everything_that_was_tried(tmp_path: Path, monkeypatch: 
         ('{"text": "a", "m": 1}\n', r"row 1: no 'n', which things needs; columns found: text, m"),
         ('{"text": "a", "n": 1}\n{"text": "b", "n": null}\n', r"row 2: no 'n'"),
         ('{"text": "a", "n": 1}\n{"te', r"line 2: not JSON"),
-        ("[1, 2]\n", r"line 1: expected an object, found list"),
+        ("[1, 2]\n", r"line 1: expected a JSON object, got list"),
         ("\n", r"no rows for things zho_Hans test"),
     ],
 )

@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownLanguageError):
         import_lists(path, ["fr", "de", "xx"], TINY)
     torch.save({0: "fr", 1: "tr", 2: "de"}, tmp_path / "dictionary")
-    with pytest.raises(NeuronSetError, match="the dictionary says fra_Latn, tur_Latn, deu_Latn"):
+    with pytest.raises(NeuronSetError, match="the dictionary has fra_Latn, tur_Latn, deu_Latn"):
         import_lists(path, ["fr", "de", "tr"], TINY, tmp_path / "dictionary")
     torch.save(torch.zeros(3), tmp_path / "tensor")
     with pytest.raises(NeuronSetError, match=r"expected list.*got Tensor"):
@@ -127,7 +127,7 @@ def test_counts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused({"n": 5, "over_zero": active}, r"1 recordings for 2 languages \(fra_Latn, deu_Latn\)", ("fr", "de"))
     refused({"n": 5, "over_zero": active[:2]}, r"counts of shape \(2, 24\), the model has 3 layers of 24 units")
     refused({"n": 0, "over_zero": active}, r"active on more tokens \(1\) than were counted \(0\)")
-    refused([{"lang": "de", "num": 5, "over_zero": active}], "the recording says de, .* in its place is fra_Latn")
+    refused([{"lang": "de", "num": 5, "over_zero": active}], "the recording is of de, .* at its position is fra_Latn")
     refused([1], r'expected \{"n", "over_zero"\}')
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lm_eval_steering import files
 from lm_eval_steering.errors import NeuronSetError, UnknownLanguageError
 from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.resources import find_neuron_set
 from tests.conftest import make_set
 
 PAIRS = {"fra_Latn": [(0, 1), (2, 3)], "deu_Latn": [(0, 1), (1, 7)], "tur_Latn": []}
@@ -119,3 +121,52 @@ def test_an_absent_statistic_is_named_with_the_closest() -> None:
         found.lookup(np.array([[0, 1]]), "deu_Latn", "activation", "p11")
     with pytest.raises(NeuronSetError, match="no calibrated statistics"):
         found.lookup(np.array([[1, 1]]), "deu_Latn", "activation", "mean")
+
+
+# --- format versions ----------------------------------------------------------------------------------------------
+
+
+def version_of(path: Path) -> int:
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    return json.loads(header["lm_eval_steering"])["format_version"]
+
+
+def test_the_demo_set_of_version_1_keeps_its_checksum(tmp_path: Path) -> None:
+    shipped = find_neuron_set("demo")
+    found = NeuronSet.load(shipped)
+    assert version_of(shipped) == 1
+    assert found.content_hash() == "2fbab4f9074ec5f2614ec6579927fc786ee81f4d4dd61c849e1fc58c782ed735"
+    found.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == shipped.read_bytes()
+
+
+def test_widths_by_layer_and_a_residual_stream_are_version_2(tmp_path: Path) -> None:
+    narrow = make_set(PAIRS)
+    means = np.arange(3 * 5 * 3, dtype=np.float32).reshape(3, 5, 3)
+    wide = replace(narrow, provenance=replace(narrow.provenance, units=48, widths=(24, 24, 48)))
+    both = replace(wide, residual={"mean": means})
+    for number, neuron_set in enumerate((narrow, wide, both)):
+        path = tmp_path / f"{number}.safetensors"
+        neuron_set.save(path)
+        loaded = NeuronSet.load(path)
+        assert version_of(path) == (1 if neuron_set is narrow else 2)
+        assert loaded.content_hash() == neuron_set.content_hash()
+        assert loaded.provenance == neuron_set.provenance
+    assert len({neuron_set.content_hash() for neuron_set in (narrow, wide, both)}) == 3
+    assert np.array_equal(NeuronSet.load(tmp_path / "2.safetensors").residual["mean"], means)
+    with pytest.raises(NeuronSetError, match=r"unit 30\) is out of range for 3 layers of 24 to 48 units"):
+        replace(wide, assignments={**wide.assignments, "fra_Latn": np.array([[1, 30]])})
+    replace(wide, assignments={**wide.assignments, "fra_Latn": np.array([[2, 30]])})
+    with pytest.raises(NeuronSetError, match=r"3 layers of 24 to 48 units.* with 3 layers of 48 units"):
+        wide.check_model(3, 48, "llama")
+    wide.check_model(3, 48, "llama", widths=(24, 24, 48))
+    with pytest.raises(NeuronSetError, match="residual 'mean' of shape"):
+        replace(wide, residual={"mean": means[:2]})
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "newer.safetensors"
+    files.write_tensors(path, "neuron set", {}, {}, version=3)
+    with pytest.raises(NeuronSetError, match="format version 3, this release reads 1 to 2"):
+        NeuronSet.load(path)

@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_steering import resources
 from lm_eval_steering.architectures import sites_of
-from lm_eval_steering.architectures.loading import LazyModel
-from lm_eval_steering.errors import CorpusError, DidNotHappenError
+from lm_eval_steering.architectures.loading import Bos, LazyModel
+from lm_eval_steering.errors import CorpusError, DidNotHappenError, RecordingError, SteeringError
 from lm_eval_steering.neurons.calibrate import calibrate
+from lm_eval_steering.neurons.find import Method, find_neurons
+from lm_eval_steering.neurons.recorder import Recorder, Search
+from lm_eval_steering.neurons.recording import RecordingFolder
 from lm_eval_steering.neurons.rows import TokenRows, sentence_rows
 from lm_eval_steering.neurons.running import Batches, ModelRunner, Ranks, Side, count_active, sentence_means
 from tests.conftest import UNITS, tiny_model, tiny_tokenizer
@@ -142,8 +146,63 @@ def test_nothing_to_record_is_an_error(model: torch.nn.Module) -> None:
         count_active(sites_of(model), batches(model, [[]], 4))
 
 
-def test_rows_begin_with_bos_where_the_tokenizer_has_one() -> None:
-    tokenizer = tiny_tokenizer()
-    assert ModelRunner(LazyModel.of(tiny_model("llama"), tokenizer)).prefix == (0,)
-    tokenizer.bos_token = None
-    assert ModelRunner(LazyModel.of(tiny_model("llama"), tokenizer)).prefix == ()
+class Adding:
+    """The tiny tokenizer without BOS of its own, or with other special tokens before a text."""
+
+    def __init__(self, before: tuple[str, ...] = (), bos: str | None = "<s>", eos: str | None = "<s>") -> None:
+        self.tokenizer = tiny_tokenizer()
+        pieces = " ".join([*before, "$A"])
+        special = [(token, self.tokenizer.convert_tokens_to_ids(token)) for token in before]
+        self.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(pieces, special_tokens=special)
+        self.tokenizer.bos_token, self.tokenizer.eos_token = bos, eos
+
+    def prefix(self, bos: Bos = "auto") -> tuple[int, ...]:
+        return LazyModel.of(tiny_model("llama"), self.tokenizer).prefix(bos)
+
+
+def test_the_prefix_is_the_one_that_evaluation_shows() -> None:
+    assert Adding(("<s>",)).prefix() == (0,)
+    assert Adding(("<pad>", "<s>")).prefix() == (1, 0), "what the tokenizer adds itself"
+    assert Adding().prefix() == (0,), "a BOS that it does not add is lm-eval's prefix token"
+    assert Adding(bos=None).prefix() == (0,), "EOS where there is no BOS, as lm-eval's prefix_token_id"
+    assert Adding(bos=None, eos=None).prefix() == ()
+    assert Adding(("<pad>", "<s>")).prefix("always") == (0,)
+    assert Adding(("<s>",)).prefix("never") == ()
+    with pytest.raises(SteeringError, match="bos=always, and the tokenizer has neither BOS nor EOS"):
+        Adding(bos=None, eos=None).prefix("always")
+
+
+@pytest.mark.parametrize("before", [(), ("<s>",)])
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_the_prefix_is_that_of_lm_evals_rolling_request(before: tuple[str, ...], bos: str | None) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    seen: list[list[int]] = []
+    model, adding = tiny_model("llama"), Adding(before, bos)
+    lm = HFLM(model, tokenizer=adding.tokenizer, batch_size=1)
+    model.register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.append([*args, *kwargs.values()][0][0].tolist()), with_kwargs=True
+    )
+    lm.loglikelihood([Instance("loglikelihood", {}, ("", "w1 w2"), 0)], disable_tqdm=True)
+    prefix = adding.prefix()
+    assert tuple(seen[0][: len(prefix)]) == prefix
+
+
+def test_the_recording_and_the_set_name_the_prefix(tmp_path: Path) -> None:
+    for number in range(2):
+        words = [" ".join(f"w{i + 20 * number}" for i in range(1, 9))] * 3
+        (tmp_path / f"{['fra', 'deu'][number]}_Latn.txt").write_text("\n".join(words))
+    search = Search(str(tmp_path), ("fra_Latn", "deu_Latn"), rows="sentences")
+    counts = {}
+    for bos in ("auto", "never"):
+        runner = ModelRunner(LazyModel.of(tiny_model("llama"), tiny_tokenizer()), bos=bos)
+        recorder = Recorder(runner, search, RecordingFolder(tmp_path / f"recording-{bos}"))
+        (found,) = find_neurons(recorder, Method(rates=(0.2,)))
+        expected = ["<s>"] if bos == "auto" else []
+        assert found.provenance.corpus["prefix"] == found.provenance.corpus["calibration"]["prefix"] == expected
+        counts[bos] = recorder.record().counts
+    assert not np.array_equal(counts["auto"], counts["never"]), "the model saw the prefix in neither"
+    runner = ModelRunner(LazyModel.of(tiny_model("llama"), tiny_tokenizer()), bos="never")
+    with pytest.raises(RecordingError, match=r'corpus\.prefix: \["<s>"\] there, \[\] asked for'):
+        Recorder(runner, search, RecordingFolder(tmp_path / "recording-auto")).record()

@@ -106,7 +106,7 @@ def test_languages_are_the_first_sets_or_those_of_all() -> None:
     assert intersect([first, other]).languages == ("fra_Latn", "deu_Latn")
     assert union([first, other]).languages == ("fra_Latn", "deu_Latn", "tur_Latn")
     assert contents(subtract(other, [first])) == {"deu_Latn": {(1, 8)}, "fra_Latn": {(2, 4)}, "tur_Latn": {(0, 2)}}
-    with pytest.raises(NeuronSetError, match="set number 1 does not have tur_Latn"):
+    with pytest.raises(NeuronSetError, match="set number 1 lacks tur_Latn"):
         intersect([other, first])
 
 
@@ -193,6 +193,6 @@ def test_another_seed_draws_other_neurons() -> None:
 
 def test_more_than_half_a_layer_needs_a_draw_that_may_overlap() -> None:
     own = {"fra_Latn": np.array([[1, unit] for unit in range(UNITS // 2 + 1)])}
-    with pytest.raises(SteeringError, match=r"layer 1 has 11 units beside the set's own 13.*disjoint=False"):
+    with pytest.raises(SteeringError, match=r"layer 1 has 11 units outside the set's 13.*disjoint=False"):
         random_control(own, UNITS, 0)
     assert len(random_control(own, UNITS, 0, disjoint=False)["fra_Latn"]) == UNITS // 2 + 1
