@@ -99,7 +99,7 @@ def script_share(text: str, code: str) -> float:
 
 def words(text: str) -> list[str]:
     """Words between blanks; where a script is written without blanks, each letter with its marks is a word."""
-    return _WORD.findall(text)
+    return list(_WORD.findall(text))
 
 
 def _jieba() -> Callable[[str], list[str]]:
