@@ -23,6 +23,7 @@ MODELS = {"steered-hf": "lm_eval_steering.lmeval.model:SteeredHFLM"}
 # Name -> where it is, whether more is better, and how the values of the items become one.
 METRICS = {
     "lfs": ("lm_eval_steering.metrics.registered:lfs", True, "mean"),
+    "lfs_clean": ("lm_eval_steering.metrics.registered:lfs_clean", True, "mean"),
     "lang_expected": ("lm_eval_steering.metrics.registered:lang_expected", True, "mean"),
     "output_language": ("lm_eval_steering.metrics.registered:counted_language", True, "language_counts"),
     "lang_confidence": ("lm_eval_steering.metrics.registered:lang_confidence", True, "mean"),

@@ -1,4 +1,4 @@
-"""Which language a text is in: fastText models, an offline default, and an honest `unknown`.
+"""Which language a text is in: fastText models, an offline default, and `unknown` where the text does not tell.
 
 The module `fasttext` may be that of fasttext-predict (which we depend on), of the official package, or of its other
 builds: all of them hold the same C++ object, which we ask directly. The official wrapper's own `predict` fails with
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ from typing import Any
 
 from lm_eval_steering.errors import SteeringError, UnknownLanguageError, did_you_mean
 from lm_eval_steering.languages import from_fasttext, same_language
-from lm_eval_steering.metrics.text import NO_SCRIPT, clean, main_script, scripts
+from lm_eval_steering.metrics.text import CLEANING, NO_SCRIPT, clean, is_main_script, main_script, scripts
 
 UNKNOWN = "unknown"
 THRESHOLD = 0.5
@@ -43,15 +44,24 @@ _CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 _SH = frozenset({"hrv", "bos", "srp", "cnr", "hbs"})
 _COVERS = {"srp_Latn": _SH, "hbs_Latn": _SH, "que_Latn": frozenset({"quy", "quz", "qug", "quh"})}
 
+# Languages that are written in several scripts. lid.176's labels name no script: the text's main script decides.
+# Serbian is not among them: in Latin letters lid.176 calls it `sh`; its `sr` there is noise with a Cyrillic word.
+_WRITTEN_IN = {
+    "azj": "Latn Cyrl Arab", "bos": "Latn Cyrl", "crh": "Latn Cyrl", "hbs": "Latn Cyrl", "jav": "Latn Java",
+    "kaz": "Cyrl Latn Arab", "khk": "Cyrl Mong", "kir": "Cyrl Arab", "kmr": "Latn Cyrl Arab", "kas": "Arab Deva",
+    "pan": "Guru Arab", "snd": "Arab Deva", "sun": "Latn Sund", "tat": "Cyrl Latn",
+    "tgk": "Cyrl Arab", "tuk": "Latn Cyrl Arab", "uig": "Arab Cyrl Latn", "uzn": "Latn Cyrl Arab", "zsm": "Latn Arab",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Identified:
-    """What an identifier found.
+    """An identifier's answer for one text.
 
     Attributes:
         language: our code, or `unknown`.
-        confidence: its probability for its best guess, 0 to 1, also where that is too small to count.
-        script: ISO 15924 code of the script of most letters, as they stand in the text; `Zyyy` without letters.
+        confidence: its probability for its best guess, 0 to 1, also where that guess does not count.
+        script: ISO 15924 code of the script of most letters; `Zyyy` without letters.
     """
 
     language: str
@@ -66,7 +76,8 @@ class LanguageIdentifier:
     lid.176 (Joulin et al. 2017) guesses English with probability 0.125 for empty and wordless text; the threshold
     turns that, and every other doubtful guess, into `unknown`. `letters` does so for what the threshold cannot
     catch: of words of two letters, one confident guess in four is wrong, of three one in six
-    (docs/output-language.md; benchmarks/language_id.py measures it).
+    (docs/output-language.md; benchmarks/language_id.py measures it). A guess whose script is not the text's main
+    script is `unknown` too. Texts are cleaned first (`text.clean`).
 
     Attributes:
         model: one of `NAMES` (lid.176 travels with a package that we depend on, the others come from the hub and are
@@ -118,9 +129,9 @@ class LanguageIdentifier:
         return _load(self.file)[1]
 
     def signature(self) -> str:
-        """`lid.176.ftz@8f3472cf>0.5,letters>=3`: file, hash and what counts."""
+        """`lid.176.ftz@8f3472cf>0.5,letters>=3,cleaning=2`: file, hash, what counts, and the version of the rules."""
         name = self.file.name if self.model not in _HUB else f"{self.model}/{self.file.name}"
-        return f"{name}@{self.sha256[:8]}>{self.threshold:g},letters>={self.letters}"
+        return f"{name}@{self.sha256[:8]}>{self.threshold:g},letters>={self.letters},cleaning={CLEANING}"
 
     def languages(self) -> frozenset[str]:
         """Codes of all languages that this model can answer."""
@@ -149,7 +160,7 @@ class LanguageIdentifier:
         return self._answer(texts, self.threshold)
 
     def guess(self, texts: Iterable[str]) -> list[Identified]:
-        """The same without the threshold: the best guess, however doubtful, unless there are too few letters."""
+        """The same without the threshold: the best guess, unless there are too few letters, or of another script."""
         return self._answer(texts, 0.0)
 
     def _answer(self, texts: Iterable[str], threshold: float) -> list[Identified]:
@@ -157,11 +168,23 @@ class LanguageIdentifier:
         answers = []
         for line in map(clean, texts):
             label, confidence = _predict(model, line)
-            found = scripts(line)
-            counts = confidence >= threshold and found.total() >= self.letters
-            language = _code(label, file) if counts else UNKNOWN
-            answers.append(Identified(language, confidence, main_script(found)))
+            letters = scripts(line)
+            counts = confidence >= threshold and letters.total() >= self.letters
+            language = _in_script_of(_code(label, file), label, letters) if counts else UNKNOWN
+            answers.append(Identified(language, confidence, main_script(letters)))
         return answers
+
+
+def _in_script_of(code: str, label: str, letters: Counter[str]) -> str:
+    """The code, if the text is written in its script; else the language in the text's script, or `unknown`."""
+    language, _, script = code.partition("_")
+    if code == UNKNOWN or is_main_script(letters, script):
+        return code
+    if "_" not in label.removeprefix("__label__"):
+        for other in _WRITTEN_IN.get(language, "").split():
+            if is_main_script(letters, other):
+                return f"{language}_{other}"
+    return UNKNOWN
 
 
 def in_language(found: str, wanted: str) -> bool:

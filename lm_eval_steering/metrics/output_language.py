@@ -5,8 +5,8 @@ What an output was steered to comes with the text itself. `steered-hf` returns e
 two models in one process cannot see each other's target, a cached output keeps its own, and there is nothing to clear.
 A filter that makes a new string takes the knowledge away: `lfs` is then left out, with a warning, and never 0.
 
-What an item expects comes with the item (`harness.expected`): it cannot come with the text, because lm-eval's cache
-returns one text for two items with the same prompt.
+What an item expects comes with the item (`lmeval.expected_language`): it cannot come with the text, because lm-eval's
+cache returns one text for two items with the same prompt.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class IdentifiedText(str):
     @classmethod
     def of(cls, text: str, identifier: LanguageIdentifier, targets: Sequence[str] = ()) -> Self:
         """A text, identified now."""
-        (found,) = identifier.identify([text])
-        return cls(text, found.language, found.confidence, targets, identifier)
+        (answer,) = identifier.identify([text])
+        return cls(text, answer.language, answer.confidence, targets, identifier)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.language, self.confidence, self.targets, self.identifier)
@@ -105,7 +105,7 @@ class Output:
         identifier: LanguageIdentifier | None = None,
         about: str = EXPECTED,
     ) -> Output:
-        """An output, with what the text itself knows where nothing else is said.
+        """An output, with what the text itself knows where an argument is None.
 
         Args:
             text: plain, or an `IdentifiedText`.
@@ -114,11 +114,19 @@ class Output:
             identifier: None takes the text's own, or the default one.
             about: see `Output`.
         """
-        own = text if isinstance(text, IdentifiedText) else None
-        if own is None or (identifier is not None and identifier != own.identifier):
-            own = IdentifiedText.of(text, identifier or LanguageIdentifier(), own.targets if own is not None else ())
-        named = own.targets if targets is None else tuple(targets)
-        return cls(str(own), Identified(own.language, own.confidence), own.identifier, named, expected, about)
+        identified = (
+            text if isinstance(text, IdentifiedText) else IdentifiedText.of(text, identifier or LanguageIdentifier())
+        )
+        if identifier not in (None, identified.identifier):
+            identified = IdentifiedText.of(text, identifier, identified.targets)
+        return cls(
+            str(text),
+            Identified(identified.language, identified.confidence),
+            identified.identifier,
+            identified.targets if targets is None else tuple(targets),
+            expected,
+            about,
+        )
 
     @cached_property
     def wanted(self) -> tuple[str, ...]:
@@ -134,6 +142,11 @@ class Output:
             warn_once(f"{name} does not know {'+'.join(codes)}: metrics about that language are left out")
             return ()
         return tuple(codes)
+
+    @cached_property
+    def degenerate(self) -> bool:
+        """Whether it says nothing or repeats itself."""
+        return degenerate.degenerate(self.text)
 
     @cached_property
     def passes(self) -> pass_rates.Passes:
@@ -163,6 +176,15 @@ def lfs(output: Output) -> float | None:
     return _is_in(output, output.targets)
 
 
+def lfs_clean(output: Output) -> float | None:
+    """1 where the output is identified as a target language and is not degenerate; absent where `lfs` is.
+
+    Source: our own. `lfs` alone is met by one word of the target language over and over; claims are made of this one.
+    """
+    success = lfs(output)
+    return success if not success else float(not output.degenerate)
+
+
 def lang_expected(output: Output) -> float | None:
     """1 where the output is identified as the language that the item expects; `unknown` is none. Source: our own."""
     return _is_in(output, (output.expected,)) if output.expected is not None else None
@@ -179,7 +201,7 @@ def lang_confidence(output: Output) -> float:
 
 
 def lang_unknown(output: Output) -> float:
-    """1 where the language is `unknown`: below the identifier's threshold, or too few letters. Source: our own."""
+    """1 where the language is `unknown`: a doubtful guess, too few letters, or another script. Source: our own."""
     return float(output.identified.language == UNKNOWN)
 
 
@@ -216,8 +238,8 @@ def lcpr(output: Output) -> tuple[float, float | None] | None:
 
 
 def degenerate_output(output: Output) -> float:
-    """1 where the output is empty or repeats itself (`degenerate.degenerate` has the rule). Source: our own."""
-    return float(degenerate.degenerate(output.text))
+    """1 where the output says nothing or repeats itself (`degenerate.degenerate` has the rule). Source: our own."""
+    return float(output.degenerate)
 
 
 def script_share_of(output: Output) -> float | None:
@@ -235,6 +257,7 @@ def _number(passed: bool | None) -> float | None:
 
 METRICS: Mapping[str, Callable[[Output], Value | None]] = {
     "lfs": lfs,
+    "lfs_clean": lfs_clean,
     "lang_expected": lang_expected,
     "output_language": output_language,
     "lang_confidence": lang_confidence,

@@ -5,9 +5,10 @@ compute_metrics.py, which is followed where the paper is silent: ASCII punctuati
 tokens to count, a guess of the identifier counts above 0.3, an English word is a lower-case word of the list with more
 than three letters, and the word rate is for scripts other than Latin. Where we differ:
 
-* their list of words is not to be had; ours is the American list of SCOWL, 63,189 such words;
+* their list of words is unavailable; ours is the American list of SCOWL, 63,189 such words;
 * blanks that jieba returns are no tokens;
-* Chinese, Japanese, Thai, ... are cut into letters where no segmenter is at hand (`signature` says which);
+* Chinese, Japanese, Thai, ... are cut into letters where no segmenter is installed (`signature` says which);
+* markers of models (`</s>`) and U+FFFD are removed first, and a guess in another script than the line's is wrong;
 * nothing is cut at "\\nQ:", which belongs to one prompt of theirs;
 * the word rate is given for every script but Latin, theirs for six languages.
 """
@@ -23,7 +24,7 @@ from functools import cache
 from importlib.resources import files
 
 from lm_eval_steering.metrics.language_id import LanguageIdentifier, in_language
-from lm_eval_steering.metrics.text import segmenter, segmenters
+from lm_eval_steering.metrics.text import segmenter, segmenters, without_markers
 
 TOKENS = 5
 LINE_THRESHOLD = 0.3
@@ -83,7 +84,7 @@ def harmonic_mean(items: Sequence[tuple[float, float | None]]) -> float:
 
 
 def _normalised(text: str) -> list[str]:
-    return text.strip().translate(_DELETED).split("\n")
+    return without_markers(text).strip().translate(_DELETED).split("\n")
 
 
 @cache

@@ -1,7 +1,7 @@
 """The output-language metrics as lm-eval calls them: `metric: lpr` in a task's list.
 
 lm-eval gives a metric the answer and the reference and nothing else, so what the item expects is added by
-`harness.expected`, which scores our metrics with the item in hand. A task can also say it beside the metric:
+`lmeval.expected_language`, which scores our metrics with the document. A task can also name it with the metric:
 
     metric_list:
       - {metric: lang_expected, expected: fra_Latn}
@@ -25,6 +25,7 @@ OPTIONS = ("expected", "about", *_LID)
 
 _ABSENT = {
     "lfs": "the outputs carry no target language",
+    "lfs_clean": "the outputs carry no target language",
     "lang_expected": "the item names no language that it expects",
 }
 _NO_LANGUAGE = "no language is expected, and none is steered to"
@@ -54,16 +55,16 @@ def value_of(name: str, text: Any, options: Mapping[str, Any], expected: str | N
     Args:
         name: of `METRICS`.
         text: what the model wrote, as the task's filter left it.
-        options: beside the metric in the task's list.
+        options: of the metric in the task's list.
         expected: code of the language that the item expects.
     """
     if not isinstance(text, str):
         warn_once(f"{name} is left out: the task's filter turns an answer into {type(text).__name__}, not a text")
         return None
-    said = options.get("expected")
+    option = options.get("expected")
     output = Output.of(
         text,
-        expected=normalise(str(said)) if said else expected,
+        expected=normalise(str(option)) if option else expected,
         identifier=_identifier(options),
         about=options.get("about", EXPECTED),
     )
@@ -84,7 +85,7 @@ def _identifier(options: Mapping[str, Any]) -> LanguageIdentifier | None:
 
 
 class Metric:
-    """What lm-eval calls, and `harness.expected` recognises."""
+    """What lm-eval calls, and `lmeval.expected_language` recognises."""
 
     def __init__(self, name: str) -> None:
         self.name = self.__name__ = name
@@ -97,6 +98,7 @@ class Metric:
 
 
 lfs = Metric("lfs")
+lfs_clean = Metric("lfs_clean")
 lang_expected = Metric("lang_expected")
 counted_language = Metric("output_language")
 lang_confidence = Metric("lang_confidence")

@@ -1,12 +1,16 @@
-"""Intervals: for the mean of items (percentile bootstrap) and for a share (Wilson).
+"""Statistics of scores: intervals, random neuron sets as a null, and paired tests of steered runs against baselines.
 
-Both are seeded or closed formulas, so that the same results give the same interval.
+Everything is seeded or a closed formula, so that the same results give the same numbers. There is one bootstrap: a
+matrix of resampling weights (resamples, items), the same for every quantity over so many items, and the expanded
+percentile interval of its replicates (Hesterberg 2015). Cells that share their items are compared in one step; arrays
+are (items, cells). Tests are the usual ones: exact McNemar, Student's paired t, Holm (1979), and for BLEU and chrF++
+sacreBLEU's paired bootstrap. Means over languages resample languages and items together (Owen 2007).
 """
 
 from __future__ import annotations
 
-import gc
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +27,64 @@ LEVEL = 0.95
 RESAMPLES = 2000
 SEED = 0
 
+Array = NDArray[np.float64]
 
-def bootstrap_interval(
-    values: Sequence[float], level: float = LEVEL, resamples: int = RESAMPLES, seed: int = SEED
-) -> tuple[float, float]:
-    """Percentile-bootstrap interval of the mean over items (Efron 1979), seeded.
+# --- Intervals
+
+
+@lru_cache(maxsize=4)
+def resampling_weights(items: int, resamples: int = RESAMPLES, seed: int = SEED) -> NDArray[np.float32]:
+    """How often each resample holds each item, (resamples, items); the same for all cells with so many items.
+
+    Raises:
+        SteeringError: for no items.
+    """
+    if items < 1:
+        raise SteeringError("a comparison over no items")
+    drawn = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=resamples)
+    return drawn.astype(np.float32)  # counts, so exact; sums over items keep six digits, which an interval has not
+
+
+def interval_of_items(replicates: Array, n: NDArray[np.int64], level: float = LEVEL) -> tuple[Array, Array]:
+    """Expanded percentile interval of each cell (Hesterberg 2015, "What Teachers Should Know about the Bootstrap").
+
+    The plain percentile interval is too short for few items: replicates spread by sqrt((n - 1) / n) too little, and as
+    if the spread of the items were known. Taking them at Phi(sqrt(n / (n - 1)) * t) with t of n - 1 degrees of freedom
+    mends both.
+
+    Args:
+        replicates: (resamples, cells).
+        n: (cells,) items.
+        level: of the interval.
+
+    Returns:
+        Lower and upper ends, (cells,) each; nan for a cell of one item, which says nothing about a spread.
+    """
+    from scipy.stats import norm, t
+
+    ends = np.full((2, len(n)), np.nan)
+    for size in np.unique(n[n > 1]):
+        tail = norm.cdf(math.sqrt(size / (size - 1)) * t.ppf((1 - level) / 2, size - 1))
+        ends[:, n == size] = interval_of(replicates[:, n == size], float(1 - 2 * tail))
+    return ends[0], ends[1]
+
+
+def interval_of(replicates: Array, level: float = LEVEL) -> tuple[Array, Array]:
+    """Percentile interval over the first axis; nan replicates (nothing drawn) are left out."""
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    if not np.isnan(replicates).any():
+        low, high = np.quantile(replicates, tails, axis=0)
+        return low, high
+    flat = replicates.reshape(len(replicates), -1)
+    empty = np.isnan(flat).all(axis=0)
+    ends = np.full((2, flat.shape[1]), np.nan)
+    if not empty.all():
+        ends[:, ~empty] = np.nanquantile(flat[:, ~empty], tails, axis=0)
+    return ends[0].reshape(replicates.shape[1:]), ends[1].reshape(replicates.shape[1:])
+
+
+def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+    """Bootstrap interval of the mean over items; nan for one item.
 
     Raises:
         SteeringError: for no values.
@@ -35,11 +92,19 @@ def bootstrap_interval(
     if not len(values):
         raise SteeringError("an interval of no values")
     array = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    # One resample at a time: thousands of items times thousands of resamples would not fit in memory.
-    means = [array[generator.integers(len(array), size=len(array))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    replicates = resampling_weights(len(array)).astype(np.float64) @ array / len(array)
+    low, high = interval_of_items(replicates[:, None], np.array([len(array)]), level)
+    return float(low[0]), float(high[0])
+
+
+def interval_low(values: Sequence[float]) -> float:
+    """Aggregation: lower end of the 95 % bootstrap interval of the mean."""
+    return mean_interval(values)[0]
+
+
+def interval_high(values: Sequence[float]) -> float:
+    """Aggregation: upper end of the 95 % bootstrap interval of the mean."""
+    return mean_interval(values)[1]
 
 
 def wilson_interval(successes: int, trials: int, level: float = LEVEL) -> tuple[float, float]:
@@ -59,14 +124,7 @@ def wilson_interval(successes: int, trials: int, level: float = LEVEL) -> tuple[
     return (centre - spread) / scale if successes else 0.0, (centre + spread) / scale if successes < trials else 1.0
 
 
-def interval_low(values: Sequence[float]) -> float:
-    """Aggregation: lower end of the 95 % bootstrap interval of the mean."""
-    return bootstrap_interval(values)[0]
-
-
-def interval_high(values: Sequence[float]) -> float:
-    """Aggregation: upper end of the 95 % bootstrap interval of the mean."""
-    return bootstrap_interval(values)[1]
+# --- Random neuron sets as a null
 
 
 @dataclass(frozen=True)
@@ -74,16 +132,16 @@ class Null:
     """A score among the same score of matched random sets: the null of LSS (`docs/lss.md`).
 
     Attributes:
-        own: the score in question.
+        score: the one in question.
         mean: of the random sets' scores.
         lowest: of them.
         highest: of them.
-        share: of random sets that score at or above `own`.
+        share: of random sets that score at or above `score`.
         interval: of that share (Wilson), which is wide: 0 of 20 sets still allows 16 %.
         sets: how many.
     """
 
-    own: float
+    score: float
     mean: float
     lowest: float
     highest: float
@@ -92,7 +150,7 @@ class Null:
     sets: int
 
 
-def against_random(own: float, random: Sequence[float]) -> Null:
+def against_random(score: float, random: Sequence[float]) -> Null:
     """Compare a score with those of matched random sets.
 
     Raises:
@@ -100,23 +158,14 @@ def against_random(own: float, random: Sequence[float]) -> Null:
     """
     if not random:
         raise SteeringError("no random sets to compare with: draw at least 20")
-    above = sum(score >= own for score in random)
+    above = sum(other >= score for other in random)
     return Null(
-        own, sum(random) / len(random), min(random), max(random), above / len(random),
+        score, sum(random) / len(random), min(random), max(random), above / len(random),
         wilson_interval(above, len(random)), len(random),
     )  # fmt: skip
 
 
-# --- Is a difference more than chance? Paired tests between a baseline and steered runs over the same items
-#
-# Cells that share their items are compared in one step: arrays are (items, cells), and one matrix of resampling
-# weights (resamples, items) serves them all, so that a resample means the same items everywhere. The estimators are
-# the usual ones: the expanded percentile bootstrap (Hesterberg 2015) with multinomial weights, the exact McNemar test,
-# Student's paired t, Holm (1979), and for means over languages a bootstrap of languages and items together (Owen
-# 2007). Tests come from scipy and statsmodels; those of corpus scores are in `paired_corpora.py`.
-
-Array = NDArray[np.float64]
-MCNEMAR, T_TEST, NO_TEST = "exact McNemar", "paired t", ""
+# --- Steered cells against their baselines, over the same items
 
 
 @dataclass(frozen=True)
@@ -163,34 +212,41 @@ class Arm:
         """These columns, in this order."""
         return Arm(self.numerator[:, columns], None if self.denominator is None else self.denominator[:, columns])
 
+    def only(self, present: NDArray[np.bool_]) -> Arm:
+        """The same with nan wherever `present` (items, cells) is False."""
+        denominator = None if self.denominator is None else np.where(present, self.denominator, np.nan)
+        return Arm(np.where(present, self.numerator, np.nan), denominator)
+
     def sums(self, weights: NDArray[Any]) -> tuple[Array, Array]:
         """Weighted sums of numerators and denominators, (resamples, cells) each, for weights (resamples, items)."""
-        there = ~np.isnan(self.numerator)
-        whole = bool(there.all())
-        kind = weights.dtype
-        top = weights @ (self.numerator if whole else np.where(there, self.numerator, 0.0)).astype(kind, copy=False)
+        present = ~np.isnan(self.numerator)
+        whole = bool(present.all())
+        dtype = weights.dtype
+        top = weights @ (self.numerator if whole else np.where(present, self.numerator, 0.0)).astype(dtype, copy=False)
         if self.denominator is not None:
-            return top, weights @ np.where(there, self.denominator, 0.0).astype(kind)
+            return top, weights @ np.where(present, self.denominator, 0.0).astype(dtype)
         if whole:
             return top, np.broadcast_to(weights.sum(axis=1, keepdims=True), top.shape)
-        return top, weights @ there.astype(kind)
+        return top, weights @ present.astype(dtype)
 
     def ratio(self, weights: NDArray[Any]) -> Array:
         """(resamples, cells), nan where a resample holds no item."""
         top, bottom = self.sums(weights)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(bottom != 0, top / bottom, np.nan)
+            return np.asarray(np.where(bottom != 0, top / bottom, np.nan), dtype=np.float64)
 
     def influence(self) -> Array:
         """(items, cells): by how much an item moves the ratio, times the number of items; its mean is 0."""
         bottom = np.where(np.isnan(self.numerator), np.nan, 1.0) if self.denominator is None else self.denominator
-        ratio = np.nansum(self.numerator, axis=0) / np.nansum(bottom, axis=0)
-        return (self.numerator - ratio * bottom) / np.nanmean(bottom, axis=0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            total = np.nansum(bottom, axis=0)
+            ratio = np.nansum(self.numerator, axis=0) / total
+            return (self.numerator - ratio * bottom) / (total / (~np.isnan(bottom)).sum(axis=0))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a paired comparison found, one entry a cell.
+    """Result of a paired comparison, one entry per cell.
 
     Attributes:
         baseline: scores without the intervention.
@@ -198,8 +254,8 @@ class Comparison:
         difference: score - baseline.
         low: lower ends of the intervals of the difference.
         high: upper ends.
-        p_value: two-sided, of no difference.
-        test: which test gave the p-values.
+        p_value: two-sided, of no difference; nan where no test applies.
+        tests: name of each cell's test, or why there is no p (`NO_ITEMS`, `ONE_ITEM`, `NO_SPREAD`, `NOT_FINITE`).
         n: items that both sides have.
         replicates: (resamples, cells) of the difference.
         baseline_replicates: (resamples, cells).
@@ -211,23 +267,10 @@ class Comparison:
     low: Array
     high: Array
     p_value: Array
-    test: str
+    tests: tuple[str, ...]
     n: NDArray[np.int64]
     replicates: Array
     baseline_replicates: Array
-
-
-@lru_cache(maxsize=4)
-def resampling_weights(items: int, resamples: int = RESAMPLES, seed: int = SEED) -> NDArray[np.float32]:
-    """How often each resample holds each item, (resamples, items); the same for all cells with so many items.
-
-    Raises:
-        SteeringError: for no items.
-    """
-    if items < 1:
-        raise SteeringError("a comparison over no items")
-    drawn = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=resamples)
-    return drawn.astype(np.float32)  # counts, so exact; sums over items keep six digits, which an interval has not
 
 
 def compare(
@@ -249,84 +292,59 @@ def compare(
     Raises:
         SteeringError: if there are no items.
     """
-    shared, alone = baseline, baseline_of
+    resampled, columns = baseline, baseline_of
     baseline = baseline if baseline_of is None else baseline.of(baseline_of)
-    if np.isnan(baseline.numerator).any() or np.isnan(steered.numerator).any():
-        baseline, steered = _common(baseline, steered)
-        shared, alone = baseline, None  # a baseline that lacks other items beside each cell is another one
+    present = ~(np.isnan(baseline.numerator) | np.isnan(steered.numerator))
+    if not present.all():
+        baseline, steered = baseline.only(present), steered.only(present)
+        resampled, columns = baseline, None  # a baseline that lacks other items for each cell is another one
     items = len(steered.numerator)
     weights, once = resampling_weights(items), np.ones((1, items))
-    before = aggregate.of_ratio(shared.ratio(weights))
-    before = before if alone is None else before[:, alone]
-    replicates = aggregate.of_ratio(steered.ratio(weights)) - before
-    point = [aggregate.of_ratio(arm.ratio(once))[0] for arm in (baseline, steered)]
-    n = (~np.isnan(steered.numerator)).sum(axis=0)
+    with np.errstate(invalid="ignore"):  # infinite values have neither difference nor p, and say so in `tests`
+        before = aggregate.of_ratio(resampled.ratio(weights))
+        before = before if columns is None else before[:, columns]
+        replicates = aggregate.of_ratio(steered.ratio(weights)) - before
+        score_before, score = (aggregate.of_ratio(arm.ratio(once))[0] for arm in (baseline, steered))
+        difference = score - score_before
+    n = present.sum(axis=0)
     low, high = interval_of_items(replicates, n, level)
-    p_value, test = p_values(baseline, steered)
-    return Comparison(point[0], point[1], point[1] - point[0], low, high, p_value, test, n, replicates, before)
+    p_value, tests = p_values(baseline, steered)
+    return Comparison(score_before, score, difference, low, high, p_value, tests, n, replicates, before)
 
 
-def _common(baseline: Arm, steered: Arm) -> tuple[Arm, Arm]:
-    there = ~(np.isnan(baseline.numerator) | np.isnan(steered.numerator))
-    return tuple(  # type: ignore[return-value]
-        Arm(
-            np.where(there, arm.numerator, np.nan),
-            None if arm.denominator is None else np.where(there, arm.denominator, np.nan),
-        )
-        for arm in (baseline, steered)
-    )
+# --- Tests
+
+MCNEMAR, T_TEST = "exact McNemar", "paired t"
+# Why a cell has no p.
+NO_ITEMS = "no p: no items"
+ONE_ITEM = "no p: one item"
+NO_SPREAD = "no p: all items changed by the same amount"
+NOT_FINITE = "no p: a value is not finite"
 
 
-def interval_of_items(replicates: Array, n: NDArray[np.int64], level: float = LEVEL) -> tuple[Array, Array]:
-    """Expanded percentile interval of each cell (Hesterberg 2015, "What Teachers Should Know about the Bootstrap").
-
-    The plain percentile interval is too short for few items: replicates spread by sqrt((n - 1) / n) too little, and as
-    if the spread of the items were known. Taking them at Phi(sqrt(n / (n - 1)) * t) with t of n - 1 degrees of freedom
-    mends both.
-
-    Args:
-        replicates: (resamples, cells).
-        n: (cells,) items.
-        level: of the interval.
-
-    Returns:
-        Lower and upper ends, (cells,) each; nan for a cell of one item, which says nothing about a spread.
-    """
-    from scipy.stats import norm, t
-
-    ends = np.full((2, len(n)), np.nan)
-    for size in np.unique(n[n > 1]):
-        tail = norm.cdf(math.sqrt(size / (size - 1)) * t.ppf((1 - level) / 2, size - 1))
-        ends[:, n == size] = interval_of(replicates[:, n == size], float(1 - 2 * tail))
-    return ends[0], ends[1]
-
-
-def interval_of(replicates: Array, level: float = LEVEL) -> tuple[Array, Array]:
-    """Percentile interval over the first axis; nan replicates (nothing drawn) are left out."""
-    ends = [(1 - level) / 2, (1 + level) / 2]
-    if not np.isnan(replicates).any():
-        low, high = np.quantile(replicates, ends, axis=0)
-        return low, high
-    flat = replicates.reshape(len(replicates), -1)
-    empty = np.isnan(flat).all(axis=0)
-    found = np.full((2, flat.shape[1]), np.nan)
-    if not empty.all():
-        found[:, ~empty] = np.nanquantile(flat[:, ~empty], ends, axis=0)
-    return found[0].reshape(replicates.shape[1:]), found[1].reshape(replicates.shape[1:])
-
-
-def p_values(baseline: Arm, steered: Arm) -> tuple[Array, str]:
-    """Two-sided p of each cell: exact McNemar where every item is right or wrong, else a paired t test.
+def p_values(baseline: Arm, steered: Arm) -> tuple[Array, tuple[str, ...]]:
+    """Two-sided p of each cell and the name of its test: exact McNemar where every item is 0 or 1, else paired t.
 
     The t test of a ratio of sums is over the items' linearised differences (delta method); of a mean it is the usual
-    one. A cell in which no item changed has p = 1.
+    one. A cell in which no item changed has p = 1 under both. Items that all changed by the same amount have no spread
+    to hold the change against: no p, whatever its size.
+
+    Args:
+        baseline: (items, cells), nan at the same places as `steered`.
+        steered: (items, cells).
+
+    Returns:
+        (cells,) p, nan where there is none, and (cells,) names or reasons.
     """
-    both = [arm.numerator[~np.isnan(arm.numerator)] for arm in (baseline, steered)]
-    if baseline.denominator is None and all(np.isin(values, (0.0, 1.0)).all() for values in both):
+    p_value, tests = _paired_t(baseline, steered)
+    values = np.concatenate([baseline.numerator, steered.numerator])
+    binary = (np.isnan(values) | (values == 0) | (values == 1)).all(axis=0) & ~np.isnan(values).all(axis=0)
+    if baseline.denominator is None and binary.any():
         better = (steered.numerator > baseline.numerator).sum(axis=0)
         worse = (steered.numerator < baseline.numerator).sum(axis=0)
-        return mcnemar(better, worse), MCNEMAR
-    return _paired_t(baseline, steered), T_TEST
+        p_value = np.where(binary, mcnemar(better, worse), p_value)
+        tests = tuple(MCNEMAR if of_shares else test for of_shares, test in zip(binary, tests, strict=True))
+    return p_value, tests
 
 
 def mcnemar(better: NDArray[np.int64], worse: NDArray[np.int64]) -> Array:
@@ -334,33 +352,52 @@ def mcnemar(better: NDArray[np.int64], worse: NDArray[np.int64]) -> Array:
     from scipy.stats import binom
 
     changed = np.asarray(better) + np.asarray(worse)
-    return np.minimum(1.0, 2 * binom.cdf(np.minimum(better, worse), changed, 0.5))
+    return np.asarray(np.minimum(1.0, 2 * binom.cdf(np.minimum(better, worse), changed, 0.5)), dtype=np.float64)
 
 
-def _paired_t(baseline: Arm, steered: Arm) -> Array:
+def _paired_t(baseline: Arm, steered: Arm) -> tuple[Array, tuple[str, ...]]:
     from scipy.stats import ttest_1samp
 
     once = np.ones((1, len(steered.numerator)))
-    shift = steered.ratio(once)[0] - baseline.ratio(once)[0]
-    differences = steered.influence() - baseline.influence() + shift
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # items that all moved by the same amount have no spread
-        found = np.asarray(ttest_1samp(differences, 0.0, axis=0, nan_policy="omit").pvalue, dtype=np.float64)
-    unchanged = np.nanmax(np.abs(differences), axis=0, initial=0.0) == 0
-    return np.where(unchanged, 1.0, found)
+        warnings.simplefilter("ignore", RuntimeWarning)  # cells without items or spread get a reason below
+        shift = steered.ratio(once)[0] - baseline.ratio(once)[0]
+        differences = steered.influence() - baseline.influence() + shift
+        p_value = np.asarray(ttest_1samp(differences, 0.0, axis=0, nan_policy="omit").pvalue, dtype=np.float64)
+    present = ~np.isnan(steered.numerator)
+    n = present.sum(axis=0)
+    changes = np.where(present, differences, 0.0)
+    finite = np.isfinite(changes).all(axis=0)
+    rounding = _rounding(baseline, steered, present)
+    unchanged = np.abs(changes).max(axis=0, initial=0.0) <= rounding
+    spread = np.where(present, changes, -np.inf).max(axis=0) - np.where(present, changes, np.inf).min(axis=0)
+    conditions = [n == 0, ~finite, unchanged, n == 1, spread <= rounding]
+    p_value = np.select(conditions, [math.nan, math.nan, 1.0, math.nan, math.nan], p_value)
+    return p_value, tuple(np.select(conditions, [NO_ITEMS, NOT_FINITE, T_TEST, ONE_ITEM, NO_SPREAD], T_TEST).tolist())
+
+
+def _rounding(baseline: Arm, steered: Arm, present: NDArray[np.bool_]) -> Array:
+    """(cells,) largest rounding error of a difference of two items, in units of the ratio."""
+    largest = np.maximum(
+        *(np.where(present, np.abs(arm.numerator), 0.0).max(axis=0, initial=0.0) for arm in (baseline, steered))
+    )
+    if steered.denominator is not None:
+        total = np.where(present, np.abs(steered.denominator), 0.0).sum(axis=0)
+        largest = np.divide(largest * present.sum(axis=0), total, out=np.zeros_like(largest), where=total > 0)
+    return np.asarray(16 * np.finfo(np.float64).eps * largest, dtype=np.float64)
 
 
 def holm(p_value: Array) -> Array:
-    """Holm's correction over one family of comparisons (statsmodels); nan stays nan and is no comparison."""
-    from statsmodels.stats.multitest import multipletests
+    """Holm's correction (1979) over one family of comparisons; nan stays nan and is no comparison."""
+    corrected = np.full(len(p_value), np.nan)
+    tested = np.flatnonzero(~np.isnan(p_value))
+    order = tested[np.argsort(p_value[tested], kind="stable")]
+    steps = p_value[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return corrected
 
-    found = np.full(len(p_value), np.nan)
-    there = ~np.isnan(p_value)
-    if there.any():
-        gc.freeze()  # statsmodels collects garbage at each call: a quarter of a second with torch's objects about
-        found[there] = multipletests(p_value[there], method="holm")[1]
-        gc.unfreeze()
-    return found
+
+# --- Means over languages
 
 
 def over_languages(
@@ -370,57 +407,63 @@ def over_languages(
     groups: Mapping[str, NDArray[np.bool_]],
     seed: int = SEED,
 ) -> dict[str, Array]:
-    """Replicates of the mean over cells, with languages drawn anew beside the items.
+    """Replicates of the mean over cells, with languages resampled together with the items.
 
-    A draw of languages gives each its count w; a cell counts w(steered) * w(evaluated) times, a self cell w times, so
-    that both roles of a language are drawn together (the pigeonhole bootstrap, Owen 2007). Missing cells are simply
-    not there. A draw without any cell of a group is nan.
+    A resample of languages gives each its count w; a cell counts w(steered) * w(evaluated) times, a self cell w times,
+    so that both roles of a language are drawn together (the pigeonhole bootstrap, Owen 2007). Missing cells do not
+    count. A resample without any cell of a group is nan.
 
     Args:
         replicates: (resamples, cells), item resampling of each cell.
         steered: language of each cell.
         evaluated: language of each cell; that of `steered` where its items are in several.
         groups: name -> which cells.
-        seed: of the draws.
+        seed: of the resampling of languages.
 
     Returns:
         Name -> (resamples,).
     """
     codes = sorted({*steered, *evaluated})
-    place = {code: number for number, code in enumerate(codes)}
-    rows, columns = ([place[code] for code in own] for own in (steered, evaluated))
+    number_of = {code: number for number, code in enumerate(codes)}
+    rows, columns = ([number_of[code] for code in role] for role in (steered, evaluated))
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(len(codes), np.full(len(codes), 1 / len(codes)), size=len(replicates))
     same = np.array(rows) == np.array(columns)
     counts = np.where(same, drawn[:, rows], drawn[:, rows] * drawn[:, columns]).astype(np.float64)
     counts[np.isnan(replicates)] = 0.0
     values = np.nan_to_num(replicates)
-    found = {}
+    means = {}
     for name, chosen in groups.items():
         total = counts[:, chosen].sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = (counts[:, chosen] * values[:, chosen]).sum(axis=1) / total
-        found[name] = np.where(total > 0, mean, np.nan)
-    return found
+        means[name] = np.where(total > 0, mean, np.nan)
+    return means
 
 
-# --- Is a difference of BLEU or chrF++ more than chance? sacreBLEU's own paired test
+# --- Corpus scores: BLEU and chrF++
+
+CORPUS_TEST = "sacreBLEU paired bootstrap"
 
 
 @dataclass(frozen=True)
 class CorpusComparison:
-    """One system against the baseline by sacreBLEU's paired bootstrap (Koehn 2004).
+    """One system against the baseline by the paired bootstrap (Koehn 2004), as sacreBLEU has it.
 
     Attributes:
         baseline: score.
         score: of the system.
-        p_value: of no difference.
+        p_value: of no difference; nan for one segment.
+        test: its name, or why there is no p.
+        replicates: (resamples,) of the difference.
         signature: sacreBLEU's, with the number of resamples and the seed.
     """
 
     baseline: float
     score: float
     p_value: float
+    test: str
+    replicates: Array
     signature: str
 
 
@@ -431,28 +474,53 @@ def compare_corpora(
     references: Sequence[str],
     resamples: int = RESAMPLES,
 ) -> dict[str, CorpusComparison]:
-    """sacreBLEU's `--paired-bs` for several systems; its seed is that of the command (`SACREBLEU_SEED`, or 12345).
+    """Paired bootstrap of several systems against one baseline, on the resamples of sacreBLEU's `--paired-bs`.
+
+    p = (#{|d*| - mean |d*| >= |d|} + 1) / (R + 1), d the difference of the scores, d* that of a resample, and 1 where d
+    is 0. sacreBLEU counts strictly greater resamples alone, so that two systems that never differ get its smallest p;
+    where no resample is equal to the bound, the two agree.
 
     Args:
         metric: a fresh `sacrebleu.metrics.BLEU` or `CHRF`, made with `references=[references]`.
         baseline: its hypotheses.
         systems: name -> hypotheses.
         references: one for each hypothesis.
-        resamples: number of bootstrap resamples.
+        resamples: number of bootstrap resamples; the seed is that of the command (`SACREBLEU_SEED`, or 12345).
+
+    Raises:
+        SteeringError: if there are no segments.
     """
-    import logging
+    if not len(references):
+        raise SteeringError("a comparison over no segments")
+    seed = os.environ.get("SACREBLEU_SEED", "12345").lower()
+    generator = np.random.default_rng(None if seed == "none" else int(seed) or None)
+    drawn = generator.choice(len(references), size=(resamples, len(references)), replace=True)
+    weights = np.zeros((resamples, len(references)))
+    np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1)
 
-    from sacrebleu.significance import PairedTest
+    def scored(hypotheses: Sequence[str]) -> tuple[float, Array]:
+        segments = metric._extract_corpus_statistics(list(hypotheses), None)
+        sums = weights @ np.array(segments, dtype=np.float64)
+        replicates = np.array([metric._compute_score_from_stats(row).score for row in sums], dtype=np.float64)
+        return float(metric._aggregate_and_compute(segments).score), replicates
 
-    logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it announces every resampling
-    named: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), *systems.items()]
-    test = PairedTest(named, {"metric": metric}, [list(references)], test_type="bs", n_samples=resamples)
-    signatures, results = test()
-    (key,) = (key for key in results if key != "System")
-    scored: list[Any] = results[key]  # its stubs also allow names here, which stand only under "System"
-    first, *others = scored
-    said = str(signatures[key])
-    return {
-        name: CorpusComparison(float(first.score), float(own.score), float(own.p_value), said)
-        for name, own in zip(systems, others, strict=True)
-    }
+    before, before_replicates = scored(baseline)
+    signature = metric.get_signature()
+    signature.update("seed", seed)
+    signature.update("bs", resamples)
+    compared = {}
+    for name, hypotheses in systems.items():
+        score, replicates = scored(hypotheses)
+        p_value, test = _shifted_p(score - before, replicates - before_replicates, len(references))
+        compared[name] = CorpusComparison(before, score, p_value, test, replicates - before_replicates, str(signature))
+    return compared
+
+
+def _shifted_p(difference: float, replicates: Array, segments: int) -> tuple[float, str]:
+    if difference == 0:
+        return 1.0, CORPUS_TEST
+    if segments == 1:
+        return math.nan, ONE_ITEM
+    sizes = np.abs(replicates)
+    at_least = int((sizes - sizes.mean() >= abs(difference)).sum())
+    return (at_least + 1) / (len(replicates) + 1), CORPUS_TEST

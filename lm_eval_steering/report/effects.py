@@ -27,7 +27,6 @@ from lm_eval_steering.metrics.statistics import (
     compare_corpora,
     holm,
     interval_of_items,
-    resampling_weights,
 )
 from lm_eval_steering.report.read import Items, Sweep, align, check_same_documents
 from lm_eval_steering.sweep.choice import REPORT, half_of
@@ -35,9 +34,7 @@ from lm_eval_steering.sweep.choice import REPORT, half_of
 if TYPE_CHECKING:
     import pandas as pd
 
-# --- Corpus scores (BLEU, chrF++): paired tests by sacreBLEU, and the interval of the difference on the same resamples
-
-_TEST = "sacreBLEU paired bootstrap"
+# --- Corpus scores (BLEU, chrF++): paired tests, and the interval of the difference on the same resamples
 
 
 def is_corpus_metric(metric: str) -> bool:
@@ -84,27 +81,17 @@ def rows(
                 whole.append(cell)
         systems = {cell["cell"]: [item[2] for item in sweep.items[cell["cell"]].values[metric]] for cell in whole}
         tested = compare_corpora(fresh_metric(metric, tokenizer[0], references), first, systems, references)
-        drawn = {name: resampled(metric, tokenizer[0], references, texts) for name, texts in systems.items()}
-        base = resampled(metric, tokenizer[0], references, first)
         for cell in whole:
             name = cell["cell"]
-            replicates[name, metric] = drawn[name] - base
+            replicates[name, metric] = tested[name].replicates
             low, high = interval_of_items(replicates[name, metric][:, None], np.array([len(references)]))
             yield {
                 **{column: cell[column] for column in columns if column in cell},
                 "metric": metric, "higher_is_better": True, "n": len(references),
                 "baseline": tested[name].baseline, "score": tested[name].score,
                 "difference": tested[name].score - tested[name].baseline, "low": float(low[0]), "high": float(high[0]),
-                "p": tested[name].p_value, "test": _TEST,
+                "p": tested[name].p_value, "test": tested[name].test,
             }  # fmt: skip
-
-
-def resampled(metric: str, tokenizer: str, references: Sequence[str], hypotheses: Sequence[str]) -> Array:
-    """(resamples,) the corpus score of each resample, from sacreBLEU's statistics of each segment."""
-    scorer = fresh_metric(metric, tokenizer, references)
-    statistics = np.array(scorer._extract_corpus_statistics(list(hypotheses), None), dtype=np.float64)
-    sums = resampling_weights(len(statistics)) @ statistics
-    return np.array([scorer._compute_score_from_stats(row).score for row in sums])
 
 
 ALPHA = 0.05  # after Holm's correction
@@ -223,7 +210,7 @@ def _by_items(
             "low": found.low[place],
             "high": found.high[place],
             "p": np.nan if shift else found.p_value[place],
-            "test": "" if shift else found.test,
+            "test": "" if shift else found.tests[place],
         }
 
 

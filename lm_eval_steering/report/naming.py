@@ -13,8 +13,8 @@ SELF, CROSS, SEVERAL = "self", "cross", "several"
 _OUR_CODE = re.compile(r"_[a-z]{3}_[A-Z][a-z]{3}(?=_|$)")
 _OTHERS = "others"
 METRIC_NAMES = {
-    "lfs": "LFS", "lss": "LSS", "acc": "accuracy", "acc_norm": "accuracy (normalised)", "bleu": "BLEU",
-    "chrf++": "chrF++", "nats_per_token": "nats a token", "token_perplexity": "perplexity a token",
+    "lfs": "LFS", "lfs_clean": "clean LFS", "lss": "LSS", "acc": "accuracy", "acc_norm": "accuracy (normalised)",
+    "bleu": "BLEU", "chrf++": "chrF++", "nats_per_token": "nats a token", "token_perplexity": "perplexity a token",
     "bits_per_byte": "bits a byte", "exact_match": "exact match", "f1": "F1", "lang_unknown": "language unknown",
     "degenerate": "degenerate outputs", "lang_expected": "in the expected language",
 }  # fmt: skip

@@ -195,7 +195,7 @@ def controls(sweep: Sweep, effects: Effects) -> pd.DataFrame:
 def _against(row: dict[str, Any], values: list[float]) -> dict[str, Any]:
     null = against_random(row["score"], values)
     deviation = float(np.std(values, ddof=1)) if len(values) >= CONTROLS_FOR_SD else np.nan
-    difference = null.own - null.mean
+    difference = null.score - null.mean
     return _uncontrolled(row) | {
         "sets": null.sets, "mean": null.mean, "lowest": null.lowest, "highest": null.highest, "difference": difference,
         "deviations": difference / deviation if deviation and deviation > 0 else np.nan,

@@ -11,13 +11,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lm_eval_steering.errors import SteeringError, UnknownLanguageError
 from lm_eval_steering.languages import normalise, same_language
 from lm_eval_steering.lmeval.task_families.demo import demo_languages, sentence
-from lm_eval_steering.metrics.language_id import NAMES, UNKNOWN, LanguageIdentifier, _code, _from_hub, in_language
+from lm_eval_steering.metrics.language_id import (
+    NAMES,
+    UNKNOWN,
+    LanguageIdentifier,
+    _code,
+    _from_hub,
+    _in_script_of,
+    in_language,
+)
 from lm_eval_steering.metrics.likelihood import nats_per_token, token_perplexity
 from lm_eval_steering.metrics.output_language import language_counts
+from lm_eval_steering.metrics.text import clean, is_main_script, scripts
 
 # The labels of lid.176, as its authors publish them, and the codes that differ from the ISO code of the label.
 LABELS = (  # noqa: SIM905
@@ -41,7 +52,7 @@ def test_the_offline_default_is_the_published_file() -> None:
     identifier = LanguageIdentifier()
     assert identifier.file.name == "lid.176.ftz"
     assert identifier.sha256 == "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603e83"
-    assert identifier.signature() == "lid.176.ftz@8f3472cf>0.5,letters>=3"
+    assert identifier.signature() == "lid.176.ftz@8f3472cf>0.5,letters>=3,cleaning=2"
 
 
 def test_the_labels_are_the_published_ones() -> None:
@@ -182,7 +193,7 @@ def test_a_model_in_the_hubs_cache_is_found_and_checked(
         with pytest.raises(SteeringError, match=r"model\.bin is damaged"):
             identifier.identify(["a"])
     else:
-        assert identifier.signature() == "model.bin@8f3472cf>0.5,letters>=3"
+        assert identifier.signature() == "model.bin@8f3472cf>0.5,letters>=3,cleaning=2"
 
 
 def test_a_language_that_the_model_does_not_know_is_refused_by_name() -> None:
@@ -227,3 +238,55 @@ def test_aggregations() -> None:
     items = [(-2.0, 1), (-4.0, 2)]
     assert nats_per_token(items) == 2.0
     assert token_perplexity(items) == pytest.approx(7.389056)
+
+
+# --- what an identifier cannot read, or answers against the script
+
+FRENCH_TEXT = "Je ne sais pas encore ce que nous ferons demain matin."
+CHINESE_TEXT = "今天天气很好，我们去公园散步吧。"
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("The answer is yes. </s> Bonjour tout le monde, je suis très content de vous voir aujourd'hui.", "fra_Latn"),
+        ("</s></s> Der Zug fährt heute leider nicht, wir nehmen den Bus.", "deu_Latn"),
+        ("__label__en __label__en Der Zug fährt heute leider nicht.", "deu_Latn"),
+        ("<|im_start|>Der Zug fährt heute leider nicht.<|im_end|><pad><pad>", "deu_Latn"),
+        ("������", "unknown"),
+        ("<0xE4><0xBD><0xA0>", "unknown"),
+        ("Ｂｏｎｊｏｕｒ　ｔｏｕｔ　ｌｅ　ｍｏｎｄｅ，　ｊｅ　ｓｕｉｓ　ｃｏｎｔｅｎｔ", "fra_Latn"),
+        ("𝐁𝐨𝐧𝐣𝐨𝐮𝐫 𝐭𝐨𝐮𝐭 𝐥𝐞 𝐦𝐨𝐧𝐝𝐞, 𝐣𝐞 𝐬𝐮𝐢𝐬 𝐜𝐨𝐧𝐭𝐞𝐧𝐭", "fra_Latn"),
+        ("LE TRAIN NE CIRCULE PAS AUJOURD'HUI, NOUS PRENDRONS LE BUS.", "fra_Latn"),
+        ("СЕГОДНЯ УТРОМ МЫ ПОШЛИ В ПАРК И ДОЛГО ГУЛЯЛИ.", "rus_Cyrl"),
+        ("100%\nQ：\nQ：\nQ：\nQ：", "unknown"),  # lid.176 says Chinese, 0.99
+    ],
+)
+def test_what_fasttext_cannot_read_is_cleaned(text: str, language: str) -> None:
+    assert LanguageIdentifier().identify([text])[0].language == language
+
+
+@pytest.mark.parametrize("text", [FRENCH_TEXT, CHINESE_TEXT, RUSSIAN_TEXT := "Сегодня утром мы долго гуляли в парке."])
+@pytest.mark.parametrize("inserted", ["�", "���"])
+def test_a_replacement_character_changes_no_answer(text: str, inserted: str) -> None:
+    broken = inserted + inserted.join([text[:5], text[5:12], text[12:]]) + inserted
+    assert LanguageIdentifier().identify([broken]) == LanguageIdentifier().identify([text])
+
+
+@given(st.text(alphabet="abc é你好のДжה١ก </s>Q：1.\n�", max_size=40))
+def test_no_answer_is_in_a_script_that_the_text_is_not_in(text: str) -> None:
+    (answer,) = LanguageIdentifier(threshold=0.0, letters=0).identify([text])
+    if answer.language != "unknown":
+        assert is_main_script(scripts(clean(text)), answer.language.split("_")[1])
+
+
+def test_a_language_written_in_two_scripts_is_given_that_of_the_text() -> None:
+    letters = LanguageIdentifier(threshold=0.0)
+    uzbek = letters.identify(["Мен бугун эрталаб бозорга бориб, жуда кўп мева сотиб олдим."])[0]
+    assert uzbek.language == "unknown" or uzbek.language.endswith("_Cyrl")
+    assert _in_script_of("uzn_Latn", "__label__uz", scripts("бугун")) == "uzn_Cyrl"
+    assert _in_script_of("uzn_Latn", "__label__uzn_Latn", scripts("бугун")) == "unknown"  # the label names its script
+    assert _in_script_of("fra_Latn", "__label__fr", scripts("бугун")) == "unknown"
+    assert _in_script_of("jpn_Jpan", "__label__ja", scripts("東京")) == "jpn_Jpan"
+    assert _in_script_of("zho_Hans", "__label__zh", scripts("東京へ行きました")) == "unknown"
+    assert _in_script_of("kor_Hang", "__label__ko", scripts("韓國語文學 수업을 듣는다")) == "kor_Hang"

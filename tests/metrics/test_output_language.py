@@ -10,7 +10,7 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.metrics import output_language
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.metrics.output_language import METRICS, IdentifiedText, forced, output_metrics
-from lm_eval_steering.metrics.registered import check_options, lang_expected, lfs, lpr
+from lm_eval_steering.metrics.registered import check_options, lang_expected, lfs, lfs_clean, lpr
 
 FRENCH = "Je ne sais pas ce que tu veux dire par là."
 GERMAN = "Ich habe heute leider keine Zeit für dich."
@@ -22,8 +22,8 @@ def test_all_metrics_of_one_output() -> None:
     confidence = found.pop("lang_confidence")
     assert isinstance(confidence, float) and 0.5 < confidence <= 1
     assert found == {
-        "lfs": 1.0, "lang_expected": 0.0, "output_language": "rus_Cyrl", "lang_unknown": 0.0, "lpr": 0.0,
-        "lpr_skipped": 0.0, "script_share": 0.0, "degenerate": 0.0,
+        "lfs": 1.0, "lfs_clean": 1.0, "lang_expected": 0.0, "output_language": "rus_Cyrl", "lang_unknown": 0.0,
+        "lpr": 0.0, "lpr_skipped": 0.0, "script_share": 0.0, "degenerate": 0.0,
     }  # fmt: skip
     about_target = output_metrics(RUSSIAN, targets=["rus_Cyrl"], expected="deu_Latn", about="target")
     assert {name: about_target[name] for name in ("lpr", "wpr", "lcpr", "script_share")} == {
@@ -34,8 +34,26 @@ def test_all_metrics_of_one_output() -> None:
 def test_what_is_not_known_is_absent_and_never_zero() -> None:
     always = {"output_language", "lang_confidence", "lang_unknown", "degenerate"}
     assert set(output_metrics(FRENCH)) == always
-    assert set(output_metrics(FRENCH, targets=["fra_Latn"])) == always | {"lfs", "lpr", "lpr_skipped", "script_share"}
+    assert set(output_metrics(FRENCH, targets=["fra_Latn"])) == always | {
+        "lfs",
+        "lfs_clean",
+        "lpr",
+        "lpr_skipped",
+        "script_share",
+    }
     assert set(output_metrics(RUSSIAN, targets=["rus_Cyrl"])) == set(METRICS) - {"lang_expected"}
+
+
+def test_clean_success_is_success_of_outputs_that_are_not_degenerate() -> None:
+    found = [
+        output_metrics(text, targets=["rus_Cyrl"])
+        for text in (RUSSIAN, " ".join([RUSSIAN] * 4), GERMAN, " ".join(["мы долго гуляли в парке"] * 4), "")
+    ]
+    assert [metrics["lfs"] for metrics in found] == [1, 1, 0, 1, 0]
+    assert [metrics["degenerate"] for metrics in found] == [0, 1, 0, 1, 1]
+    assert [metrics["lfs_clean"] for metrics in found] == [1, 0, 0, 0, 0]
+    assert "lfs_clean" not in output_metrics(RUSSIAN)
+    assert lfs_clean(["x"], [IdentifiedText.of(RUSSIAN, LanguageIdentifier(), ["rus_Cyrl"])]) == {"lfs_clean": 1.0}
 
 
 def test_unknown_counts_in_every_denominator() -> None:

@@ -62,6 +62,15 @@ def test_the_rates_over_the_twenty_are_those_by_hand() -> None:
     assert harmonic_mean(pairs) == pytest.approx(2 * (11 / 12) * (7 / 11) / (11 / 12 + 7 / 11))  # type: ignore[arg-type]
 
 
+def test_a_korean_line_with_chinese_characters_is_split_at_blanks() -> None:
+    assert passes("韓國語文學 수업", ["kor_Hang"], LanguageIdentifier()) == Passes(None, None)
+    assert passes("오늘 아침에 韓國語文學 수업을 들었습니다.", ["kor_Hang"], LanguageIdentifier()) == Passes(True, True)
+
+
+def test_markers_of_models_are_no_words_of_a_line() -> None:
+    assert passes("Мы видели домик </s> </s>", ["rus_Cyrl"], LanguageIdentifier()).lines is None
+
+
 def test_punctuation_is_deleted_before_the_identifier_and_the_tokens() -> None:
     assert passes("¿? - - - - -", ["spa_Latn"], LanguageIdentifier()).lines is None
     assert passes("Мы видели — «очень» — small! — домик у озера.", ["rus_Cyrl"], LanguageIdentifier()).words is False

@@ -39,7 +39,7 @@ from lm_eval_steering.metrics.output_language import TARGET
 log = logging.getLogger("lm_eval.steering")
 
 NEEDS = "DGurgurov/CLaS-Bench (hub) or local files; lid218e; for relevance an OpenAI-compatible endpoint"
-METRICS = ("clas_language", "clas_relevance", "clas_score", "lfs", "lang_unknown", "degenerate")
+METRICS = ("clas_language", "clas_relevance", "clas_score", "lfs", "lfs_clean", "lang_unknown", "degenerate")
 UNDEFINED = "undefined"  # a document with this key stands for a pair that the track leaves out
 IDENTIFIER = "lid218e"
 

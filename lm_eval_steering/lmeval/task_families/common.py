@@ -82,7 +82,7 @@ def language_metrics(document: Mapping[str, Any], results: Sequence[str]) -> dic
 # Line and word pass rates need lines of five tokens and say nothing about a span; `lm-eval-steering rescore` computes
 # any of them from the samples.
 
-LISTED = ("lfs", "lang_expected", "lang_confidence", "lang_unknown", "degenerate", "output_language")
+LISTED = ("lfs", "lfs_clean", "lang_expected", "lang_confidence", "lang_unknown", "degenerate", "output_language")
 
 
 def answer_language(text: str, expected: str | None = None) -> dict[str, Any]:

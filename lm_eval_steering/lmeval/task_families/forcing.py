@@ -21,7 +21,7 @@ from lm_eval_steering.metrics.output_language import TARGET
 NEEDS = "nothing (our own questions); variants: DGurgurov/CLaS-Bench (hub) or local files, mVicuna in local files"
 # Variant -> whose questions. `plain` asks without `Q:` and `A:`, for chat models with --apply_chat_template.
 VARIANTS = {"": "own", "plain": "own", "mvicuna": "mvicuna", "clas_bench": "clas_bench"}
-METRICS = ("lfs", "lang_expected", "lang_unknown", "degenerate")
+METRICS = ("lfs", "lfs_clean", "lang_expected", "lang_unknown", "degenerate")
 
 
 @keeps_to_its_file

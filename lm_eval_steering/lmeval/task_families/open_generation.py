@@ -28,7 +28,7 @@ INSTRUCTIONS = {
     "jpn_Jpan": "日本語で答えてください。",
     "vie_Latn": " Hãy trả lời bằng tiếng Việt.",
 }
-METRICS = ("lang_expected", "lfs", "lang_unknown", "degenerate")
+METRICS = ("lang_expected", "lfs", "lfs_clean", "lang_unknown", "degenerate")
 
 
 @keeps_to_its_file
