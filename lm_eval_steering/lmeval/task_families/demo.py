@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError, UndefinedForLanguageError
 from lm_eval_steering.lmeval.sources import as_dataset
+from lm_eval_steering.lmeval.task_families import group_file
 from lm_eval_steering.lmeval.task_families.parallel import joint
 from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score, preference_shift
 from lm_eval_steering.resources import demo_sentences
 
+NEEDS = "nothing: its data travel with the package"
 CHOOSE = range(20)  # items to choose a factor on
 REPORT = range(20, 60)  # items to report on
 
@@ -173,3 +176,25 @@ def forcing_documents(items: str = "report", **settings: Any) -> dict[str, Any]:
 def open_documents(samples: int = 40, **_: Any) -> dict[str, Any]:
     """Empty prompts, for text from an open start; sampled, so each is another text."""
     return as_dataset({"id": number, "prompt": ""} for number in range(samples))
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+# Task -> the argument of its dataset function that names the language, and the metrics that a group averages.
+_BY_LANGUAGE: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "continuation": ("evaluated", ("acc",)),
+    "perplexity": ("evaluated", ("bits_per_byte", "nats_per_token")),
+    "lss": ("base", ("lss", "lss_shift")),
+}
+
+
+def generated_files() -> dict[Path, str]:
+    """One file a language, and a group, of each task that is in one language."""
+    files = {}
+    for task, (argument, metrics) in _BY_LANGUAGE.items():
+        names = {code: f"steering_demo_{task}_{code}" for code in demo_languages()}
+        files |= dict([group_file("demo", f"steering_demo_{task}", list(names.values()), metrics)])
+        for code, name in names.items():
+            text = f"include: _{task}.yaml\ntask: {name}\ndataset_kwargs: {{{argument}: {code}}}\n"
+            files[Path("demo") / f"{task}_{code}.yaml"] = text
+    return files

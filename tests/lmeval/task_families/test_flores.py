@@ -14,8 +14,7 @@ from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families import flores
 from lm_eval_steering.metrics import translation
 from lm_eval_steering.metrics.likelihood import RollingScore
-
-from .conftest import Evaluate, write_rows
+from tests.lmeval.task_families.conftest import Evaluate, write_rows
 
 PUBLISHED: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "parity" / "golden" / "prompts_parsers_metrics.json").read_text(encoding="utf-8")

@@ -14,8 +14,7 @@ from lm_eval_steering.lmeval.task_families import lss
 from lm_eval_steering.metrics.statistics import against_random, wilson_interval
 from lm_eval_steering.neurons.find import random_set
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-
-from .conftest import FRENCH, Evaluate, write_rows
+from tests.lmeval.task_families.conftest import FRENCH, Evaluate, write_rows
 
 PARALLEL = [  # ours
     {"en": en, "fr": fr, "ja": ja}

@@ -14,8 +14,7 @@ from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families import common as coverage
 from lm_eval_steering.lmeval.task_families import forcing, open_generation, questions
 from lm_eval_steering.metrics.language_id import LanguageIdentifier, in_language
-
-from .conftest import Evaluate
+from tests.lmeval.task_families.conftest import Evaluate
 
 
 def test_our_own_questions_are_parallel_and_in_at_least_32_languages() -> None:
