@@ -4,7 +4,7 @@
     python -m benchmarks.record --quick --json record.json
 
 Interleaved rounds; prints the medians, their ratio (the rival's own rounds against each other show the noise) and
-tokens a second.
+tokens per second.
 """
 
 from __future__ import annotations
@@ -18,17 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import interleaved, options_of, ratio, report
 from lm_eval_steering.architectures import sites_of
-from lm_eval_steering.neurons.recording import count_active
-from lm_eval_steering.neurons.running import Batches, TokenRows
+from lm_eval_steering.neurons.rows import TokenRows
+from lm_eval_steering.neurons.running import Batches, count_active
 
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
 LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-
-
-class NoBos:
-    """Rows are random tokens; nothing is put before them."""
-
-    bos_token_id = None
 
 
 def build(quick: bool) -> tuple[Any, Batches]:
@@ -39,9 +33,9 @@ def build(quick: bool) -> tuple[Any, Batches]:
     config = LlamaConfig(**shape, num_key_value_heads=8, vocab_size=8192, max_position_embeddings=4096)
     with torch.device("cuda" if gpu else "cpu"):
         model = LlamaForCausalLM(config).to(torch.bfloat16 if gpu else torch.float32).eval()
-    length, rows_a_batch, batches = (2048, 8, 4) if gpu else (128, 16, 1 if quick else 2)
-    tokens = np.random.default_rng(0).integers(0, 8192, size=(rows_a_batch * batches, length))
-    return model, Batches(TokenRows.of(tokens), NoBos(), sites_of(model), rows_a_batch)
+    length, rows_per_batch, batches = (2048, 8, 4) if gpu else (128, 16, 1 if quick else 2)
+    tokens = np.random.default_rng(0).integers(0, 8192, size=(rows_per_batch * batches, length))
+    return model, Batches(TokenRows.of(tokens), (), sites_of(model), rows_per_batch)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Errors that a user can cause or must know of. Each message names the thing, what was found, and the way out."""
+"""Errors that a user can cause. Each message names the argument, what was given, what was expected, and the way out."""
 
 from __future__ import annotations
 

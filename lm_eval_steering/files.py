@@ -1,15 +1,18 @@
-"""One kind of file for everything that is kept: safetensors whose header holds canonical JSON, written in one step.
+"""Files that are written whole or not at all, and read with errors that name the file and the line.
 
-The JSON stands under one key, with sorted keys and without dates, so that the same work gives the same bytes.
+Neuron sets and recordings are safetensors files whose header holds canonical JSON under one key: sorted keys and no
+dates, so that the same work gives the same bytes.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,38 +22,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-FORMAT_VERSION = 1
-_HEADER_KEY = "lm_eval_steering"
+from lm_eval_steering.errors import SteeringError
 
 NamedArrays = dict[str, NDArray[Any]]
+ErrorClass = Callable[[str], Exception]
 
-
-def write(path: Path, kind: str, metadata: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write a file that is whole, or leave the one that was there before.
-
-    Args:
-        path: of the file; its folder is made.
-        kind: what it holds, checked when it is read.
-        metadata: what JSON can hold.
-        tensors: name -> array.
-    """
-    said = {"format_version": FORMAT_VERSION, "kind": kind, **metadata}
-    header = canonical(said | {"metadata_sha256": _digest(said)})
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    write_bytes(path, save(whole, metadata={_HEADER_KEY: header}))
-
-
-def memory_map(path: Path, name: str) -> NDArray[Any]:
-    """A tensor of a file that stays on disk until parts of it are looked at."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        about = json.loads(file.read(length))[name]
-    dtype = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}[about["dtype"]]
-    return np.memmap(path, dtype, "r", 8 + length + about["data_offsets"][0], tuple(about["shape"]))
+# --- Bytes, text and JSON -------------------------------------------------------------------------------------------
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write and rename: a reader, or a crash, sees the old file or the new one."""
+    """Write and rename: a reader, or a crash, sees the old file or the new one. The folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -63,8 +44,20 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _digest(metadata: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical(metadata).encode()).hexdigest()
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 1, sort_keys: bool = False) -> None:
+    """Write one JSON value and a newline as `write_bytes` does."""
+    text = json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=False)
+    write_text(path, f"{text}\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value per line as `write_bytes` does."""
+    write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
 def canonical(value: Any) -> str:
@@ -72,30 +65,115 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def read(path: Path, kind: str, error: Callable[[str], Exception]) -> tuple[dict[str, Any], NamedArrays]:
+def read_lines(path: Path, error: ErrorClass = SteeringError) -> Iterator[tuple[int, str]]:
+    r"""(number from 1, line with its newline) of a plain or gzipped file.
+
+    Only \n ends a line: `str.splitlines` would also cut at characters that text may hold, such as U+2028.
+
+    Raises:
+        error: naming the file, and the line that is not UTF-8.
+    """
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as problem:
+                    raise error(f"{path}, line {number}: not UTF-8 ({problem.reason})") from None
+    except (OSError, EOFError, zlib.error) as problem:
+        raise error(f"{path}: cannot be read ({problem})") from None
+
+
+def read_json_lines(path: Path, error: ErrorClass = SteeringError) -> Iterator[dict[str, Any]]:
+    """The JSON object of each line that is not blank, of a plain or gzipped file.
+
+    Raises:
+        error: naming the file and the line that is not UTF-8, not JSON or not an object.
+    """
+    for number, line in read_lines(path, error):
+        if line.strip():
+            yield parse_json_line(line, f"{path}, line {number}", error)
+
+
+def parse_json_line(line: str, where: str, error: ErrorClass = SteeringError) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+        error: beginning with `where`, for what is not JSON or not an object.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError as problem:
+        raise error(f"{where}: not JSON ({problem})") from None
+    if not isinstance(record, dict):
+        raise error(f"{where}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+# --- Tensors with metadata ------------------------------------------------------------------------------------------
+
+FORMAT_VERSION = 1
+_HEADER_KEY = "lm_eval_steering"
+
+
+def write_tensors(
+    path: Path,
+    kind: str,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[Any]],
+    version: int = FORMAT_VERSION,
+) -> None:
+    """Write a safetensors file, as `write_bytes` does.
+
+    Args:
+        path: of the file.
+        kind: what it holds, checked when it is read.
+        metadata: what JSON can hold.
+        tensors: name -> array.
+        version: of the format of this kind.
+    """
+    content = {"format_version": version, "kind": kind, **metadata}
+    header = canonical(content | {"metadata_sha256": _digest(content)})
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    write_bytes(path, save(arrays, metadata={_HEADER_KEY: header}))
+
+
+def read_tensors(
+    path: Path, kind: str, error: ErrorClass, newest: int = FORMAT_VERSION
+) -> tuple[dict[str, Any], NamedArrays]:
     """Metadata and tensors of a file.
 
     Args:
         path: of the file.
         kind: what it must hold.
         error: the class to raise.
+        newest: format version up to which this release reads the kind.
 
     Raises:
         error: if it is missing, cut short, of another kind or of a format that this release does not read.
     """
     with _opened(path, error) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        return _metadata(path, kind, file.metadata(), error), tensors
+        return _checked_metadata(path, kind, file.metadata(), error, newest), tensors
 
 
-def read_metadata(path: Path, kind: str, error: Callable[[str], Exception]) -> dict[str, Any]:
-    """Metadata of a file; its tensors stay where they are. Raises as `read` does."""
+def read_metadata(path: Path, kind: str, error: ErrorClass, newest: int = FORMAT_VERSION) -> dict[str, Any]:
+    """Metadata of a file; its tensors stay on disk. Raises as `read_tensors` does."""
     with _opened(path, error) as file:
-        return _metadata(path, kind, file.metadata(), error)
+        return _checked_metadata(path, kind, file.metadata(), error, newest)
+
+
+def memory_map(path: Path, name: str) -> NDArray[Any]:
+    """A tensor of a file that stays on disk until parts of it are looked at."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entry = json.loads(file.read(length))[name]
+    dtype = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}[entry["dtype"]]
+    return np.memmap(path, dtype, "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
 
 
 @contextmanager
-def _opened(path: Path, error: Callable[[str], Exception]) -> Iterator[Any]:
+def _opened(path: Path, error: ErrorClass) -> Iterator[Any]:
     if not path.is_file():
         raise error(f"{path}: no such file")
     try:
@@ -105,20 +183,25 @@ def _opened(path: Path, error: Callable[[str], Exception]) -> Iterator[Any]:
         raise error(f"{path}: not a whole safetensors file ({problem})") from None
 
 
-def _metadata(
-    path: Path, kind: str, found: Mapping[str, str] | None, error: Callable[[str], Exception]
+def _checked_metadata(
+    path: Path, kind: str, header: Mapping[str, str] | None, error: ErrorClass, newest: int
 ) -> dict[str, Any]:
-    header = (found or {}).get(_HEADER_KEY)
-    if header is None:
+    text = (header or {}).get(_HEADER_KEY)
+    if text is None:
         raise error(f"{path}: a safetensors file, but not a {kind} (no {_HEADER_KEY!r} in its header)")
     try:
-        metadata: dict[str, Any] = json.loads(header)
+        metadata: dict[str, Any] = json.loads(text)
     except ValueError as problem:
         raise error(f"{path}: the metadata are not JSON ({problem})") from None
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise error(f"{path}: format version {metadata.get('format_version')}, this release reads {FORMAT_VERSION}")
+    version = metadata.get("format_version")
+    if not isinstance(version, int) or not 1 <= version <= newest:
+        raise error(f"{path}: format version {version}, this release reads 1 to {newest}; a newer release reads it")
     if metadata.get("kind") != kind:
         raise error(f"{path}: a {metadata.get('kind')}, expected a {kind}")
     if metadata.pop("metadata_sha256", None) != _digest(metadata):
         raise error(f"{path}: the metadata do not match their own checksum; the file was damaged or edited")
     return metadata
+
+
+def _digest(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(metadata).encode()).hexdigest()

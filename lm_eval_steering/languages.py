@@ -102,11 +102,11 @@ def family_of(code: str) -> tuple[str, str]:
 def family_order(codes: Sequence[str]) -> list[str]:
     """The codes ordered by (family, branch, code), so that relatives are neighbours; unknown ones come last."""
 
-    def place(code: str) -> tuple[bool, str, str, str]:
+    def key(code: str) -> tuple[bool, str, str, str]:
         family, branch = family_of(code)
         return (family, branch) == UNKNOWN, family, branch, code
 
-    return sorted(codes, key=place)
+    return sorted(codes, key=key)
 
 
 # ISO 639-3 macrolanguage -> the individual language that FLORES-200 uses for it.
@@ -169,8 +169,8 @@ def _normalise(text: str) -> str:
 def _unknown(text: str) -> str:
     message = f"unknown language {text!r}: expected a code such as fra_Latn, fra or fr"
     try:
-        found = find(text) if len(text) > 3 else None
-        return f"{message}; did you mean {normalise(found.to_tag())!r}?" if found else message
+        language = find(text) if len(text) > 3 else None
+        return f"{message}; did you mean {normalise(language.to_tag())!r}?" if language else message
     except (LookupError, UnknownLanguageError):
         return message
 

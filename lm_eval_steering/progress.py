@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lm_eval_steering.files import write_bytes
+from lm_eval_steering.files import write_json
 
 _QUIET_INTERVAL = 30.0  # seconds between lines where the bars go to a file
 
@@ -34,7 +33,7 @@ class Log:
         self.started = datetime.now(UTC)
         self._clock = time.perf_counter()
 
-    def bar(self, name: str, total: int, unit: str, level: int = 0) -> tqdm:
+    def bar(self, name: str, total: int, unit: str, level: int = 0) -> tqdm[Any]:
         """A bar with its rate and the time left; `level` 1 stands below another one and goes when it is full."""
         interval = 0.1 if sys.stderr.isatty() else _QUIET_INTERVAL
         return tqdm(
@@ -71,8 +70,7 @@ class Log:
             "processor": platform.processor() or platform.machine(),
             "steps": self.entries,
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_bytes(result.with_name(f"{result.stem}.log.json"), text.encode())
+        write_json(result.with_name(f"{result.stem}.log.json"), content)
 
 
 def readable_seconds(seconds: float) -> str:

@@ -162,7 +162,7 @@ def bad_input(folder: Path) -> dict[str, tuple[list[Any], str]]:
         "unknown language": (find("fra_Latn,french"), r"unknown language 'french'.*did you mean 'fra_Latn'"),
         "no such file": (find("fra_Latn,nld_Latn"), r"nld_Latn: no file .*nld_Latn\.txt"),
         "empty corpus": (find("fra_Latn,ita_Latn"), r"ita_Latn: .*ita_Latn\.txt is empty"),
-        "missing column": (find("fra_Latn,por_Latn"), r"no column 'text', found body; say which with \?column=NAME"),
+        "missing column": (find("fra_Latn,por_Latn"), r"no column 'text', found body; name it with \?column=NAME"),
         "not UTF-8": (find("fra_Latn,spa_Latn"), r"spa_Latn\.txt, line 2: not UTF-8"),
         "rate 0": (find(CODES, "--rate", "0"), r"rate=0\.0: expected a number in \(0, 1\]"),
         "rate above 1": (find(CODES, "--rate", "1.5"), r"rate=1\.5: expected a number in \(0, 1\]"),

@@ -24,10 +24,11 @@ from torch import nn
 
 from lm_eval_steering.analysis.checks import tolerance
 from lm_eval_steering.analysis.prompts import PromptBatch, Prompts, batches, placed
-from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv, write_json
+from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv
 from lm_eval_steering.architectures import ModelSites, sites_of, text_config_of
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, SteeringError
+from lm_eval_steering.files import write_json
 from lm_eval_steering.metrics.language_id import UNKNOWN, LanguageIdentifier, in_language
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.progress import Log

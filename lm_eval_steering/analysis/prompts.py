@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -14,6 +13,7 @@ import torch
 
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.files import read_json_lines
 from lm_eval_steering.resources import demo_model, demo_sentences
 
 _UNSPACED = ("jpn_Jpan", "zho_Hans")  # no blank between clauses
@@ -70,8 +70,7 @@ def demo_prompts(languages: Sequence[str], clauses: bool = False) -> Prompts:
     Raises:
         SteeringError: if they are in none of them.
     """
-    lines = demo_sentences().read_text(encoding="utf-8").splitlines()
-    sentences = [json.loads(line)["sentence"] for line in lines]
+    sentences = [row["sentence"] for row in read_json_lines(demo_sentences())]
     codes = [code for code in languages if code in sentences[0]]
     if not codes:
         raise SteeringError(f"the demo's sentences are not in {'+'.join(languages)}; known: {', '.join(sentences[0])}")

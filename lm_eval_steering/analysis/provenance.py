@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from lm_eval_steering.analysis.prompts import Prompts
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.architectures.weights import weights_digest
-from lm_eval_steering.files import write_bytes
+from lm_eval_steering.files import write_text
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.provenance import fingerprint, versions
@@ -73,15 +72,10 @@ def fingerprint_of(provenance: Mapping[str, Any], signature: str) -> str:
     )
 
 
-def write_json(path: Path, content: Any) -> None:
-    """One file in one step."""
-    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """One file in one step; numbers as Python prints them."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
+    write_text(path, text.getvalue())

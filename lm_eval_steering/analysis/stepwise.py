@@ -18,9 +18,10 @@ import torch
 
 from lm_eval_steering import languages
 from lm_eval_steering.analysis.prompts import PromptBatch, Prompts, batches, pad_token
-from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv, write_json
+from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import DidNotHappenError, NeuronSetError, SteeringError
+from lm_eval_steering.files import write_json
 from lm_eval_steering.metrics.language_id import UNKNOWN, Identified, LanguageIdentifier, in_language
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.progress import Log

@@ -100,15 +100,15 @@ def untouched(base: nn.Module) -> Iterator[None]:
     forked = torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind)
     with forked, torch.no_grad():
         try:
-            for module, own in zip(modules, hooks, strict=True):
+            for module, saved in zip(modules, hooks, strict=True):
                 module.training = False
-                # The handles of others point at their own dictionary, so it is set aside, not emptied.
-                module.__dict__.update({name: OrderedDict() for name in own})
+                # The handles of others refer to their dictionary, so it is set aside, not emptied.
+                module.__dict__.update({name: OrderedDict() for name in saved})
             yield
         finally:
-            for module, mode, own in zip(modules, training, hooks, strict=True):
+            for module, mode, saved in zip(modules, training, hooks, strict=True):
                 module.training = mode
-                module.__dict__.update(own)
+                module.__dict__.update(saved)
 
 
 def _token_ids(base: Any) -> torch.Tensor:
@@ -123,7 +123,7 @@ def _token_ids(base: Any) -> torch.Tensor:
         if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
     }
     usual = [number for number in range(min(size, 1000)) if number not in special] or [0]
-    chosen = [usual[place * len(usual) // TOKENS] for place in range(TOKENS)]
+    chosen = [usual[number * len(usual) // TOKENS] for number in range(TOKENS)]
     return torch.tensor([chosen], device=weight.device)
 
 
@@ -206,7 +206,7 @@ class SitePaths:
 
 @dataclass(frozen=True)
 class Site:
-    """A place found in one layer: paths inside the layer, the number of units, and whether the MLP is gated."""
+    """The MLP of one layer: paths inside the layer, the number of units, and whether the MLP is gated."""
 
     activation: str
     down: str
@@ -243,16 +243,16 @@ def discover(base: Any) -> ModelSites:
     traces, decoder = _probe(base, path, layers)
     name = model_type_of(base.config)
     with untouched(base):
-        found = [_sites_in(layer, trace) for layer, trace in zip(layers, traces, strict=True)]
-    for number, sites in enumerate(found):
-        if len(sites) != 1 or sites != found[0]:
-            there = _listed(sites) or _unused(layers[number], traces[number])
-            first = f" where layer 0 has {_listed(found[0])}" if number else ""
+        by_layer = [_sites_in(layer, trace) for layer, trace in zip(layers, traces, strict=True)]
+    for number, sites in enumerate(by_layer):
+        if len(sites) != 1 or sites != by_layer[0]:
+            seen = _listed(sites) or _unused(layers[number], traces[number])
+            first = f" where layer 0 has {_listed(by_layer[0])}" if number else ""
             raise ArchitectureError(
                 f"architecture {name!r} is not in the table, and the probe did not find the one MLP activation of "
-                f"every layer of {path}: layer {number} has {there}{first}; say where it is: {FORM}"
+                f"every layer of {path}: layer {number} has {seen}{first}; name it: {FORM}"
             )
-    return _model_sites(base, decoder, layers, found[0][0])
+    return _model_sites(base, decoder, layers, by_layer[0][0])
 
 
 def verify(base: Any, paths: SitePaths) -> ModelSites:
@@ -286,15 +286,15 @@ def verify(base: Any, paths: SitePaths) -> ModelSites:
 
 def _layer_list(base: Any) -> str:
     """Path of the decoder's list of layers: of the lists as long as the config says, the one with most parameters."""
-    names = {id(module): path for path, module in base.named_modules()}
+    names: dict[int, str] = {id(module): path for path, module in base.named_modules()}
     lists = [module for module in text_part(base).modules() if isinstance(module, nn.ModuleList) and len(module)]
     wanted = declared_layers(base.config)
     fitting = [module for module in lists if wanted is None or len(module) == wanted]
     if not fitting:
-        found = ", ".join(f"{names[id(module)]} ({len(module)})" for module in lists[:5]) or "no list of modules"
+        lengths = ", ".join(f"{names[id(module)]} ({len(module)})" for module in lists[:5]) or "no list of modules"
         raise ArchitectureError(
             f"architecture {model_type_of(base.config)!r} is not in the table, and it has no list of {wanted} layers: "
-            f"{found}; say where they are: {FORM}"
+            f"{lengths}; name it: {FORM}"
         )
     return names[id(max(fitting, key=lambda module: sum(weight.numel() for weight in module.parameters())))]
 
@@ -314,7 +314,7 @@ def _probe(base: Any, path: str, layers: list[nn.Module]) -> tuple[tuple[LayerTr
 
 
 def _sites_in(layer: nn.Module, trace: LayerTrace) -> list[Site]:
-    """Every place in one layer that behaves as an MLP's activation."""
+    """Every pair of modules in one layer that behaves as an MLP's activation."""
     sites = []
     for down in _linear_layers(layer, trace):
         for activation in trace.outputs:
@@ -323,14 +323,14 @@ def _sites_in(layer: nn.Module, trace: LayerTrace) -> list[Site]:
             gated = _relation(trace, activation, down, layer)
             if gated is not None and _works_on_each_unit(layer.get_submodule(activation), trace, activation):
                 sites.append(Site(activation, down, trace.outputs[activation].shape[-1], gated))
-    # An adapter around the last linear layer passes its input on to parts of its own.
+    # An adapter around the last linear layer passes its input on to its parts.
     return [
         site for site in sites if not any(site.down.startswith(f"{other.down}.") for other in sites if other != site)
     ]
 
 
 def _checked(number: int, layer: nn.Module, trace: LayerTrace, paths: SitePaths) -> Site:
-    """The site at the user's paths in one layer, or an error that says what does not hold there."""
+    """The site at the user's paths in one layer, or an error that names what does not hold there."""
     for path in (paths.activation, paths.down):
         if trace.calls[path] != 1:
             raise ArchitectureError(f"layer {number}: {path} was called {trace.calls[path]} times, expected once")
@@ -358,7 +358,7 @@ def _relation(trace: LayerTrace, activation: str, down: str, layer: nn.Module) -
         up = trace.outputs.get(linear)
         if up is None or len(up) != len(units) or up.shape[-1] not in {width, 2 * width}:
             continue
-        if any(_equal(units * part.to(units.device), product) for part in up.split(width, dim=-1)):
+        if any(_equal(units * part.to(units.device), product) for part in torch.split(up, width, dim=-1)):
             return True
     return None
 
@@ -396,11 +396,11 @@ def _is_linear(module: nn.Module) -> bool:
 def _model_sites(base: Any, decoder: nn.Module, layers: list[nn.Module], site: Site) -> ModelSites:
     """The sites, once their shape is seen to be the one that the config says."""
     name, shape = model_type_of(base.config), Shape(len(layers), site.units)
-    said = Shape(declared_layers(base.config) or shape.layers, declared_units(base.config) or shape.units)
-    if shape != said:
+    declared = Shape(declared_layers(base.config) or shape.layers, declared_units(base.config) or shape.units)
+    if shape != declared:
         raise ArchitectureError(
             f"architecture {name!r}: {shape.layers} layers of {shape.units} units at {site.activation}, the config "
-            f"says {said.layers} of {said.units}; a row in lm_eval_steering.architectures.FAMILIES can say the width"
+            f"says {declared.layers} of {declared.units}; a row in lm_eval_steering.architectures.FAMILIES gives the width"
         )
     return ModelSites(decoder, layer_sites(layers, site.activation, site.down), shape, site.gated)
 

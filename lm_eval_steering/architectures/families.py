@@ -105,18 +105,18 @@ def refuse_unsupported(config: Any) -> None:
             "the text written; use a decoder-only model"
         )
     text = text_config_of(config)
-    for place in (text, getattr(text, "ffn_config", None)):
+    for part in (text, getattr(text, "ffn_config", None)):
         for name in _EXPERTS:
-            count = getattr(place, name, None)
+            count = getattr(part, name, None)
             # A config may count experts that a switch leaves out of the model.
             if isinstance(count, int) and count > 1 and getattr(text, "is_moe", True):
                 raise experts_error(text, f"{name}={count}")
 
 
-def experts_error(config: Any, found: str) -> ArchitectureError:
-    """The refusal of a mixture of experts; `found` says by what it was recognised."""
+def experts_error(config: Any, sign: str) -> ArchitectureError:
+    """The refusal of a mixture of experts; `sign` is by what it was recognised."""
     return ArchitectureError(
-        f"{model_type_of(config)}: a mixture of experts ({found}), not supported: its routed experts share one "
+        f"{model_type_of(config)}: a mixture of experts ({sign}), not supported: its routed experts share one "
         "activation module and get the tokens regrouped, so a unit would not mean the same thing in each token; use "
         "a dense model"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,17 @@ from lm_eval_steering.architectures import (
     text_config_of,
 )
 from lm_eval_steering.architectures.weights import weights_sketch
-from lm_eval_steering.errors import ArchitectureError, SteeringError
+from lm_eval_steering.errors import ArchitectureError, SteeringError, did_you_mean
+
+# What loading takes beside its own parameters, with the names that `steered-hf` and lm-eval's `hf` give them.
+_ARGUMENTS = (
+    "gguf_file", "subfolder", "peft", "tokenizer", "use_fast_tokenizer", "add_bos_token", "prefix_token_id",
+    "quantization_config", "load_in_8bit", "load_in_4bit", "attn_implementation", "max_memory", "offload_folder",
+    "token", "cache_dir",
+)  # fmt: skip
+_TOKENIZER_ONLY = {"tokenizer", "use_fast_tokenizer", "add_bos_token", "prefix_token_id"}
+# Which of them change the weights that an activation is computed with.
+_OF_THE_WEIGHTS = ("gguf_file", "subfolder", "peft", "quantization_config", "load_in_8bit", "load_in_4bit")
 
 
 class LazyModel:
@@ -32,6 +43,7 @@ class LazyModel:
         revision: commit of the hub, empty for a folder.
         config: of transformers.
         dtype: of the weights, the checkpoint's where `auto` was asked for.
+        arguments: what else it is loaded with.
     """
 
     def __init__(
@@ -43,6 +55,7 @@ class LazyModel:
         sites: str | None = None,
         device_map: str | None = None,
         trust_remote_code: bool = False,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         """Read the config.
 
@@ -54,71 +67,110 @@ class LazyModel:
             sites: where the units are in a family that is not known (`architectures.sites_of`).
             device_map: of accelerate, such as auto, for a model that one device cannot hold.
             trust_remote_code: whether to run code of the model's repository.
+            arguments: as `steered-hf` takes them: `gguf_file`, `peft`, `quantization_config`, `load_in_8bit`, ...
 
         Raises:
-            SteeringError: if a dtype or device is not known, or there is no such model; then in transformers' words.
+            SteeringError: if a dtype, device or argument is not known, or there is no such model; then in
+                transformers' words.
         """
         from transformers import AutoConfig
 
-        self._pretrained, self._revision = pretrained, revision
-        self._device, self._device_map, self._trusted = _device(device), device_map, trust_remote_code
+        self.arguments = _checked(arguments or {})
+        self._pretrained, self._revision = str(Path(pretrained).expanduser()), revision
+        self._device, self._device_map, self._trust_remote_code = _device(device), device_map, trust_remote_code
         if sites is not None:
             parse_sites(sites)
         self.override = sites
-        self.config = self._from_hub(AutoConfig)
-        # What `auto` takes, so that a recording says what it was made in.
+        self.config = self._from_pretrained(AutoConfig, **self._given("gguf_file", "subfolder", "token", "cache_dir"))
+        # What `auto` takes, so that a recording names what it was made in.
         self.dtype = dtype if dtype != "auto" else str(self.config.dtype or "float32").removeprefix("torch.")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise SteeringError(f"dtype {dtype!r}: expected auto, bfloat16, float16, float32 or float64")
-        self._name_it(pretrained)
+        self._set_name(self._pretrained)
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> LazyModel:
         """A model that is loaded already."""
-        own = cls.__new__(cls)
-        own.config, own.dtype, own.override = model.config, str(model.dtype).removeprefix("torch."), None
-        own._name_it(str(getattr(model.config, "_name_or_path", "") or "unnamed"))
-        own.__dict__ |= {"model": model, "tokenizer": tokenizer}
-        return own
+        lazy = cls.__new__(cls)
+        lazy.config, lazy.dtype, lazy.override = model.config, str(model.dtype).removeprefix("torch."), None
+        lazy.arguments = {}
+        lazy._set_name(str(getattr(model.config, "_name_or_path", "") or "unnamed"))
+        lazy.__dict__ |= {"model": model, "tokenizer": tokenizer}
+        return lazy
 
-    def _name_it(self, pretrained: str) -> None:
+    def _set_name(self, pretrained: str) -> None:
         self.name = Path(pretrained).name if Path(pretrained).exists() else pretrained
         self.revision = str(getattr(self.config, "_commit_hash", None) or "")
 
-    def _from_hub(self, kind: Any, **arguments: Any) -> Any:
+    def _given(self, *names: str) -> dict[str, Any]:
+        """Those of the named arguments that were given."""
+        return {name: self.arguments[name] for name in names if self.arguments.get(name) not in (None, False, "")}
+
+    def _from_pretrained(self, kind: Any, source: str | None = None, **arguments: Any) -> Any:
+        source = source or self._pretrained
         try:
             return kind.from_pretrained(
-                self._pretrained, revision=self._revision, trust_remote_code=self._trusted, **arguments
+                source, revision=self._revision, trust_remote_code=self._trust_remote_code, **arguments
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise SteeringError(f"model {self._pretrained!r}: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            raise SteeringError(f"model {source!r}: {str(error).strip().splitlines()[0]}") from error
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """Its tokenizer, loaded as lm-eval's `hf` loads it."""
         from transformers import AutoTokenizer
 
-        return self._from_hub(AutoTokenizer)
+        given = self._given("subfolder", "token", "cache_dir")
+        if self.arguments.get("add_bos_token") is not None:
+            given["add_bos_token"] = self.arguments["add_bos_token"]
+        source = self.arguments.get("tokenizer")
+        if source is None and self._given("gguf_file"):
+            given |= self._given("gguf_file")
+        elif self.arguments.get("use_fast_tokenizer") is False:
+            given["use_fast"] = False
+        return self._from_pretrained(AutoTokenizer, source, **given)
 
     @cached_property
     def model(self) -> Any:
         """The loaded model, on its device, ready for inference."""
         from transformers import AutoModelForCausalLM
 
+        given = {
+            name: value
+            for name, value in self._given(*_ARGUMENTS).items()
+            if name not in _TOKENIZER_ONLY | {"peft", "quantization_config", "load_in_8bit", "load_in_4bit"}
+        }
+        quantization = quantization_config(self.arguments, self.dtype)
+        if quantization is not None:
+            given["quantization_config"] = quantization
         if self._device_map is not None:
-            return self._from_hub(AutoModelForCausalLM, dtype=self.dtype, device_map=self._device_map).eval()
-        loaded = self._from_hub(AutoModelForCausalLM, dtype=self.dtype)
-        if getattr(loaded, "hf_quantizer", None) is None:  # a quantised model is where it must be
+            given["device_map"] = self._device_map
+        loaded = self._from_pretrained(AutoModelForCausalLM, dtype=self.dtype, **given)
+        if self._given("peft"):
+            loaded = self._with_adapter(loaded)
+        # A quantised or dispatched model is where it must be.
+        if self._device_map is None and getattr(loaded, "hf_quantizer", None) is None:
             loaded = loaded.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return loaded.eval()
+
+    def _with_adapter(self, loaded: Any) -> Any:
+        from peft import PeftModel
+
+        adapter = str(Path(str(self.arguments["peft"])).expanduser())
+        if loaded.config.vocab_size != len(self.tokenizer) and len(self.tokenizer) > loaded.config.vocab_size:
+            loaded.resize_token_embeddings(len(self.tokenizer))  # as lm-eval does for an adapter with more tokens
+        try:
+            return PeftModel.from_pretrained(loaded, adapter, revision=self._revision)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SteeringError(f"peft={adapter!r}: {str(error).strip().splitlines()[0]}") from error
 
     @cached_property
     def sites(self) -> ModelSites:
         """Where its units are."""
-        found = sites_of(self.model, self.override)
-        if found.shape != self.shape:
-            raise ArchitectureError(f"{self.name}: units found at {found.shape}, the config says {self.shape}")
-        return found
+        sites = sites_of(self.model, self.override)
+        if sites.shape != self.shape:
+            raise ArchitectureError(f"{self.name}: units found at {sites.shape}, the config says {self.shape}")
+        return sites
 
     @property
     def shape(self) -> Shape:
@@ -138,12 +190,12 @@ class LazyModel:
             content: Any = self.tokenizer.get_vocab()
         else:  # how a batch was last padded or cut is no part of it
             content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-        said = {"tokenizer": content, "bos_token_id": self.tokenizer.bos_token_id}
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        identity = {"tokenizer": content, "bos_token_id": self.tokenizer.bos_token_id}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def context(self) -> int | None:
-        """Tokens that fit beside BOS; None where the model names no limit."""
+        """Tokens that fit after BOS; None where the model names no limit."""
         names = ("max_position_embeddings", "max_seq_len")
         text = text_config_of(self.config)
         return next((int(getattr(text, name)) - 1 for name in names if getattr(text, name, None)), None)
@@ -170,14 +222,51 @@ class LazyModel:
         return self.maker() | {"dtype": self.dtype, "tokenizer": self.tokenizer_sha256}
 
 
+def quantization_config(arguments: Mapping[str, Any], dtype: str) -> Any:
+    """The quantisation that arguments ask for, as transformers takes it; None where they ask for none.
+
+    Args:
+        arguments: `quantization_config`, an object of transformers or a mapping as in a checkpoint's config.json; or
+            `load_in_8bit`, `load_in_4bit` and `bnb_4bit_...` of bitsandbytes.
+        dtype: of the computation in 4 bit, unless `bnb_4bit_compute_dtype` names another.
+
+    Raises:
+        SteeringError: if both are given, or the library is missing or refuses them.
+    """
+    given = arguments.get("quantization_config")
+    bits = {name: value for name, value in arguments.items() if name.startswith(("load_in_", "bnb_4bit_")) and value}
+    if given is None and not bits:
+        return None
+    if given is not None and bits:
+        raise SteeringError(f"quantization_config conflicts with {next(iter(bits))}: give one of them")
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        if bits:
+            if bits.get("load_in_4bit"):
+                bits.setdefault("bnb_4bit_compute_dtype", dtype)
+            return BitsAndBytesConfig(**bits)
+        return AutoQuantizationConfig.from_dict(dict(given)) if isinstance(given, Mapping) else given
+    except (ImportError, ValueError, TypeError, KeyError) as error:
+        raise SteeringError(f"quantization: {str(error).strip().splitlines()[0]}") from error
+
+
+def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    for name in arguments:
+        if name not in _ARGUMENTS and not name.startswith("bnb_4bit_"):
+            raise SteeringError(f"unknown model argument {name!r}{did_you_mean(name, _ARGUMENTS)}")
+    return dict(arguments)
+
+
 def _device(name: str | torch.device | None) -> torch.device | None:
     try:
-        found = None if name is None else torch.device(name)
+        device = None if name is None else torch.device(name)
     except RuntimeError:
         raise SteeringError(f"device {name!r}: expected cuda, cuda:1, cpu, mps, ...") from None
-    if found is not None and found.type == "cuda" and not torch.cuda.is_available():
+    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
         raise SteeringError(f"device {name!r}: torch finds no CUDA device here")
-    return found
+    return device
 
 
 def activation_function(config: Any) -> str:

@@ -74,12 +74,14 @@ def text_part(base: Any) -> nn.Module:
     """
     text = text_config_of(base.config)
     if text is base.config:
-        return base.base_model
+        whole: nn.Module = base.base_model
+        return whole
     for module in base.base_model.modules():
-        own = getattr(module, "config", None)
+        config = getattr(module, "config", None)
         # Attention modules carry the text config too; only whole models know their base model.
-        if hasattr(module, "base_model") and (own is text or getattr(own, "model_type", None) == text.model_type):
-            return module.base_model
+        if hasattr(module, "base_model") and (config is text or getattr(config, "model_type", None) == text.model_type):
+            decoder: nn.Module = module.base_model
+            return decoder
     raise ArchitectureError(
         f"{base.config.model_type}: no {text.model_type} model inside {type(base).__name__}; load its text model"
     )

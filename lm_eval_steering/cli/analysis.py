@@ -26,7 +26,6 @@ class PositionKind(StrEnum):
     ALL = "all"
 
 
-Neurons = Annotated[Path, typer.Option(help="Neuron set, a path or the name of one that ships.")]
 Prompts = Annotated[
     Path | None, typer.Option(help="Text file, one prompt a line; the demo model has its own by default.")
 ]
@@ -39,28 +38,25 @@ Threshold = Annotated[float, typer.Option(help="Smallest probability of a langua
 Letters = Annotated[int, typer.Option(help="Smallest number of letters of a text; less is `unknown`.")]
 
 
+@options.expanded
 def doctor(
-    model: options.Model,
+    model: options.ModelOptions,
     neurons: Annotated[
         Path | None, typer.Option(help="Neuron set of the model; a seeded random one by default.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="File for the checks as JSON.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random set and of the tokens.")] = 0,
-    revision: options.Revision = "main",
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    sites: options.Sites = None,
 ) -> None:
     """Try out on your model every guarantee that can be tried out. Exit code 1 where one does not hold."""
     from lm_eval_steering.analysis.doctor import examine, passed, plain_text, report, rich_table, summary
-    from lm_eval_steering.analysis.provenance import write_json
+    from lm_eval_steering.files import write_json
     from lm_eval_steering.progress import Log
 
     if json is not None:
         options.check_out(json)
     found = _neurons(neurons)
-    lazy = _model(model, found, revision, device, dtype, sites)
-    checks = examine(lazy.model, found, sites=sites, seed=seed, name=lazy.name, log=Log())
+    lazy = _model(model, found)
+    checks = examine(lazy.model, found, sites=model.sites, seed=seed, name=lazy.name, log=Log())
     if sys.stdout.isatty():
         from rich.console import Console
 
@@ -75,9 +71,10 @@ def doctor(
         raise typer.Exit(1)
 
 
+@options.expanded
 def stepwise(
-    model: options.Model,
-    neurons: Neurons,
+    model: options.ModelOptions,
+    neurons: options.Neurons,
     out: Folder,
     prompts: Prompts = None,
     order: Annotated[
@@ -90,10 +87,6 @@ def stepwise(
     lid: Lid = "lid.176",
     lid_threshold: Threshold = 0.5,
     lid_letters: Letters = 3,
-    revision: options.Revision = "main",
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    sites: options.Sites = None,
 ) -> None:
     """Deactivate languages one after another, and see which language the model answers in after each step."""
     from lm_eval_steering.analysis.prompts import read_prompts
@@ -105,9 +98,9 @@ def stepwise(
     found = _load(neurons)
     languages, left_out = order_of(found, order)
     signature_of({"deactivate": "+".join(languages)}, found)
-    texts = read_prompts(prompts, model, languages)
+    texts = read_prompts(prompts, model.model, languages)
     judge = _identifier(lid, lid_threshold, lid_letters, languages)
-    lazy, log = _model(model, found, revision, device, dtype, sites), Log()
+    lazy, log = _model(model, found), Log()
     if left_out:
         log.say(f"left out, as they have no neurons: {', '.join(left_out)}")
     decoding = Decoding(max_new_tokens, batch_size, tuple(stop or ()), min_new_tokens)
@@ -118,8 +111,9 @@ def stepwise(
     log.write(out / "stepwise")
 
 
+@options.expanded
 def logit_lens(
-    model: options.Model,
+    model: options.ModelOptions,
     out: Folder,
     neurons: Annotated[
         Path | None, typer.Option(help="Neuron set, to steer with; a path or the name of one that ships.")
@@ -140,10 +134,6 @@ def logit_lens(
     lid: Lid = "lid.176",
     lid_threshold: Threshold = 0.5,
     lid_letters: Letters = 3,
-    revision: options.Revision = "main",
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    sites: options.Sites = None,
 ) -> None:
     """How much probability each layer gives to each language, unsteered and, with an intervention, steered."""
     from lm_eval_steering.analysis.logit_lens import Looking, look, table, write
@@ -164,9 +154,9 @@ def logit_lens(
     targets = _targets(target or language, found)
     looking = Looking(positions.value, top_k if top_k or top_p else 5, top_p, batch_size)
     # Prompts in the target itself would give it mass without any steering.
-    texts = read_prompts(prompts, model, ["deu_Latn" if "eng_Latn" in targets else "eng_Latn"], clauses=True)
+    texts = read_prompts(prompts, model.model, ["deu_Latn" if "eng_Latn" in targets else "eng_Latn"], clauses=True)
     judge = _identifier(lid, lid_threshold, lid_letters, targets)
-    lazy, log = _model(model, found, revision, device, dtype, sites), Log()
+    lazy, log = _model(model, found), Log()
     lens = look(lazy, texts, targets, found, intervention, looking, judge, log)
     typer.echo(table(lens))
     for path in write(lens, out):
@@ -188,17 +178,13 @@ def _neurons(path: Path | None) -> NeuronSet | None:
     return None if path is None else _load(path)
 
 
-def _model(
-    name: str, neurons: NeuronSet | None, revision: str, device: str | None, dtype: str, sites: str | None
-) -> LazyModel:
+def _model(options_of_model: options.ModelOptions, neurons: NeuronSet | None) -> LazyModel:
     """The model's config is read here and compared with the set; its weights are not read.
 
     Raises:
         SteeringError: if there is no such model, or the set is of another one.
     """
-    from lm_eval_steering.architectures.loading import LazyModel
-
-    lazy = LazyModel(name, revision, dtype, device, sites)
+    lazy = options_of_model.load()
     if neurons is not None:
         neurons.check_model(lazy.shape.layers, lazy.shape.units, lazy.architecture)
     return lazy

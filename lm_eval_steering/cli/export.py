@@ -21,7 +21,7 @@ class Form(StrEnum):
 
 def export(
     model: options.Model,
-    neurons: Annotated[Path, typer.Option(help="Neuron set, a path or the name of one that ships.")],
+    neurons: options.Neurons,
     as_: Annotated[Form, typer.Option("--as", help="A plain checkpoint, or a LoRA (op=scale alone).")],
     out: Annotated[Path, typer.Option(help="Folder to write; it is there as a whole or not at all.")],
     language: Annotated[str | None, typer.Option(help="Whose neurons to steer; several joined by +.")] = None,

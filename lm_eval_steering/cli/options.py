@@ -1,16 +1,29 @@
-"""Options that several verbs share, and how their texts are read."""
+"""Options that several commands share, each declared once, and how their texts are read."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import json
 import os
 import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from lm_eval_steering.errors import CorpusError, SteeringError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lm_eval_steering.architectures.loading import LazyModel
+    from lm_eval_steering.neurons.find import Method
+    from lm_eval_steering.neurons.recorder import Search
+    from lm_eval_steering.neurons.running import ModelRunner
 
 
 class RowKind(StrEnum):
@@ -28,39 +41,203 @@ class MethodName(StrEnum):
     AVERAGE_PRECISION = "average-precision"
 
 
-Model = Annotated[str, typer.Option(help="Hub id or folder of a causal language model.")]
-Text = Annotated[
+# --- Single options
+
+Corpus = Annotated[
     str, typer.Option(help="Folder, path with {lang} in it, or hf:DATASET?config=...&column=... (docs/corpora.md).")
 ]
 Languages = Annotated[str, typer.Option(help="Codes joined by commas, such as fra_Latn,ind_Latn.")]
 Out = Annotated[Path, typer.Option(help="Neuron set to write, a .safetensors file; {rate} in it for several rates.")]
 OutFile = Annotated[Path, typer.Option(help="File to write.")]
-Budget = Annotated[str | None, typer.Option(help="Budget for each language, such as 10M; all of the text by default.")]
-Rows = Annotated[RowKind, typer.Option(help="Packed windows of the context length, or one row a line.")]
-Context = Annotated[int | None, typer.Option(min=1, help="Tokens a row; at most 2048 by default.")]
-Calibration = Annotated[str | None, typer.Option(help="Text to calibrate with; the lines of --corpus by default.")]
-Sentences = Annotated[int, typer.Option(help="Calibration sentences a language.")]
-BatchSize = Annotated[str, typer.Option(help="Rows a forward pass, or auto.")]
+Neurons = Annotated[Path, typer.Option(help="Neuron set, a path or the name of one that ships.")]
+Model = Annotated[str, typer.Option(help="Hub id or folder of a causal language model.")]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; a GPU by default where there is one.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights; auto takes the checkpoint's.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Such as auto: spread a model that one device cannot hold.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights; auto takes the checkpoint's.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.")]
-Percentiles = Annotated[str, typer.Option(help="Which pNN to keep, joined by commas, or all.")]
-NINE = "1,5,10,25,50,75,90,95,99"
 Sites = Annotated[
     str | None, typer.Option(help="Where the units are in a family that is not known (docs/architectures.md).")
 ]
-SelectionMethod = Annotated[MethodName, typer.Option(help="How neurons are selected.")]
-Rate = Annotated[str, typer.Option(help="LAPE: share of all neurons; several joined by commas.")]
-FilterRate = Annotated[float, typer.Option(help="LAPE: which smallest probability a neuron must exceed.")]
-BarRate = Annotated[float, typer.Option(help="LAPE: which smallest probability makes it a language's.")]
-TopK = Annotated[int | None, typer.Option(help="activated, average-precision: neurons a language.")]
-BottomK = Annotated[int | None, typer.Option(help="average-precision: neurons a language from the other end.")]
-Threshold = Annotated[float | None, typer.Option(help="average-precision: in place of --top-k.")]
-SentenceMeans = Annotated[bool, typer.Option(help="Keep what activated and average-precision need.")]
+ModelArguments = Annotated[
+    str | None,
+    typer.Option(help="As steered-hf takes them: gguf_file=..., peft=..., load_in_8bit=True, or a JSON object."),
+]
+Context = Annotated[int | None, typer.Option(min=1, help="Tokens per row; at most 2048 by default.")]
+Sentences = Annotated[int, typer.Option(help="Calibration sentences per language.")]
+Percentiles = Annotated[str, typer.Option(help="Which pNN to keep, joined by commas, or all.")]
+NINE = "1,5,10,25,50,75,90,95,99"
+BatchSize = Annotated[str, typer.Option(help="Rows per forward pass, or auto.")]
+
+
+# --- Groups of options: a command takes one parameter for each
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with each parameter that is a dataclass replaced by one option per field.
+
+    typer reads a command's signature; the one that it gets here is that of all the options, and what the user gave is
+    put together again before the command is called.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            groups[parameter.name] = kind
+            options = get_type_hints(kind, include_extras=True)
+            parameters += [
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                    annotation=options[field.name],
+                )
+                for field in fields(kind)
+            ]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name]))
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        command(**given)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: Model
+    revision: Revision = "main"
+    device: Device = None
+    device_map: DeviceMap = None
+    dtype: Dtype = "auto"
+    trust_remote_code: RemoteCode = False
+    sites: Sites = None
+    model_args: ModelArguments = None
+
+    def load(self, device: torch.device | None = None) -> LazyModel:
+        """The model's config is read here; its weights are not.
+
+        Args:
+            device: where a launcher puts this process, unless --device says otherwise.
+
+        Raises:
+            SteeringError: if there is no such model, or an argument is unknown.
+        """
+        from lm_eval_steering.architectures.loading import LazyModel
+
+        return LazyModel(
+            self.model, self.revision, self.dtype, self.device or device, self.sites, self.device_map,
+            self.trust_remote_code, read_model_arguments(self.model_args),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """How neurons are selected from a recording."""
+
+    method: Annotated[MethodName, typer.Option(help="How neurons are selected.")] = MethodName.LAPE
+    rate: Annotated[str, typer.Option(help="LAPE: share of all neurons; several joined by commas.")] = "0.01"
+    filter_rate: Annotated[float, typer.Option(help="LAPE: which smallest probability a neuron must exceed.")] = 0.95
+    bar_rate: Annotated[
+        float, typer.Option(help="LAPE: which smallest probability makes a neuron one of a language.")
+    ] = 0.95
+    top_k: Annotated[int | None, typer.Option(help="activated, average-precision: neurons per language.")] = None
+    bottom_k: Annotated[
+        int | None, typer.Option(help="average-precision: neurons per language from the other end.")
+    ] = None
+    threshold: Annotated[float | None, typer.Option(help="average-precision: instead of --top-k.")] = None
+
+    def read(self, out: Path) -> Method:
+        """The method; `out` must have room for each rate."""
+        from lm_eval_steering.neurons.find import Method
+
+        rates = read_rates(self.rate, out)
+        return Method(
+            self.method.value, rates, self.filter_rate, self.bar_rate, self.top_k, self.bottom_k, self.threshold
+        )
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What text is recorded and calibrated with."""
+
+    corpus: Corpus
+    languages: Languages
+    tokens: Annotated[
+        str | None, typer.Option(help="Budget per language, such as 10M; all of the text by default.")
+    ] = None
+    rows: Annotated[RowKind, typer.Option(help="Packed windows of the context length, or one row per line.")] = (
+        RowKind.PACKED
+    )
+    context: Context = None
+    calibration_corpus: Annotated[
+        str | None, typer.Option(help="Text to calibrate with; the lines of --corpus by default.")
+    ] = None
+    sentences: Sentences = 100
+
+    def read(self, percentiles: str = NINE) -> Search:
+        """What is asked for, checked."""
+        from lm_eval_steering.neurons.recorder import Search
+
+        return Search(
+            self.corpus, read_languages(self.languages), read_budget(self.tokens), self.rows.value, self.context,
+            self.calibration_corpus, self.sentences, read_percentiles(percentiles),
+        )  # fmt: skip
+
+
+def runner_of(model: ModelOptions, batch_size: str, context: int | None) -> ModelRunner:
+    """A model and how it is run, on the device of this process where several were launched."""
+    from lm_eval_steering.neurons.running import CONTEXT, ModelRunner, launched
+    from lm_eval_steering.progress import Log
+
+    ranks, device = launched()
+    log = Log(show=ranks.first)
+    return ModelRunner(model.load(device), read_batch_size(batch_size), ranks, log, context or CONTEXT)
+
+
+# --- Reading the texts
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def read_model_arguments(text: str | None) -> dict[str, Any]:
+    """Arguments from `gguf_file=m.gguf,load_in_8bit=True`, or from a JSON object.
+
+    Raises:
+        SteeringError: if it is neither.
+    """
+    if text is None:
+        return {}
+    if text.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(text))
+        except ValueError as error:
+            raise SteeringError(f"--model-args {text}: not a JSON object ({error})") from None
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if wrong := [name for name, equals, _ in pairs if not equals or not name.strip()]:
+        raise SteeringError(f"--model-args {text}: expected key=value joined by commas, got {wrong[0]!r}")
+    return {name.strip(): _plain_value(value) for name, _, value in pairs}
+
+
+def _plain_value(text: str) -> Any:
+    """`True`, `None` and numbers as such, anything else as text: as lm-eval reads --model_args."""
+    if text.lower() in {"true", "false", "none"}:
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
 
 
 def read_budget(text: str | None) -> int | None:
@@ -71,15 +248,15 @@ def read_budget(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kmb]?)", text.replace("_", "").lower())
-    number = int(float(found[1]) * _FACTORS[found[2]]) if found else 0
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kmb]?)", text.replace("_", "").lower())
+    number = int(float(match[1]) * _FACTORS[match[2]]) if match else 0
     if number <= 0:
         raise CorpusError(f"--tokens {text}: expected a number above 0, such as 10M")
     return number
 
 
 def read_batch_size(text: str) -> int | None:
-    """Rows a forward pass; None for auto.
+    """Rows per forward pass; None for auto.
 
     Raises:
         SteeringError: if it is neither auto nor a number above 0.
@@ -149,5 +326,5 @@ def check_folder(path: Path) -> None:
 
 
 def _writable(path: Path) -> bool:
-    place = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return os.access(place, os.W_OK) and (place.is_dir() or place == path)
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return os.access(nearest, os.W_OK) and (nearest.is_dir() or nearest == path)

@@ -1,4 +1,4 @@
-"""Verbs that work on files of neurons: import, inspect, and `neurons export`, `intersect`, `union`, ..."""
+"""Commands that work on files of neurons: import, inspect, and `neurons export`, `intersect`, `union`, ..."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def import_(
     if len(files) > 1:
         raise SteeringError("one file holds the lists of all languages; several are for recordings alone")
     selection = {"method": "imported", "file": files[0].name}
-    found = import_lists(files[0], codes, Provenance(**maker, selection=selection, versions=versions()), dictionary)
-    found.save(out)
-    for code in found.languages:
-        typer.echo(f"{code}  {len(found.neurons(code))} neurons")
+    imported = import_lists(files[0], codes, Provenance(**maker, selection=selection, versions=versions()), dictionary)
+    imported.save(out)
+    for code in imported.languages:
+        typer.echo(f"{code}  {len(imported.neurons(code))} neurons")
     typer.echo(f"wrote {out}; it holds no statistics, so value= takes numbers only until `calibrate` adds them")
 
 
@@ -63,9 +63,9 @@ def inspect(
     from lm_eval_steering.neurons.neuron_set import NeuronSet
     from lm_eval_steering.resources import find_neuron_set
 
-    found = NeuronSet.load(find_neuron_set(neuron_set))
-    typer.echo(describe(found), nl=False)
-    for path in draw(found, out) if out is not None else []:
+    loaded = NeuronSet.load(find_neuron_set(neuron_set))
+    typer.echo(describe(loaded), nl=False)
+    for path in draw(loaded, out) if out is not None else []:
         typer.echo(f"wrote {path}")
 
 
@@ -75,9 +75,9 @@ def export(neuron_set: Set, out: options.OutFile) -> None:
     from lm_eval_steering.neurons.convert import export_lists
 
     options.check_out(out)
-    found = _load(neuron_set)
-    export_lists(found, out)
-    typer.echo(f"wrote {out}; its languages, in order: {','.join(found.languages)}")
+    loaded = _load(neuron_set)
+    export_lists(loaded, out)
+    typer.echo(f"wrote {out}; its languages, in order: {','.join(loaded.languages)}")
 
 
 @neurons.command()
@@ -109,7 +109,7 @@ def random(
     neuron_set: Set,
     out: options.OutFile,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
-    disjoint: Annotated[bool, typer.Option(help="Leave out the set's own neurons.")] = True,
+    disjoint: Annotated[bool, typer.Option(help="Leave out the set's neurons.")] = True,
 ) -> None:
     """A matched random control: as many neurons in each layer for each language. `calibrate` adds statistics."""
     from lm_eval_steering.neurons.find import random_set
@@ -124,10 +124,10 @@ def _load(path: Path) -> NeuronSet:
     return NeuronSet.load(find_neuron_set(path))
 
 
-def _save(found: NeuronSet, out: Path) -> None:
+def _save(result: NeuronSet, out: Path) -> None:
     options.check_out(out)
-    found.save(out)
-    for code in found.languages:
-        typer.echo(f"{code}  {len(found.neurons(code))} neurons")
-    statistics = "with statistics" if found.calibrated is not None else "without statistics (`calibrate` adds them)"
+    result.save(out)
+    for code in result.languages:
+        typer.echo(f"{code}  {len(result.neurons(code))} neurons")
+    statistics = "with statistics" if result.calibrated is not None else "without statistics (`calibrate` adds them)"
     typer.echo(f"wrote {out}, {statistics}")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.files import read_json_lines, write_json_lines
 from lm_eval_steering.languages import english_name
 from lm_eval_steering.metrics.relevance import clas_score, relevance
 
@@ -187,8 +188,7 @@ def judge_samples(path: Path, judge: Judge, workers: int = 8) -> dict[str, Any]:
     Raises:
         SteeringError: for another file, or a judge that does not answer; a partial result is never written.
     """
-    with path.open(encoding="utf-8") as lines:
-        samples = [json.loads(line) for line in lines if line.strip()]
+    samples = list(read_json_lines(path))
     if not samples or not all("clas_language" in sample for sample in samples):
         raise SteeringError(f"{path}: expected the samples of a steering_clas_bench task (--log_samples)")
     judge.require()
@@ -201,9 +201,7 @@ def judge_samples(path: Path, judge: Judge, workers: int = 8) -> dict[str, Any]:
     with ThreadPoolExecutor(workers) as pool:
         judged = list(pool.map(rated, samples))
     out = path.with_suffix(".judged.jsonl")
-    part = out.with_suffix(".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged), encoding="utf-8")
-    part.replace(out)
+    write_json_lines(out, judged)
     items = [(sample["clas_language"], sample["clas_relevance"], False) for sample in judged]
     return {
         "clas_language": sum(item[0] for item in items) / len(items),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.files import write_text
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.lmeval.aggregation import aggregated
 from lm_eval_steering.lmeval.expected_language import expected_language, options_of
@@ -131,7 +132,7 @@ def _rescore(run: RunFiles, asked: RescoreOptions) -> Rescored | None:
     scores, counts = {}, {}
     for task, rows in values.items():
         scores[task], counts[task] = _aggregate(rows)
-        _write(
+        write_text(
             run.folder / f"rescored_samples_{task}_{run.date}_{mark}.jsonl",
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
         )
@@ -142,7 +143,7 @@ def _rescore(run: RunFiles, asked: RescoreOptions) -> Rescored | None:
         "config": stored.get("config"),
     }
     path = run.folder / f"rescored_{run.date}_{mark}.json"
-    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return Rescored(path, scores, counts, settings)
 
 
@@ -259,10 +260,3 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SteeringError(f"{path}: no JSON, or cut short: {error}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -12,7 +12,6 @@ each also as .parquet; FAMILY is also tried as the last part of the hub id (`flo
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError, UnknownLanguageError
+from lm_eval_steering.files import read_json_lines, write_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -174,19 +174,7 @@ def read_file(path: Path) -> DatasetRows:
     """All rows of a JSON-lines or parquet file."""
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    rows: DatasetRows = []
-    with path.open(encoding="utf-8") as lines:  # not splitlines(): text may hold U+2028
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-            rows.append(row)
-    return rows
+    return list(read_json_lines(path, DataError))
 
 
 def _read_parquet(path: Path) -> DatasetRows:
@@ -266,11 +254,7 @@ def _from_hub(hub: Hub) -> tuple[dict[str, Any], ...]:
 def write_rows(folder: Path, source: RowsSource, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write rows where `load_rows` finds them first; complete or not at all."""
     path = folder / source.family / f"{source.language}.{source.split}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
-    part.replace(path)
+    write_json_lines(path, map(dict, rows))
     return path
 
 

@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from lm_eval_steering.architectures import ModelSites
 from lm_eval_steering.errors import CorpusError, DidNotHappenError
 from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, Statistics, union_of
-from lm_eval_steering.neurons.runner import ModelRunner
-from lm_eval_steering.neurons.running import Batches, Observer, Ranks, TokenRows, observing
+from lm_eval_steering.neurons.rows import SHORTEST, TokenRows
+from lm_eval_steering.neurons.running import Batches, ModelRunner, Observer, Ranks, in_order, observing
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
-SENTENCES = 100  # a language, by default
-SHORTEST = 5  # tokens; shorter sentences are left out
 
 
 def calibrated(
@@ -31,9 +29,9 @@ def calibrated(
     """The same sets with statistics of their neurons; all of them in one pass over the sentences.
 
     Args:
-        neuron_sets: of the runner's model; their own languages may be others.
-        runner: the model and the way to run it.
-        sentences: language -> one row a sentence, at least for the languages of the sets.
+        neuron_sets: of the runner's model.
+        runner: the model and how it is run.
+        sentences: language -> one row per sentence, at least for the languages of the sets.
         source: what to call the text in the provenance.
         percentiles: which `pNN` to keep.
 
@@ -42,12 +40,12 @@ def calibrated(
         CorpusError: if a language has no sentence.
     """
     model = runner.model
-    for found in neuron_sets:
-        found.check_model(model.shape.layers, model.shape.units, model.architecture)
+    for neuron_set in neuron_sets:
+        neuron_set.check_model(model.shape.layers, model.shape.units, model.architecture)
     runner.load()
-    for found in neuron_sets:
-        found.check_weights(model.sketch, model.name)
-    union = union_of([found.union() for found in neuron_sets])
+    for neuron_set in neuron_sets:
+        neuron_set.check_weights(model.sketch, model.name)
+    union = union_of([neuron_set.union() for neuron_set in neuron_sets])
     with runner.log.timed("calibrate", neurons=len(union)):
         statistics = calibrate(runner, sentences, union, percentiles)
     text = {
@@ -57,15 +55,15 @@ def calibrated(
     }
     return [
         replace(
-            found,
-            calibrated=statistics.restrict(found.union()),
+            neuron_set,
+            calibrated=statistics.restrict(neuron_set.union()),
             provenance=replace(
-                found.provenance,
-                weights=found.provenance.weights or model.sketch,
-                corpus={**found.provenance.corpus, "calibration": text},
+                neuron_set.provenance,
+                weights=neuron_set.provenance.weights or model.sketch,
+                corpus={**neuron_set.provenance.corpus, "calibration": text},
             ),
         )
-        for found in neuron_sets
+        for neuron_set in neuron_sets
     ]
 
 
@@ -73,14 +71,14 @@ def calibrated(
 def calibrate(
     runner: ModelRunner, sentences: Mapping[str, TokenRows], neurons: Neurons, percentiles: Sequence[int] = PERCENTILES
 ) -> Statistics:
-    """Statistics of the given neurons at both sites, one row a sentence.
+    """Statistics of the given neurons at both sites, one row per sentence.
 
     `mean` is over all tokens (Gurgurov et al. 2025); `sentence_mean`, `median` (the lower of two middle values),
     `max` and `pNN` (linear interpolation) are over the sentences' token means (Rahmanisa et al. 2025).
 
     Args:
-        runner: a causal language model of transformers and the way to run it.
-        sentences: language -> one row of token ids a sentence.
+        runner: the model and how it is run.
+        sentences: language -> one row of token ids per sentence.
         neurons: (neuron, 2) sorted rows (layer, unit).
         percentiles: which `pNN` to keep.
 
@@ -120,13 +118,13 @@ def _sentence_sums(
     def keep(site: str) -> Observer:
         def observer(layer: int, units: torch.Tensor) -> None:
             if layer in wanted:
-                # float64 on the CPU: not every accelerator has it.
+                # float64 on CPU: not every accelerator has it.
                 chosen = units.index_select(-1, wanted[layer].to(units.device)).cpu().double()
                 pieces[site][layer] = torch.where(counted.unsqueeze(-1), chosen.reshape(*counted.shape, -1), 0).sum(1)
 
         return observer
 
-    own: dict[str, dict[int, NDArray[np.float64]]] = {site: {} for site in SITES}
+    sums_by_row: dict[str, dict[int, NDArray[np.float64]]] = {site: {} for site in SITES}
     with observing(sites, at_activation=keep("activation"), at_product=keep("product")) as run:
         for batch in batches:
             counted = batch.counted.cpu()
@@ -134,14 +132,8 @@ def _sentence_sums(
             for site in SITES:
                 empty = np.zeros((len(batch.rows), 0))
                 sums = np.concatenate([empty, *(pieces[site][layer].numpy() for layer in wanted)], axis=1)
-                own[site] |= dict(zip(batch.rows.tolist(), sums, strict=True))
-    return {site: _in_order(ranks.gather(own[site])) for site in SITES}
-
-
-def _in_order(parts: Sequence[Mapping[int, NDArray[Any]]]) -> NDArray[Any]:
-    """(sentence, ...) from what each process has of it."""
-    rows = {number: row for part in parts for number, row in part.items()}
-    return np.stack([rows[number] for number in range(len(rows))])
+                sums_by_row[site] |= dict(zip(batch.rows.tolist(), sums, strict=True))
+    return {site: in_order(ranks.gather(sums_by_row[site])) for site in SITES}
 
 
 def _summaries(

@@ -2,7 +2,7 @@
 
 The layout of neuron sets that Tang et al. 2024, Gurgurov et al. 2025, CLaS-Bench 2026 and Rahmanisa et al. 2025 share
 is `torch.save` of `list[language][layer]` of tensors of unit indices. It names neither languages nor model, so both
-must be said. Recordings are `{"n": tokens, "over_zero": (layer, unit)}`, one file a language, or a list of these.
+must be given. Recordings are `{"n": tokens, "over_zero": (layer, unit)}`, one file a language, or a list of these.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def import_lists(
     lists = _load(path)
     codes = tuple(normalise(code) for code in languages)
     if not isinstance(lists, list) or not all(isinstance(layers, list) for layers in lists):
-        raise NeuronSetError(f"{path}: expected list[language][layer] of tensors, found {type(lists).__name__}")
+        raise NeuronSetError(f"{path}: expected list[language][layer] of tensors, got {type(lists).__name__}")
     if len(lists) != len(codes):
         raise NeuronSetError(f"{path}: {len(lists)} lists of neurons for {len(codes)} languages ({', '.join(codes)})")
     if dictionary is not None:
@@ -74,14 +74,14 @@ def import_recordings(
         NeuronSetError: if a file holds code or something else, or languages and shapes do not fit.
         RecordingError: if the folder holds another recording.
     """
-    found = [record for path in paths for record in _records(path)]
+    records = [record for path in paths for record in _records(path)]
     codes = tuple(normalise(code) for code in languages)
     if len(set(codes)) != len(codes):
-        raise NeuronSetError(f"languages {', '.join(languages)}: one is named twice")
-    if len(found) != len(codes):
-        raise NeuronSetError(f"{paths[0]}: {len(found)} recordings for {len(codes)} languages ({', '.join(codes)})")
+        raise NeuronSetError(f"languages {', '.join(languages)}: expected each once")
+    if len(records) != len(codes):
+        raise NeuronSetError(f"{paths[0]}: {len(records)} recordings for {len(codes)} languages ({', '.join(codes)})")
     counts = [
-        _counts(record, code, (model["layers"], model["units"])) for record, code in zip(found, codes, strict=True)
+        _counts(record, code, (model["layers"], model["units"])) for record, code in zip(records, codes, strict=True)
     ]
     folder.begin({"model": dict(model), "corpus": {"source": f"imported from {Path(paths[0]).name}"}})
     for code, (tokens, active) in zip(codes, counts, strict=True):
@@ -99,16 +99,16 @@ def _records(path: str | Path) -> list[Mapping[str, Any]]:
     content = _load(path)
     records = content if isinstance(content, list) else [content]
     if not all(isinstance(record, dict) and "over_zero" in record for record in records):
-        raise NeuronSetError(f'{path}: expected {{"n", "over_zero"}} or a list of them, found {type(content).__name__}')
+        raise NeuronSetError(f'{path}: expected {{"n", "over_zero"}} or a list of them, got {type(content).__name__}')
     return records
 
 
 def _counts(record: Mapping[str, Any], code: str, shape: tuple[int, int]) -> tuple[int, NDArray[np.int64]]:
     """(tokens, (layer, unit) counts) of one language, checked."""
     if "lang" in record and normalise(str(record["lang"])) != code:
-        raise NeuronSetError(f"the recording says {record['lang']}, the language given in its place is {code}")
+        raise NeuronSetError(f"the recording is of {record['lang']}, the language given at its position is {code}")
     if "n" not in record and "num" not in record:
-        raise NeuronSetError(f"{code}: no number of tokens beside over_zero, found {', '.join(map(str, record))}")
+        raise NeuronSetError(f"{code}: no number of tokens with over_zero, got {', '.join(map(str, record))}")
     tokens = int(record["n"] if "n" in record else record["num"])
     active = _whole(record["over_zero"], f"{code}: counts")
     if active.shape != shape:
@@ -134,20 +134,20 @@ def _whole(values: Any, what: str) -> NDArray[np.int64]:
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
-        raise NeuronSetError(f"{what}: expected numbers, found {type(values).__name__}") from None
+        raise NeuronSetError(f"{what}: expected numbers, got {type(values).__name__}") from None
     if tensor.dtype == torch.bool or (tensor.is_floating_point() and not torch.equal(tensor, tensor.round())):
-        raise NeuronSetError(f"{what}: expected whole numbers, found {tensor.dtype} with other values")
+        raise NeuronSetError(f"{what}: expected whole numbers, got {tensor.dtype} with other values")
     return tensor.long().numpy()
 
 
 def _check_dictionary(path: str | Path, codes: Sequence[str]) -> None:
-    found = _load(path)
-    if not isinstance(found, dict):
-        raise NeuronSetError(f"{path}: expected a dictionary from index to language, found {type(found).__name__}")
-    order = tuple(normalise(str(found[index])) for index in sorted(found))
+    content = _load(path)
+    if not isinstance(content, dict):
+        raise NeuronSetError(f"{path}: expected a dictionary from index to language, got {type(content).__name__}")
+    order = tuple(normalise(str(content[index])) for index in sorted(content))
     if order != tuple(codes):
         raise NeuronSetError(
-            f"{path}: the dictionary says {', '.join(order)}; the languages given are {', '.join(codes)}"
+            f"{path}: the dictionary has {', '.join(order)}; the languages given are {', '.join(codes)}"
         )
 
 

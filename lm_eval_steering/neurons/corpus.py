@@ -6,31 +6,44 @@
     parallel.parquet?column=sentence_{lang}         one file with a column for each language
     hf:wikimedia/wikipedia?config=20231101.{lang}   a dataset of the hub, streamed
 
-`{lang}` stands for the language as the place spells it: `fra_Latn`, `fra-Latn`, `fra` or `fr`, the first that is there.
+`{lang}` stands for the language as the corpus spells it: the first of `fra_Latn`, `fra-Latn`, `fra`, `fr` that exists.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import json
 import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
 from lm_eval_steering.errors import CorpusError, did_you_mean
+from lm_eval_steering.files import parse_json_line, read_lines
 from lm_eval_steering.languages import normalise, spellings
-
-# --- Text in local files: plain text, JSON lines and parquet, read with errors that name the file and the line
 
 LINES = (".txt", ".dev", ".devtest", ".test", ".train", ".valid")  # one document a line; FLORES has its own
 SUFFIXES = (*LINES, ".jsonl", ".jsonl.gz", ".parquet")
-_LANG = "{lang}"
+LANG = "{lang}"
+_HUB = "hf:"
+
+
+class TextSource(Protocol):
+    """The text of one language."""
+
+    def documents(self) -> Iterator[str]:
+        """Documents in order, without those that are empty; a CorpusError names what cannot be read."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this text from another, in values that JSON can hold; no path of this machine."""
+
+
+# --- Local files: plain text, JSON lines and parquet
+#
+# The `datasets` library would read them too, but its errors name neither the file nor the line, it cuts text at other
+# characters than newlines, and it takes a path for a pattern.
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class LocalFiles:
     Attributes:
         language: whose text it is.
         files: read one after another.
-        columns: of JSON lines and parquet; the first of these that is there.
+        columns: of JSON lines and parquet; the first of these that exists.
         whole: whether a plain text file is one document.
     """
 
@@ -72,23 +85,17 @@ class LocalFiles:
         if path.name.endswith(".parquet"):
             yield from self._parquet(path)
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
-            for number, line in _lines(path):
+            for number, line in read_lines(path, CorpusError):
                 if line.strip():
-                    yield self._from_json(path, number, line)
+                    yield self._from_json(f"{path}, line {number}", line)
         elif self.whole:
-            yield "\n".join(line for _, line in _lines(path))
+            yield "\n".join(line for _, line in read_lines(path, CorpusError))
         else:
-            yield from (line for _, line in _lines(path))
+            yield from (line for _, line in read_lines(path, CorpusError))
 
-    def _from_json(self, path: Path, number: int, line: str) -> str:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise CorpusError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
-        where = f"{path}, line {number}"
-        return as_text(record[self._column(list(record), where)], where)
+    def _from_json(self, where: str, line: str) -> str:
+        record = parse_json_line(line, where, CorpusError)
+        return as_text(record[_column(self.columns, record, where)], where)
 
     def _parquet(self, path: Path) -> Iterator[str]:
         import pyarrow
@@ -96,7 +103,7 @@ class LocalFiles:
 
         try:
             file = ParquetFile(path)
-            column = self._column(file.schema_arrow.names, str(path))
+            column = _column(self.columns, file.schema_arrow.names, str(path))
             for batch in file.iter_batches(columns=[column]):
                 yield from (as_text(value, str(path)) for value in batch.column(0).to_pylist())
         except UnicodeDecodeError as error:
@@ -104,25 +111,25 @@ class LocalFiles:
         except (pyarrow.ArrowException, OSError) as error:
             raise CorpusError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from None
 
-    def _column(self, there: list[str], where: str) -> str:
-        for column in self.columns:
-            if column in there:
-                return column
-        raise CorpusError(
-            f"{where}: no column {self.columns[0]!r}, found {', '.join(there)}; say which with ?column=NAME"
-        )
+
+def _column(wanted: Sequence[str], available: Iterable[str], where: str) -> str:
+    """The first of the wanted columns that is available."""
+    for column in wanted:
+        if column in available:
+            return column
+    raise CorpusError(f"{where}: no column {wanted[0]!r}, found {', '.join(available)}; name it with ?column=NAME")
 
 
 def as_text(value: Any, where: str) -> str:
-    """A document; nothing is none, and what is not text is refused rather than written out.
+    """A document; None is an empty one, and what is not text is refused rather than converted.
 
     Raises:
-        CorpusError: naming the place and the type.
+        CorpusError: naming `where` and the type.
     """
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise CorpusError(f"{where}: expected text, found {type(value).__name__}; another column with ?column=NAME")
+        raise CorpusError(f"{where}: expected text, got {type(value).__name__}; name another column with ?column=NAME")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -130,66 +137,50 @@ def as_text(value: Any, where: str) -> str:
     return value
 
 
-def find_files(place: str, language: str, names: Sequence[str], per_file: bool) -> tuple[Path, ...]:
+def find_files(location: str, language: str, names: Sequence[str], per_file: bool) -> tuple[Path, ...]:
     """The files that a folder, a pattern with `{lang}`, or one file for all languages has for a language.
 
     Args:
-        place: folder, pattern or file.
+        location: folder, pattern or file.
         language: code of the form fra_Latn.
-        names: how the place may spell it, the most exact first.
+        names: how the corpus may spell it, the most exact first.
         per_file: whether a file holds one language, so that `{lang}` must tell which.
 
     Raises:
-        CorpusError: if there is none, it is not clear which, or none of a kind that can be read.
+        CorpusError: if there is none, several could be meant, or none is of a kind that can be read.
     """
-    path = str(Path(place).expanduser())
+    path = str(Path(location).expanduser())
     if re.search(r"\{lang\}[*?\[\w]", path):
-        raise CorpusError(f"corpus {place!r}: {_LANG} needs a separator after it, or fr* would take Frisian for French")
-    if Path(path).is_dir() and _LANG not in path:
-        found = _one_of([f"{glob.escape(path)}/{_LANG}{suffix}" for suffix in SUFFIXES], language, names)
-    elif _LANG in path or not per_file:
-        found = _one_of([path], language, names)
+        raise CorpusError(
+            f"corpus {location!r}: {LANG} needs a separator after it, or fr* would take Frisian for French"
+        )
+    if Path(path).is_dir() and LANG not in path:
+        files = _one_of([f"{glob.escape(path)}/{LANG}{suffix}" for suffix in SUFFIXES], language, names)
+    elif LANG in path or not per_file:
+        files = _one_of([path], language, names)
     else:
         raise CorpusError(
-            f"corpus {place!r}: expected a folder with a file for each language, a path with {_LANG} in it, one file "
-            f"with {_LANG} in its column, or hf:DATASET"
+            f"corpus {location!r}: expected a folder with a file for each language, a path with {LANG} in it, one file "
+            f"with {LANG} in its column, or hf:DATASET"
         )
-    for file in found:
+    for file in files:
         if not file.name.endswith(SUFFIXES):
             raise CorpusError(f"{file}: cannot be read as text; expected one of {', '.join(SUFFIXES)}")
-    return found
+    return files
 
 
 def _one_of(patterns: list[str], language: str, names: Sequence[str]) -> tuple[Path, ...]:
     """Files of the first spelling of the language that any pattern finds."""
     for name in names:
-        found = {pattern: sorted(glob.glob(pattern.replace(_LANG, name))) for pattern in patterns}  # noqa: PTH207
-        hits = [files for files in found.values() if files]
+        hits = [files for pattern in patterns if (files := sorted(glob.glob(pattern.replace(LANG, name))))]  # noqa: PTH207
         if len(hits) > 1:
             raise CorpusError(
-                f"corpus for {language}: both {hits[0][0]} and {hits[1][0]} are there; name one as a path with {_LANG}"
+                f"corpus for {language}: both {hits[0][0]} and {hits[1][0]} exist; name one as a path with {LANG}"
             )
-        files = tuple(Path(file) for file in hits[0] if Path(file).is_file()) if hits else ()
-        if files:
-            return files
-    tried = patterns[0].replace(_LANG, names[0])
+        if found := tuple(Path(file) for file in (hits[0] if hits else ()) if Path(file).is_file()):
+            return found
+    tried = patterns[0].replace(LANG, names[0])
     raise CorpusError(f"corpus for {language}: no file {tried} (nor {', '.join(names[1:])} for {names[0]})")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of a plain or gzipped file.
-
-    Only a newline ends a line: `str.splitlines` would also cut at characters that text may hold.
-    """
-    try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                try:
-                    yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise CorpusError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path}: cannot be read ({error})") from None
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -197,35 +188,24 @@ def _identity(path: Path) -> dict[str, Any]:
         return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-LANG = "{lang}"
-_HUB = "hf:"
-
-
-class TextSource(Protocol):
-    """The text of one language."""
-
-    def documents(self) -> Iterator[str]:
-        """Documents in order, without those that are empty; a CorpusError names what cannot be read."""
-
-    def identity(self) -> dict[str, Any]:
-        """What tells this text from another, in values that JSON can hold; no path of this machine."""
+# --- What the user writes
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A place with text in several languages.
+    """Text in several languages: files or a dataset.
 
     Attributes:
-        place: path, pattern, or `hf:` and the id of a dataset.
+        location: path, pattern, or `hf:` and the id of a dataset.
         column: name of the text's column in JSON lines, parquet and datasets; may hold `{lang}`.
         documents: in a plain text file, one document a `line` or a `file`.
         config: of a dataset; may hold `{lang}`.
         split: of a dataset.
         revision: of a dataset.
-        names: how the place spells a language where no rule leads to it, `zho_Hans:zh-cn+por_Latn:pt-br`.
+        names: how the corpus spells a language where no rule leads to it, `zho_Hans:zh-cn+por_Latn:pt-br`.
     """
 
-    place: str
+    location: str
     column: str = "text"
     documents: str = "line"
     config: str = LANG
@@ -235,18 +215,18 @@ class Corpus:
 
     @classmethod
     def parse(cls, text: str) -> Corpus:
-        """From `PLACE?option=value&option=value`.
+        """From `LOCATION?option=value&option=value`.
 
         Raises:
             CorpusError: for an option that is not known.
         """
-        place, _, query = str(text).partition("?")
+        location, _, query = str(text).partition("?")
         options = dict(parse_qsl(query, keep_blank_values=True))
-        known = [field.name for field in fields(cls) if field.name != "place"]
+        known = [field.name for field in fields(cls) if field.name != "location"]
         for name in options:
             if name not in known:
                 raise CorpusError(f"corpus {text!r}: unknown option {name!r}{did_you_mean(name, known)}")
-        corpus = cls(place, **options)
+        corpus = cls(location, **options)
         if corpus.documents not in {"line", "file"}:
             raise CorpusError(f"corpus {text!r}: documents={corpus.documents!r}, expected line or file")
         of_datasets = {"config", "split", "revision"} & set(options)
@@ -260,35 +240,38 @@ class Corpus:
     @property
     def is_dataset(self) -> bool:
         """Whether the text is a dataset of the hub."""
-        return self.place.startswith(_HUB)
+        return self.location.startswith(_HUB)
 
     def spellings(self, language: str) -> tuple[str, ...]:
-        """How the place may spell a language: as `names` says, else by the rules.
+        """How the corpus may spell a language: as `names` has it, else by the rules.
 
         Raises:
             CorpusError: if `names` is not CODE:NAME joined by `+`.
         """
-        own = {}
+        given = {}
         for pair in filter(None, self.names.split("+")):
             code, colon, name = pair.partition(":")
             if not colon or not name:
-                raise CorpusError(f"corpus {self.place}: names={self.names!r}, expected CODE:NAME joined by +")
-            own[normalise(code)] = name
-        return (own[language],) if language in own else spellings(language)
+                raise CorpusError(f"corpus {self.location}: names={self.names!r}, expected CODE:NAME joined by +")
+            given[normalise(code)] = name
+        return (given[language],) if language in given else spellings(language)
 
     @property
     def name(self) -> str:
         """What to call it in an artefact: never a path of this machine."""
-        return self.place if self.is_dataset else Path(self.place).name
+        return self.location if self.is_dataset else Path(self.location).name
 
     def identity(self, language: str) -> dict[str, Any]:
-        """What tells this text from another, in values that JSON can hold, without a network or a path of the machine.
+        """What tells this text from another, without a network.
 
         Files are hashed; a dataset is known by what was asked for.
         """
         if not self.is_dataset:
             return self.source(language).identity()
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        # `place` is the name that recordings on disk have.
+        return {
+            "place" if field.name == "location" else field.name: getattr(self, field.name) for field in fields(self)
+        }
 
     def source(self, language: str) -> TextSource:
         """The text of one language.
@@ -300,7 +283,7 @@ class Corpus:
         columns = tuple(dict.fromkeys(self.column.replace(LANG, name) for name in names))
         if self.is_dataset:
             return HubDataset.find(self, language, columns)
-        files = find_files(self.place, language, names, LANG not in self.column)
+        files = find_files(self.location, language, names, LANG not in self.column)
         return LocalFiles(language, files, columns, self.documents == "file")
 
 
@@ -329,26 +312,26 @@ class HubDataset:
         """The configuration of a dataset that holds a language.
 
         Raises:
-            CorpusError: if the dataset cannot be had, or has no such configuration.
+            CorpusError: if the dataset is unavailable, or has no such configuration.
         """
         import datasets
 
-        path = corpus.place.removeprefix(_HUB)
+        path = corpus.location.removeprefix(_HUB)
         try:
-            there = datasets.get_dataset_config_names(path, revision=corpus.revision)
+            available = datasets.get_dataset_config_names(path, revision=corpus.revision)
         except Exception as error:  # the library raises a dozen classes of its own and of its network layers
-            raise CorpusError(f"corpus {corpus.place}: {_first_line(error)}") from error
+            raise CorpusError(f"corpus {corpus.location}: {_first_line(error)}") from error
         names = corpus.spellings(language)
         wanted = [corpus.config.replace(LANG, name) for name in names]
-        if LANG in corpus.column + corpus.split and len(there) == 1:  # every language in one configuration
-            wanted.append(there[0])
+        if LANG in corpus.column + corpus.split and len(available) == 1:  # every language in one configuration
+            wanted.append(available[0])
         for config in wanted:
-            if config in there:
+            if config in available:
                 splits = tuple(corpus.split.replace(LANG, name) for name in names)
                 commit = _commit(path, corpus.revision)
                 return cls(language, path, config, tuple(dict.fromkeys(splits)), commit, columns)
-        hint = did_you_mean(wanted[0], there)
-        raise CorpusError(f"corpus {corpus.place} for {language}: no configuration {' or '.join(wanted)}{hint}")
+        hint = did_you_mean(wanted[0], available)
+        raise CorpusError(f"corpus {corpus.location} for {language}: no configuration {' or '.join(wanted)}{hint}")
 
     def documents(self) -> Iterator[str]:
         """Documents in order, streamed."""
@@ -356,17 +339,12 @@ class HubDataset:
 
         where = f"corpus hf:{self.path}, configuration {self.config}"
         try:
-            there = datasets.load_dataset(self.path, self.config, revision=self.revision, streaming=True)
-            split = next((name for name in self.splits if name in there), None)
+            dataset = datasets.load_dataset(self.path, self.config, revision=self.revision, streaming=True)
+            split = next((name for name in self.splits if name in dataset), None)
             if split is None:
-                raise CorpusError(f"{where}: no split {self.splits[0]!r}, found {', '.join(there)}")
-            for row in there[split]:
-                name = next((column for column in self.columns if column in row), None)
-                if name is None:
-                    raise CorpusError(
-                        f"{where}: no column {self.columns[0]!r}, found {', '.join(row)}; say which with ?column=NAME"
-                    )
-                if text := as_text(row[name], where).strip():
+                raise CorpusError(f"{where}: no split {self.splits[0]!r}, found {', '.join(dataset)}")
+            for row in dataset[split]:
+                if text := as_text(row[_column(self.columns, row, where)], where).strip():
                     yield text
         except CorpusError:
             raise

@@ -23,12 +23,12 @@ class Method:
 
     Attributes:
         name: `lape`, `activated` or `average-precision`.
-        rates: of LAPE, shares of all neurons; one neuron set each.
+        rates: of LAPE, shares of all neurons; one neuron set per rate.
         filter_rate: of LAPE, which smallest probability is the threshold of eligibility.
         bar_rate: of LAPE, the same for membership.
-        top_k: of the others, neurons a language.
-        bottom_k: of average precision, neurons a language from the other end.
-        threshold: of average precision, in place of `top_k`.
+        top_k: of the other methods, neurons per language.
+        bottom_k: of average precision, neurons per language from the other end.
+        threshold: of average precision, instead of `top_k`.
     """
 
     name: Literal["lape", "activated", "average-precision"] = "lape"
@@ -43,31 +43,31 @@ class Method:
         for rate in self.rates:
             check_rate("rate", rate)
         if len(set(self.rates)) != len(self.rates):
-            raise SteeringError(f"rates {', '.join(map(str, self.rates))}: one is named twice")
+            raise SteeringError(f"rates {', '.join(map(str, self.rates))}: expected each rate once")
         self._check_method()
         check_rate("filter_rate", self.filter_rate)
         check_rate("bar_rate", self.bar_rate)
 
     def _check_method(self) -> None:
         if self.name == "lape" and (self.top_k, self.bottom_k, self.threshold) != (None, None, None):
-            raise SteeringError("lape takes a rate; top-k, bottom-k and threshold belong to the other methods")
+            raise SteeringError("method lape takes rate; top-k, bottom-k and threshold belong to the other methods")
         if self.name == "activated" and (self.bottom_k, self.threshold) != (None, None):
-            raise SteeringError("activated takes top-k; bottom-k and threshold belong to average-precision")
+            raise SteeringError("method activated takes top-k; bottom-k and threshold belong to average-precision")
         ks = [k for k in (self.top_k, self.bottom_k) if k is not None]
         if self.name == "average-precision" and bool(ks) == (self.threshold is not None):
-            raise SteeringError("average-precision takes top-k, bottom-k, both of them, or threshold: one of the three")
+            raise SteeringError("method average-precision takes top-k, bottom-k, both, or threshold alone")
         if any(k < 1 for k in ks):
-            raise SteeringError(f"top-k and bottom-k are numbers of neurons, 1 at least; found {min(ks)}")
+            raise SteeringError(f"top-k and bottom-k are numbers of neurons, expected 1 at least, got {min(ks)}")
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise SteeringError(f"threshold={self.threshold}: expected a number from 0 to below 1")
 
     @property
     def needs_sentences(self) -> bool:
-        """Whether it looks at calibration sentences one by one."""
+        """Whether it needs the means of each calibration sentence."""
         return self.name != "lape"
 
     def __call__(self, recording: Recording) -> list[Selection]:
-        """What it selects; LAPE one selection a rate."""
+        """What it selects; for LAPE one selection per rate."""
         if self.name == "lape":
             return select.lape_rates(recording.counts, recording.n_tokens, self.rates, self.filter_rate, self.bar_rate)
         if self.name == "activated":
@@ -83,7 +83,7 @@ def select_neurons(recording: Recording, method: Method) -> list[NeuronSet]:
     """Neuron sets from a recording, without statistics yet.
 
     Raises:
-        SteeringError: if there is one language alone, or the method's numbers do not fit.
+        SteeringError: if there are fewer than two languages, or the method's numbers do not fit.
     """
     check_languages(recording.languages)
     return [
@@ -99,14 +99,14 @@ def select_neurons(recording: Recording, method: Method) -> list[NeuronSet]:
 
 
 def _with_codes(numbers: Mapping[str, Any], languages: Sequence[str]) -> dict[str, Any]:
-    """Selection knows languages by their places; a set says their codes."""
+    """Selection numbers the languages; a set names their codes."""
     return {**numbers, "languages_without_neurons": [languages[k] for k in numbers["languages_without_neurons"]]}
 
 
 def check_languages(languages: Sequence[str]) -> None:
-    """Raise SteeringError where there is one language alone."""
+    """Raise SteeringError for fewer than two languages."""
     if len(languages) < 2:
-        raise SteeringError("language neurons are told apart between languages: name at least two")
+        raise SteeringError("language neurons differ between languages: name at least two languages")
 
 
 def find_neurons(recorder: Recorder, method: Method | None = None) -> list[NeuronSet]:
@@ -120,8 +120,8 @@ def find_neurons(recorder: Recorder, method: Method | None = None) -> list[Neuro
     check_languages(recorder.search.languages)
     recording = recorder.record(method.needs_sentences)
     with recorder.log.timed("select", method=method.name):
-        found = select_neurons(recording, method)
-    return _calibrated(found, recorder)
+        neuron_sets = select_neurons(recording, method)
+    return _calibrated(neuron_sets, recorder)
 
 
 def control_sets(neuron_set: NeuronSet, recorder: Recorder, seeds: Sequence[int]) -> list[NeuronSet]:
@@ -130,7 +130,7 @@ def control_sets(neuron_set: NeuronSet, recorder: Recorder, seeds: Sequence[int]
     Args:
         neuron_set: the set to match.
         recorder: of its model and text.
-        seeds: one a control.
+        seeds: one per control.
     """
     draws = [random_set(neuron_set, seed) for seed in seeds]
     return _calibrated(draws, recorder)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_eval_steering import files as storage
-from lm_eval_steering import languages
+from lm_eval_steering import files, languages
 from lm_eval_steering.architectures.weights import same_weights
 from lm_eval_steering.errors import NeuronSetError, did_you_mean
 
@@ -33,15 +32,15 @@ class Provenance:
         revision: commit of the hub, empty for a folder.
         architecture: `model_type` of transformers.
         layers: number of decoder layers.
-        units: MLP units a layer.
+        units: MLP units per layer.
         activation_function: its name in the model's config; empty where the config has none.
-        sites: where the units are, in a family that had to be told (`architectures.sites_of`); usually empty.
+        sites: where the units are, if that was given (`architectures.sites_of`); usually empty.
         dtype: that the activations were recorded in.
         tokenizer: SHA-256 over the tokenizer.
-        weights: a sketch of the weights (`fingerprint.weights_sketch`); empty where it is not known.
+        weights: a sketch of the weights (`architectures.weights.weights_sketch`); empty where it is unknown.
         selection: the method's name and its numbers.
-        corpus: what was read: source, hash of the text, tokens for each language.
-        versions: of the libraries that were used.
+        corpus: what was read: source, hash of the text, tokens per language.
+        versions: of the libraries.
     """
 
     model: str
@@ -95,7 +94,8 @@ class Statistics:
         if len(self.languages) < 2:
             raise NeuronSetError("diffmean needs at least two languages in the neuron set")
         others = np.delete(values, column, axis=1).mean(axis=1)
-        return (values[:, column] - others).astype(np.float32)
+        difference: NDArray[np.float32] = (values[:, column] - others).astype(np.float32)
+        return difference
 
     def restrict(self, neurons: Neurons) -> Statistics:
         """The same statistics for a subset of the neurons."""
@@ -119,10 +119,10 @@ class NeuronSet:
     """Neurons of each language in one model.
 
     Attributes:
-        languages: codes in the order of selection; a language without neurons is listed too.
+        languages: codes in the order of selection; languages without neurons included.
         assignments: language -> (neuron, 2) sorted rows of (layer, unit).
         provenance: model, selection, corpus.
-        calibrated: activation statistics of the chosen neurons, or None where none were measured.
+        calibrated: activation statistics of the chosen neurons, or None.
     """
 
     languages: tuple[str, ...]
@@ -158,7 +158,7 @@ class NeuronSet:
         return self.assignments[languages.choose(language, self.languages, "the neuron set")]
 
     def statistics(self, language: str, name: str = "mean", site: str = "activation") -> NDArray[np.float32]:
-        """One calibrated statistic of a language's own neurons, (neuron,), in the order of `neurons(language)`.
+        """One calibrated statistic of a language's neurons, (neuron,), in the order of `neurons(language)`.
 
         Args:
             language: any code that names it.
@@ -219,7 +219,7 @@ class NeuronSet:
             "statistics_languages": list(self.calibrated.languages) if self.calibrated else None,
             "content_sha256": self.content_hash(),
         }
-        storage.write(Path(path), _KIND, metadata, self._tensors())
+        files.write_tensors(Path(path), _KIND, metadata, self._tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronSet:
@@ -228,11 +228,11 @@ class NeuronSet:
         Raises:
             NeuronSetError: if it is missing, cut short, not a neuron set, or its content is not what it says.
         """
-        metadata, tensors = storage.read(Path(path), _KIND, NeuronSetError)
+        metadata, tensors = files.read_tensors(Path(path), _KIND, NeuronSetError)
         try:
             provenance = Provenance(**metadata["provenance"] | {"weights": tuple(metadata["provenance"]["weights"])})
             codes = tuple(metadata["languages"])
-            found = cls(
+            loaded = cls(
                 codes,
                 {code: tensors[f"neurons/{code}"] for code in codes},
                 provenance,
@@ -240,36 +240,36 @@ class NeuronSet:
             )
         except (KeyError, TypeError) as error:
             raise NeuronSetError(f"{path}: not a complete neuron set ({error})") from None
-        if found.content_hash() != metadata["content_sha256"]:
+        if loaded.content_hash() != metadata["content_sha256"]:
             raise NeuronSetError(f"{path}: the content does not match its own checksum; the file was damaged or edited")
-        return found
+        return loaded
 
     def check_model(self, layers: int, units: int, architecture: str, force: bool = False) -> None:
         """Refuse to be used with a model of another architecture or shape.
 
         Args:
             layers: of the model.
-            units: of the model, a layer.
+            units: of the model, per layer.
             architecture: `model_type` of the model's language part.
             force: accept any model that has all of the neurons.
 
         Raises:
             NeuronSetError: naming both.
         """
-        own, other = (self.provenance.architecture, *self.shape), (architecture, layers, units)
-        if own == other or (force and layers >= own[1] and units >= own[2]):
+        expected, given = (self.provenance.architecture, *self.shape), (architecture, layers, units)
+        if expected == given or (force and layers >= expected[1] and units >= expected[2]):
             return
-        way_out = "force=true needs as many" if force else "find its own neurons with `lm-eval-steering find`"
+        way_out = "force=true needs at least as many" if force else "find its neurons with `lm-eval-steering find`"
         raise NeuronSetError(
-            f"the neuron set is for {self.provenance.model} ({own[0]}, {own[1]} layers of {own[2]} units), the model "
-            f"is {other[0]} with {other[1]} layers of {other[2]} units; {way_out}"
+            f"the neuron set is for {self.provenance.model} ({expected[0]}, {expected[1]} layers of {expected[2]} "
+            f"units), the model is {given[0]} with {given[1]} layers of {given[2]} units; {way_out}"
         )
 
     def check_weights(self, sketch: Sequence[float], name: str) -> None:
         """Refuse to be used with another checkpoint of the same shape, where both sketches are known.
 
         Args:
-            sketch: of the model's weights (`fingerprint.weights_sketch`).
+            sketch: of the model's weights (`architectures.weights.weights_sketch`).
             name: of the model, for the message.
 
         Raises:
@@ -278,7 +278,7 @@ class NeuronSet:
         if self.provenance.weights and sketch and not same_weights(self.provenance.weights, sketch):
             raise NeuronSetError(
                 f"the neuron set was found in {self.provenance.model}, whose weights are not those of {name} (an "
-                "adapter, a fine-tuned or a quantised model counts as another one); force=true to use it all the same"
+                "adapter, a fine-tuned or a quantised model has other weights); force=true uses it nevertheless"
             )
 
 

@@ -9,21 +9,14 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from lm_eval_steering import files as storage
+from lm_eval_steering import files
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import CorpusError, RecordingError, SteeringError
-from lm_eval_steering.neurons.calibrate import PERCENTILES, SENTENCES, SHORTEST
+from lm_eval_steering.neurons.calibrate import PERCENTILES
 from lm_eval_steering.neurons.corpus import Corpus, TextSource
-from lm_eval_steering.neurons.recording import (
-    LanguageText,
-    Recording,
-    RecordingFolder,
-    count_active,
-    sentence_means,
-    tokens_per_second,
-)
-from lm_eval_steering.neurons.runner import CONTEXT, ModelRunner
-from lm_eval_steering.neurons.running import TokenRows, packed_rows, sentence_rows, sentences_of
+from lm_eval_steering.neurons.recording import LanguageText, Recording, RecordingFolder
+from lm_eval_steering.neurons.rows import SENTENCES, TokenRows, calibration_rows, lines_of, packed_rows, sentence_rows
+from lm_eval_steering.neurons.running import CONTEXT, ModelRunner, count_active, sentence_means, tokens_per_second
 from lm_eval_steering.progress import readable_seconds
 
 
@@ -34,11 +27,11 @@ class Search:
     Attributes:
         corpus: where the text is (`neurons.corpus`).
         languages: codes of the form fra_Latn.
-        tokens: budget for each language; all of the text by default.
-        rows: `packed` windows of the context length, or one row a line (`sentences`).
-        context: tokens a row; the smaller of 2,048 and the model's own length by default.
+        tokens: budget per language; all of the text by default.
+        rows: `packed` windows of the context length, or one row per line (`sentences`).
+        context: tokens per row; the smaller of 2,048 and the model's own length by default.
         calibration_corpus: where the sentences to calibrate with are; by default the lines of `corpus`.
-        sentences: their number for each language.
+        sentences: their number per language.
         percentiles: which `pNN` of the neurons to keep.
     """
 
@@ -64,11 +57,11 @@ class Search:
 
     def corpora(self) -> tuple[Corpus, Corpus]:
         """To record, and to calibrate with."""
-        own = Corpus.parse(self.corpus)
-        return own, Corpus.parse(self.calibration_corpus) if self.calibration_corpus else own
+        recorded = Corpus.parse(self.corpus)
+        return recorded, Corpus.parse(self.calibration_corpus) if self.calibration_corpus else recorded
 
     def length(self, model: LazyModel) -> int:
-        """Tokens a row beside BOS.
+        """Tokens per row after BOS.
 
         Raises:
             SteeringError: if the model cannot read as many.
@@ -86,7 +79,8 @@ class Search:
         """
         corpus, length = self.corpora()[1], self.length(model)
         return {
-            code: calibration_rows(corpus.source(code), code, model, length, self.sentences) for code in self.languages
+            code: calibration_rows(corpus.source(code).documents(), code, model.tokenizer, length, self.sentences)
+            for code in self.languages
         }
 
 
@@ -96,7 +90,7 @@ class Recorder:
     Attributes:
         runner: the model, loaded when its weights are first needed, and how it is run.
         search: what text to look at.
-        folder: what was done already is kept there, and only what is missing is done.
+        folder: of the recording; only what is missing in it is done.
     """
 
     def __init__(self, runner: ModelRunner, search: Search, folder: RecordingFolder) -> None:
@@ -108,11 +102,11 @@ class Recorder:
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides what is recorded, in values that JSON can hold."""
-        own, calibrating = self.search.corpora()
+        recorded, calibrating = self.search.corpora()
         return {
             "model": self.model.description(),
             "corpus": {
-                "source": own.name,
+                "source": recorded.name,
                 "calibration_source": calibrating.name,
                 "rows": self.search.rows,
                 "context": self.search.length(self.model),
@@ -130,27 +124,27 @@ class Recorder:
         """
         if not self._prepared:
             self.ranks.after_first(self._prepare)
-            self._warn_of_short_languages()
+            self._warn_of_short_texts()
             self._prepared = True
 
     def _prepare(self) -> None:
         settings = self.settings()
         self.folder.check(settings)
-        own, calibrating = self.search.corpora()
+        recorded, calibrating = self.search.corpora()
         identities = {
             language: json.loads(
-                storage.canonical({"recorded": own.identity(language), "calibrated": calibrating.identity(language)})
+                files.canonical({"recorded": recorded.identity(language), "calibrated": calibrating.identity(language)})
             )
             for language in self.search.languages
         }
         for language, identity in identities.items():
             self._check_text(language, identity)
         missing = [language for language in identities if not self.folder.has("tokens", language)]
-        sources = {language: (own.source(language), calibrating.source(language)) for language in missing}
+        sources = {language: (recorded.source(language), calibrating.source(language)) for language in missing}
         self.folder.begin(settings)
         with self.log.bar("reading text", len(missing), "language") as bar:
             for language, source in sources.items():
-                self.folder.write_text(language, self._read(language, *source, identities[language]))
+                self.folder.write_tokens(language, self._read(language, *source, identities[language]))
                 self._check_text(language, identities[language])
                 self.log.note("source", language=language, **source[0].identity())
                 bar.update(1)
@@ -160,9 +154,9 @@ class Recorder:
         """Refuse a language whose text has changed since it was read, or was counted."""
         if not self.folder.has("tokens", language):
             return
-        there = self.folder.about("tokens", language)
-        counted = self.folder.about("counts", language) if self.folder.has("counts", language) else there
-        if there["source"] != identity or there["sha256"] != counted["sha256"]:
+        stored = self.folder.metadata("tokens", language)
+        counted = self.folder.metadata("counts", language) if self.folder.has("counts", language) else stored
+        if stored["source"] != identity or stored["sha256"] != counted["sha256"]:
             raise RecordingError(
                 f"{self.folder.path}: the text of {language} has changed since it was read; give another --recording "
                 "folder, or remove this one"
@@ -172,32 +166,31 @@ class Recorder:
         """Two languages with the same text, to the token, are one text under two names."""
         seen: dict[str, str] = {}
         for language in self.search.languages:
-            other = seen.setdefault(self.folder.about("tokens", language)["sha256"], language)
+            other = seen.setdefault(self.folder.metadata("tokens", language)["sha256"], language)
             if other != language:
                 raise CorpusError(f"{other} and {language} have the same text: the corpus does not tell them apart")
 
     def _read(
-        self, language: str, own: TextSource, calibrating: TextSource, identity: Mapping[str, Any]
+        self, language: str, recorded: TextSource, calibrating: TextSource, identity: Mapping[str, Any]
     ) -> LanguageText:
         length, tokenizer = self.search.length(self.model), self.model.tokenizer
         if self.search.rows == "packed":
-            rows = packed_rows(own.documents(), tokenizer, length, self.search.tokens)
+            rows = packed_rows(recorded.documents(), tokenizer, length, self.search.tokens)
         else:
-            rows = sentence_rows(sentences_of(own.documents()), tokenizer, length, budget=self.search.tokens)
+            rows = sentence_rows(lines_of(recorded.documents()), tokenizer, length, budget=self.search.tokens)
         if not rows.tokens:
             raise CorpusError(f"corpus for {language}: no tokens in it")
-        return LanguageText(
-            rows, calibration_rows(calibrating, language, self.model, length, self.search.sentences), identity
-        )
+        sentences = calibration_rows(calibrating.documents(), language, tokenizer, length, self.search.sentences)
+        return LanguageText(rows, sentences, identity)
 
-    def _warn_of_short_languages(self) -> None:
+    def _warn_of_short_texts(self) -> None:
         budget = self.search.tokens
-        found = {language: self.folder.about("tokens", language)["tokens"] for language in self.search.languages}
-        short = {language: tokens for language, tokens in found.items() if budget is not None and tokens < budget}
+        available = {language: self.folder.metadata("tokens", language)["tokens"] for language in self.search.languages}
+        short = {language: tokens for language, tokens in available.items() if budget is not None and tokens < budget}
         if short:
             names = ", ".join(f"{language} ({tokens:,})" for language, tokens in short.items())
             self.log.say(f"warning: less text than the budget of {budget:,} tokens in {names}")
-        self.log.note("text", tokens=found)
+        self.log.note("text", tokens=available)
 
     # --- recording ----------------------------------------------------------------------------------------------
 
@@ -234,18 +227,18 @@ class Recorder:
         return {language: self.folder.text(language).sentences for language in self.search.languages}
 
     def _count(self, languages: Sequence[str]) -> None:
-        tokens = {language: self.folder.about("tokens", language)["tokens"] for language in languages}
+        tokens = {language: self.folder.metadata("tokens", language)["tokens"] for language in languages}
         self._estimate(languages[0], sum(tokens.values()))
         with self.log.bar("recording", sum(tokens.values()), "tok") as overall:
             for language in languages:
                 facts = {
                     "language": language,
                     "tokens": tokens[language],
-                    "batch_size": self.runner.fitting,
+                    "batch_size": self.runner.fitting_batch_size,
                     "processes": self.ranks.size,
                 }
-                with self.log.timed("record", **facts), self.log.bar(language, tokens[language], "tok", level=1) as own:
-                    self._count_one(language, (overall, own))
+                with self.log.timed("record", **facts), self.log.bar(language, tokens[language], "tok", level=1) as bar:
+                    self._count_one(language, (overall, bar))
 
     def _estimate(self, language: str, total: int) -> None:
         """Say how long it will take, from a short warm-up."""
@@ -253,12 +246,12 @@ class Recorder:
         speed = tokens_per_second(self.model.sites, batches) * self.ranks.size
         self.log.say(
             f"recording {total:,} tokens: about {readable_seconds(total / speed)} ({speed:,.0f} tokens/s, "
-            f"{self.runner.fitting} rows a batch)"
+            f"{self.runner.fitting_batch_size} rows per batch)"
         )
 
-    def _count_one(self, language: str, bars: Sequence[tqdm]) -> None:
+    def _count_one(self, language: str, bars: Sequence[tqdm[Any]]) -> None:
         def progress(tokens: int) -> None:
-            for bar in bars:  # each process sees its share, and all are about equally far
+            for bar in bars:  # each process counts its share, and all are about equally far
                 bar.update(tokens * self.ranks.size)
 
         rows = self.folder.text(language).rows
@@ -274,23 +267,3 @@ class Recorder:
                 if self.ranks.first:
                     self.folder.write_sentence_means(language, means)
                 bar.update(1)
-
-
-def calibration_rows(source: TextSource, language: str, model: LazyModel, length: int, number: int) -> TokenRows:
-    """The first lines of a text that are long enough, one row each.
-
-    Args:
-        source: text of one language.
-        language: whose it is.
-        model: whose tokenizer reads it.
-        length: tokens a row at most.
-        number: of rows at most.
-
-    Raises:
-        CorpusError: if there is none.
-    """
-    lines = sentences_of(source.documents())
-    rows = sentence_rows(lines, model.tokenizer, length, at_least=SHORTEST, at_most=number)
-    if not len(rows):
-        raise CorpusError(f"corpus for {language}: no line of at least {SHORTEST} tokens to calibrate with")
-    return rows

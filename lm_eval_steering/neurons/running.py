@@ -1,15 +1,15 @@
-"""How a model is run over rows: its batch size, the processes that share the work, and the log of it."""
+"""From rows of tokens to activations: batches, hooks, counts, and the processes that share the work."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -17,9 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_steering.architectures import ModelSites, check_width
-from lm_eval_steering.errors import DidNotHappenError, SteeringError
+from lm_eval_steering.architectures.loading import LazyModel
+from lm_eval_steering.errors import CorpusError, DidNotHappenError, SteeringError
+from lm_eval_steering.neurons.rows import TokenRow, TokenRows
+from lm_eval_steering.progress import Log
 
-# --- The processes of one job: whole batches are dealt to them in turn, and what they count is added up
+CONTEXT = 2048  # tokens per row at most, by default
+
+# --- The processes of one job: whole batches are dealt to them in turn, and their counts are added up
 
 T = TypeVar("T")
 
@@ -76,136 +81,26 @@ def launched() -> tuple[Ranks, torch.device | None]:
     """This process among those that `accelerate launch` (or torchrun) started, and its device.
 
     Without a launcher: one process, and no device prescribed.
+
+    Raises:
+        SteeringError: if fewer processes joined than were launched.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(), None
     from accelerate import PartialState
 
-    # gloo on processors. The first process may read text for hours while the others wait.
+    # gloo on CPU. The first process may read text for hours while the others wait.
     cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     state = PartialState(cpu=cpu, timeout=timedelta(days=2))
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
         raise SteeringError(
-            f"{os.environ['WORLD_SIZE']} processes were launched, and {state.num_processes} found each other: all of "
+            f"{os.environ['WORLD_SIZE']} processes were launched, and {state.num_processes} joined each other: all of "
             "them would do the whole work"
         )
     return Ranks(state.process_index, state.num_processes), state.device
 
 
-# --- Rows of tokens: documents cut to what a model reads
-
-TokenRow = NDArray[np.int32]  # (token,) ids, special tokens left out
-
-_DOCUMENTS = 256  # tokenised at a time: a fast tokenizer spreads them over the cores
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """Rows of one language.
-
-    Attributes:
-        ids: (token,) int32, all rows one after another, special tokens left out.
-        lengths: (row,) int32, tokens of each row.
-    """
-
-    ids: NDArray[np.int32]
-    lengths: NDArray[np.int32]
-
-    @classmethod
-    def of(cls, rows: Iterable[Sequence[int] | TokenRow]) -> TokenRows:
-        """From lists of token ids."""
-        parts = [np.asarray(row, dtype=np.int32) for row in rows]
-        lengths = np.array([len(part) for part in parts], dtype=np.int32)
-        return cls(np.concatenate([np.zeros(0, dtype=np.int32), *parts]), lengths)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[TokenRow]:
-        return iter(np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self) else ())
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in all rows."""
-        return len(self.ids)
-
-    def sha256(self) -> str:
-        """Hash over the ids and where rows end: the text that the model really sees."""
-        digest = hashlib.sha256(self.lengths.astype("<i4").tobytes())
-        digest.update(self.ids.astype("<i4").tobytes())
-        return digest.hexdigest()
-
-
-def packed_rows(documents: Iterable[str], tokenizer: Any, length: int, budget: int | None = None) -> TokenRows:
-    """Documents tokenised without special tokens, concatenated, and cut into rows of `length` tokens.
-
-    Args:
-        documents: text of one language.
-        tokenizer: of transformers.
-        length: tokens a row; the last row may be shorter.
-        budget: stop after this many tokens.
-    """
-    parts: list[TokenRow] = [np.zeros(0, dtype=np.int32)]
-    total = 0
-    for tokens in tokenised(documents, tokenizer):
-        parts.append(tokens)
-        total += len(tokens)
-        if budget is not None and total >= budget:
-            break
-    ids = np.concatenate(parts)[:budget]
-    starts = np.arange(0, len(ids), length)
-    return TokenRows(ids, np.minimum(length, len(ids) - starts).astype(np.int32))
-
-
-def sentence_rows(
-    sentences: Iterable[str],
-    tokenizer: Any,
-    length: int,
-    *,
-    at_least: int = 1,
-    at_most: int | None = None,
-    budget: int | None = None,
-) -> TokenRows:
-    """One row a sentence, cut at `length` tokens; sentences under `at_least` tokens are left out.
-
-    Args:
-        sentences: text of one language.
-        tokenizer: of transformers.
-        length: tokens a row at most.
-        at_least: tokens that a sentence must have.
-        at_most: number of rows at which to stop.
-        budget: number of tokens at which to stop; the last row is cut to it.
-    """
-    rows: list[TokenRow] = []
-    left = budget
-    for tokens in tokenised(sentences, tokenizer):
-        if (at_most is not None and len(rows) >= at_most) or (left is not None and left <= 0):
-            break
-        row = tokens[:length][:left]
-        if len(row) >= at_least:
-            rows.append(row)
-            left = None if left is None else left - len(row)
-    return TokenRows.of(rows)
-
-
-def tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[TokenRow]:
-    """Token ids of each text, without special tokens: those that a text spells out are text, and are not counted."""
-    stream = iter(texts)
-    special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
-    while chunk := list(islice(stream, _DOCUMENTS)):
-        # Not `verbose`: a document longer than the model reads is cut into rows by us.
-        for ids in tokenizer(chunk, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]:
-            row = np.asarray(ids, dtype=np.int32)
-            yield row[~np.isin(row, special)]
-
-
-def sentences_of(documents: Iterable[str]) -> Iterator[str]:
-    """Documents split into their lines, without empty ones."""
-    for document in documents:
-        yield from (line.strip() for line in document.split("\n") if line.strip())
-
-
-# --- Running text through a model's decoder and looking at its units: the part that recording and calibration share
+# --- Batches of rows, and hooks that observe the units while the decoder runs over them
 
 # Called with (layer, units): units is (row * position, unit), whatever the family's own shape.
 Observer = Callable[[int, torch.Tensor], None]
@@ -219,7 +114,7 @@ class Batch:
     Attributes:
         rows: (row,) their numbers in the order of the text.
         inputs: of the decoder's forward.
-        counted: (row, position) bool: real tokens, neither padding nor BOS.
+        counted: (row, position) bool: real tokens, neither padding nor the prefix.
         tokens: number of counted positions, known without asking the device.
     """
 
@@ -230,7 +125,7 @@ class Batch:
 
 
 class Batches:
-    """Rows of similar length together, padded, each beginning with BOS where the tokenizer has one.
+    """Rows of similar length together, padded, each beginning with the prefix.
 
     The plan (which rows, in which batch, padded to which width) depends on the rows and the batch size alone; several
     processes are dealt whole batches of it, so that what they compute does not depend on their number.
@@ -239,26 +134,36 @@ class Batches:
     def __init__(
         self,
         rows: TokenRows,
-        tokenizer: Any,
+        prefix: Sequence[int],
         sites: ModelSites,
         batch_size: int,
         ranks: Ranks | None = None,
         side: Side = "right",
     ) -> None:
+        """Plan the batches.
+
+        Args:
+            rows: of one language.
+            prefix: token ids that the model sees before each row, and that are not counted.
+            sites: of the model.
+            batch_size: rows per forward pass.
+            ranks: the processes that the batches are dealt to.
+            side: where rows are padded.
+        """
         self.rows: list[TokenRow] = list(rows)
-        self.prefix = bos_of(tokenizer)
+        self.prefix = np.asarray(prefix, dtype=np.int32)
         self.device = next(sites.decoder.parameters()).device
         self.side = side
         order = np.argsort(-rows.lengths, kind="stable")
         self.plan = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        self.own = (ranks or Ranks()).deal(self.plan)
-        self.positioned = "position_ids" in inspect.signature(sites.decoder.forward).parameters
+        self.share = (ranks or Ranks()).deal(self.plan)
+        self.takes_positions = "position_ids" in inspect.signature(sites.decoder.forward).parameters
 
     def __len__(self) -> int:
-        return len(self.own)
+        return len(self.share)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.build(numbers) for numbers in self.own)
+        return (self.build(numbers) for numbers in self.share)
 
     def build(self, numbers: NDArray[np.intp]) -> Batch:
         """One batch, moved to the device."""
@@ -275,7 +180,7 @@ class Batches:
         inputs = {"input_ids": torch.from_numpy(ids)}
         if not real.all():  # without padding no mask is needed, and attention has a faster path
             inputs["attention_mask"] = torch.from_numpy(real.astype(np.int64))
-            if self.positioned:
+            if self.takes_positions:
                 inputs["position_ids"] = torch.from_numpy(np.maximum(real.cumsum(axis=1) - 1, 0))
         return Batch(
             numbers,
@@ -283,12 +188,6 @@ class Batches:
             torch.from_numpy(counted).to(self.device, non_blocking=True),
             int(counted.sum()),
         )
-
-
-def bos_of(tokenizer: Any) -> TokenRow:
-    """(0 or 1,) the token that a row begins with: BOS where the tokenizer has one, whether or not it adds it itself."""
-    own = tokenizer.bos_token_id
-    return np.array([] if own is None else [own], dtype=np.int32)
 
 
 @contextmanager
@@ -304,38 +203,252 @@ def observing(
     calls = np.zeros((2, sites.shape.layers), dtype=np.int64)
     observers = (at_activation, at_product)
 
-    def watch(kind: int, layer: int, units: torch.Tensor) -> None:
+    def show(site: int, layer: int, units: torch.Tensor) -> None:
         check_width(units, sites.shape.units, layer)
-        calls[kind, layer] += 1
-        observer = observers[kind]
+        calls[site, layer] += 1
+        observer = observers[site]
         if observer is not None:
             observer(layer, units.reshape(-1, units.shape[-1]))
 
     def run(batch: Batch) -> torch.Tensor:
         calls[:] = 0
-        hidden = sites.decoder(**batch.inputs, use_cache=False)[0]
-        for kind, observer in enumerate(observers):
-            wrong = [] if observer is None else np.flatnonzero(calls[kind] != 1).tolist()
+        hidden: torch.Tensor = sites.decoder(**batch.inputs, use_cache=False)[0]
+        for site, observer in enumerate(observers):
+            wrong = [] if observer is None else np.flatnonzero(calls[site] != 1).tolist()
             if wrong:
                 raise DidNotHappenError(
-                    f"layers {wrong}: activations seen {calls[kind, wrong[0]]} times in one forward pass, expected "
+                    f"layers {wrong}: activations seen {calls[site, wrong[0]]} times in one forward pass, expected "
                     "once; something bypasses the activation module"
                 )
         return hidden
 
-    def at_output(layer: int) -> Any:
-        return lambda _module, _inputs, output: watch(0, layer, output)
+    def output_hook(layer: int) -> Any:
+        return lambda _module, _inputs, output: show(0, layer, output)
 
-    def at_input(layer: int) -> Any:
-        return lambda _module, inputs: watch(1, layer, inputs[0])
+    def input_hook(layer: int) -> Any:
+        return lambda _module, inputs: show(1, layer, inputs[0])
 
     try:
         for site in sites.layers:
             if at_activation is not None:
-                handles.append(site.activation.register_forward_hook(at_output(site.layer)))
+                handles.append(site.activation.register_forward_hook(output_hook(site.layer)))
             if at_product is not None:
-                handles.append(site.down.register_forward_pre_hook(at_input(site.layer)))
+                handles.append(site.down.register_forward_pre_hook(input_hook(site.layer)))
         yield run
     finally:
         for handle in handles:
             handle.remove()
+
+
+# --- Counting active units
+
+ProgressCallback = Callable[[int], None]  # called with the number of tokens that were counted
+
+# Elements compared at a time: what stays in a CPU's cache, or keeps an accelerator busy.
+_BLOCK = {"cpu": 1 << 19}
+_LARGE_BLOCK = 1 << 26
+
+
+class _Counter:
+    """Counts on the device, without synchronisation and without a loop over units.
+
+    A comparison written as 0 and 1 into float32, multiplied with the mask of counted positions: exact, because a block
+    has far fewer positions than float32 has integers, and several times faster than summing booleans.
+    """
+
+    def __init__(self, sites: ModelSites) -> None:
+        self.sites = sites
+        self.totals: list[torch.Tensor | None] = [None] * sites.shape.layers
+        self.buffers: dict[torch.device, torch.Tensor] = {}
+        self.batch_counted = torch.zeros(0, 0, dtype=torch.bool)
+        self.counted = torch.zeros(0)
+        self.finite: torch.Tensor | None = None
+
+    def begin(self, batch: Batch) -> None:
+        self.batch_counted = batch.counted
+        self.counted = batch.counted.reshape(-1).float()
+
+    def count(self, layer: int, units: torch.Tensor) -> None:
+        block = self._block(units)
+        counted = self.counted.to(units.device)
+        total = self.totals[layer]
+        if total is None:
+            total = self.totals[layer] = torch.zeros(units.shape[-1], dtype=torch.int64, device=units.device)
+        for start in range(0, len(units), len(block)):
+            part = units[start : start + len(block)]
+            active = torch.gt(part, 0, out=block[: len(part)])
+            total += (counted[start : start + len(part)] @ active).long()
+
+    def end(self, hidden: torch.Tensor) -> None:
+        # Some families leave NaN in padding, which nothing real looks at.
+        finite = (hidden.isfinite().all(-1) | ~self.batch_counted.to(hidden.device)).all()
+        self.finite = finite if self.finite is None else self.finite & finite
+
+    def _block(self, units: torch.Tensor) -> torch.Tensor:
+        if units.device not in self.buffers:
+            positions = max(1, _BLOCK.get(units.device.type, _LARGE_BLOCK) // units.shape[-1])
+            self.buffers[units.device] = torch.empty(positions, units.shape[-1], device=units.device)
+        return self.buffers[units.device]
+
+    def result(self) -> torch.Tensor:
+        """(layer, unit) int64 on CPU; zeros where this process had no batch."""
+        zeros = torch.zeros(self.sites.shape.units, dtype=torch.int64)
+        return torch.stack([zeros if total is None else total.cpu() for total in self.totals])
+
+
+@torch.inference_mode()
+def count_active(
+    sites: ModelSites, batches: Batches, ranks: Ranks | None = None, progress: ProgressCallback | None = None
+) -> NDArray[np.int64]:
+    """(layer, unit) number of counted tokens on which each unit's activation is above 0.
+
+    The model runs without its language-model head and without a KV cache.
+
+    Args:
+        sites: of the model.
+        batches: rows of one language; several processes are dealt different ones.
+        ranks: those processes; the counts are of all of them, in each.
+        progress: called with the number of tokens after each batch.
+
+    Raises:
+        CorpusError: if there is nothing to count.
+        DidNotHappenError: if a layer was not seen exactly once per forward pass, or the model's states overflow.
+    """
+    if not sum(map(len, batches.rows)):
+        raise CorpusError("no tokens to record")
+    ranks = ranks or Ranks()
+    counter = _Counter(sites)
+    with observing(sites, at_activation=counter.count) as run:
+        for batch in batches:
+            counter.begin(batch)
+            counter.end(run(batch))
+            if progress is not None:
+                progress(batch.tokens)
+    if not all(ranks.gather(counter.finite is None or bool(counter.finite))):
+        raise DidNotHappenError(
+            "the model's hidden states hold infinities or NaN, so its activations cannot be counted; load it in "
+            "bfloat16 or float32"
+        )
+    # Added up on the device that the processes communicate over.
+    counts: NDArray[np.int64] = ranks.add_up(counter.result().to(batches.device)).cpu().numpy()
+    return counts
+
+
+@torch.inference_mode()
+def sentence_means(sites: ModelSites, batches: Batches, ranks: Ranks | None = None) -> NDArray[np.float32]:
+    """(sentence, layer, unit) float32 mean activation over each row's tokens, in the order of the rows."""
+    means_by_row: dict[int, NDArray[np.float32]] = {}
+    layers: dict[int, torch.Tensor] = {}
+    counted = torch.zeros(0, 0, dtype=torch.bool)
+
+    def average(layer: int, units: torch.Tensor) -> None:
+        mask = counted.to(units.device).unsqueeze(-1)
+        by_row = torch.where(mask, units.reshape(*counted.shape, -1).float(), 0)
+        layers[layer] = (by_row.sum(1) / mask.sum(1)).cpu()
+
+    with observing(sites, at_activation=average) as run:
+        for batch in batches:
+            counted = batch.counted
+            run(batch)
+            means = torch.stack([layers[layer] for layer in range(sites.shape.layers)], dim=1).numpy()
+            means_by_row |= dict(zip(batch.rows.tolist(), means, strict=True))
+    return in_order((ranks or Ranks()).gather(means_by_row))
+
+
+def in_order(parts: Sequence[dict[int, NDArray[Any]]]) -> NDArray[Any]:
+    """(row, ...) from what each process has of it."""
+    rows = {number: row for part in parts for number, row in part.items()}
+    return np.stack([rows[number] for number in range(len(rows))])
+
+
+@torch.inference_mode()
+def tokens_per_second(sites: ModelSites, batches: Batches) -> float:
+    """Speed of the recording, from a short warm-up: one batch, the second time that it runs."""
+    counter = _Counter(sites)
+    batch = batches.build(batches.plan[0])
+    seconds = 0.0
+    with observing(sites, at_activation=counter.count) as run:
+        for _ in range(2):
+            start = time.perf_counter()
+            counter.begin(batch)
+            counter.end(run(batch))
+            counter.result()  # waits for the device
+            seconds = time.perf_counter() - start
+    return batch.tokens / seconds
+
+
+def batch_size_that_fits(sites: ModelSites, build: Callable[[int], Batches]) -> int:
+    """Largest power of two up to 256 at which a batch can be recorded; 16 on CPU, which more rows do not speed up.
+
+    Args:
+        sites: of the model.
+        build: batches of the longest rows, for a batch size.
+    """
+    if next(sites.decoder.parameters()).device.type == "cpu":
+        return 16
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    for batch_size in (256, 128, 64, 32, 16, 8, 4, 2):
+        try:
+            tokens_per_second(sites, build(batch_size))
+            return batch_size
+        except Exception as error:  # the library knows the texts of every backend's out-of-memory error
+            if not should_reduce_batch_size(error):
+                raise
+        clear_device_cache(garbage_collection=True)
+    return 1
+
+
+# --- A model and how it is run
+
+
+class ModelRunner:
+    """A model and how it is run over rows.
+
+    Attributes:
+        model: loaded when its weights are first needed.
+        batch_size: rows per forward pass; None measures one that fits.
+        ranks: the processes that share the work.
+        log: shown progress, and the times that are kept.
+        longest: tokens of the longest row, for a batch size that fits.
+    """
+
+    def __init__(
+        self,
+        model: LazyModel,
+        batch_size: int | None = 16,
+        ranks: Ranks | None = None,
+        log: Log | None = None,
+        longest: int = CONTEXT,
+    ) -> None:
+        self.model, self.batch_size, self.longest = model, batch_size, longest
+        self.ranks = ranks or Ranks()
+        self.log = log or Log(show=False)
+
+    def load(self) -> None:
+        """Load the model, and note how long that took."""
+        if "model" not in self.model.__dict__:
+            with self.log.timed("load model", model=self.model.name) as facts:
+                facts["device"] = str(next(self.model.model.parameters()).device)
+
+    @cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """BOS where the tokenizer has one: token ids that the model sees before each row."""
+        bos = self.model.tokenizer.bos_token_id
+        return () if bos is None else (int(bos),)
+
+    def batches(self, rows: TokenRows) -> Batches:
+        """This process's part of the plan for some rows."""
+        return Batches(rows, self.prefix, self.model.sites, self.fitting_batch_size, self.ranks)
+
+    @cached_property
+    def fitting_batch_size(self) -> int:
+        """The batch size that was asked for, or one that fits the device of every process."""
+        if self.batch_size is not None:
+            return self.batch_size
+        longest = min(self.longest, self.model.context or self.longest)
+
+        def build(size: int) -> Batches:
+            return Batches(TokenRows.of([[0] * longest] * size), self.prefix, self.model.sites, size)
+
+        return min(self.ranks.gather(batch_size_that_fits(self.model.sites, build)))

@@ -59,13 +59,14 @@ def entropy(probability: NDArray[np.float32]) -> NDArray[np.float64]:
     total = share.sum(axis=-1, keepdims=True)
     share = np.divide(share, total, out=np.zeros_like(share), where=total > 0)
     logarithm = np.log(share, out=np.zeros_like(share), where=share > 0)
-    return -(share * logarithm).sum(axis=-1)
+    total_entropy: NDArray[np.float64] = -(share * logarithm).sum(axis=-1)
+    return total_entropy
 
 
 def kth_smallest(probability: NDArray[np.float32], rate: float) -> np.float32:
     """The round(rate * size)-th smallest value, 1-based, half to even, without interpolation."""
     k = min(max(round(probability.size * rate), 1), probability.size)
-    return np.partition(probability, k - 1, axis=None)[k - 1]
+    return np.float32(np.partition(probability, k - 1, axis=None)[k - 1])
 
 
 def lape(
@@ -131,7 +132,7 @@ def lape_rates(
         "entropy_histogram": _histogram(entropies, probability.shape[-1]),
     }
     neurons = probability.shape[0] * probability.shape[1]
-    found = []
+    selections = []
     for rate in rates:
         first = order[: round(rate * neurons)]
         lists = _members(probability, eligible[first], bar)
@@ -143,8 +144,8 @@ def lape_rates(
             "entropy_threshold": float(entropies[first[-1]]) if len(first) else None,
             "languages_without_neurons": without_neurons(lists),
         }
-        found.append(Selection(lists, numbers))
-    return found
+        selections.append(Selection(lists, numbers))
+    return selections
 
 
 def activated(sentence_means: Sequence[NDArray[Any]], top_k: int | None = None) -> Selection:
@@ -167,12 +168,12 @@ def activated(sentence_means: Sequence[NDArray[Any]], top_k: int | None = None) 
     kind = np.bool_ if top_k is None else np.float64
     scores: NDArray[Any] = np.empty((len(sentence_means), layers, units), dtype=kind)
     for layer in range(layers):
-        for place, means in enumerate(layer_means(sentence_means, layer)):
-            scores[place, layer] = (means > 0).all(axis=0) if top_k is None else means.mean(axis=0, dtype=np.float64)
+        for number, means in enumerate(layer_means(sentence_means, layer)):
+            scores[number, layer] = (means > 0).all(axis=0) if top_k is None else means.mean(axis=0, dtype=np.float64)
     if top_k is None:
-        lists = [np.argwhere(own).astype(np.int64) for own in scores]
+        lists = [np.argwhere(active).astype(np.int64) for active in scores]
     else:
-        lists = [rows_of(largest(own.ravel(), top_k), units) for own in scores]
+        lists = [rows_of(largest(means.ravel(), top_k), units) for means in scores]
     return Selection(lists, {"method": "activated", "top_k": top_k, **summary(sentence_means, lists)})
 
 
@@ -196,14 +197,14 @@ def check_sentence_means(sentence_means: Sequence[NDArray[Any]]) -> tuple[int, i
     """
     if not len(sentence_means):
         raise SteeringError("no language: expected per-sentence means of at least one")
-    for place, means in enumerate(sentence_means):
+    for number, means in enumerate(sentence_means):
         if means.ndim != 3 or means.shape[1:] != sentence_means[0].shape[1:]:
             raise SteeringError(
-                f"language number {place} has means of shape {means.shape}, language number 0 of shape "
+                f"language number {number} has means of shape {means.shape}, language number 0 of shape "
                 f"{sentence_means[0].shape}; expected (sentence, layer, unit) with the same layers and units"
             )
         if not len(means):
-            raise SteeringError(f"language number {place} has no calibration sentences: give it at least one")
+            raise SteeringError(f"language number {number} has no calibration sentences: give it at least one")
     return int(sentence_means[0].shape[1]), int(sentence_means[0].shape[2])
 
 
@@ -213,16 +214,16 @@ def layer_means(sentence_means: Sequence[NDArray[Any]], layer: int) -> Iterator[
     Raises:
         SteeringError: if one is not a finite number.
     """
-    for place, means in enumerate(sentence_means):
-        own = np.asarray(means[:, layer])
-        wrong = ~np.isfinite(own)
+    for number, means in enumerate(sentence_means):
+        values = np.asarray(means[:, layer])
+        wrong = ~np.isfinite(values)
         if wrong.any():
             sentence, unit = np.argwhere(wrong)[0]
             raise SteeringError(
-                f"language number {place}: the mean of sentence {sentence}, layer {layer}, unit {unit} is "
-                f"{own[sentence, unit]}; expected a finite number: record the sentences again, in a wider dtype"
+                f"language number {number}: the mean of sentence {sentence}, layer {layer}, unit {unit} is "
+                f"{values[sentence, unit]}; expected a finite number: record the sentences again, in a wider dtype"
             )
-        yield own
+        yield values
 
 
 def largest(scores: NDArray[np.float64], k: int) -> NDArray[np.intp]:
@@ -246,21 +247,21 @@ def summary(sentence_means: Sequence[NDArray[Any]], lists: Sequence[Neurons]) ->
 
 def without_neurons(lists: Sequence[Neurons]) -> list[int]:
     """Places of the empty lists."""
-    return [place for place, own in enumerate(lists) if not len(own)]
+    return [number for number, neurons in enumerate(lists) if not len(neurons)]
 
 
 def _eligible(probability: NDArray[np.float32], threshold: np.float32) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Places of the eligible neurons in the flattened (layer, unit) table, and their entropies."""
     layers, units, languages = probability.shape
     step = max(_BLOCK // max(units * languages, 1), 1)
-    places, entropies = [np.zeros(0, dtype=np.intp)], [np.zeros(0)]
+    positions, entropies = [np.zeros(0, dtype=np.intp)], [np.zeros(0)]
     for start in range(0, layers, step):
         block = probability[start : start + step]
-        own = np.flatnonzero((block > threshold).any(axis=-1))
-        places.append(own + start * units)
-        entropies.append(entropy(block.reshape(-1, languages)[own]))
+        eligible = np.flatnonzero((block > threshold).any(axis=-1))
+        positions.append(eligible + start * units)
+        entropies.append(entropy(block.reshape(-1, languages)[eligible]))
     # Adding 0 turns the -0.0 of a neuron of one language into 0.0.
-    return np.concatenate(places), np.concatenate(entropies) + 0.0
+    return np.concatenate(positions), np.concatenate(entropies) + 0.0
 
 
 def _members(probability: NDArray[np.float32], chosen: NDArray[np.intp], bar: np.float32) -> list[Neurons]:
@@ -318,12 +319,12 @@ def average_precision(
     precisions = average_precisions(sentence_means).reshape(layers * units, -1)
     numbers: dict[str, Any] = {"method": "average-precision"}
     if threshold is None:
-        lists = [_extremes(own, top_k, bottom_k, units) for own in precisions.T]
+        lists = [_extremes(column, top_k, bottom_k, units) for column in precisions.T]
         numbers |= {"top_k": top_k, "bottom_k": bottom_k}
     else:
         passes = precisions > threshold
         alone = passes.sum(axis=1) == 1
-        lists = [rows_of(np.flatnonzero(own & alone), units) for own in passes.T]
+        lists = [rows_of(np.flatnonzero(column & alone), units) for column in passes.T]
         numbers |= {"threshold": float(threshold), "removed_shared": int((passes.any(axis=1) & ~alone).sum())}
     return Selection(lists, numbers | summary(sentence_means, lists))
 
@@ -341,16 +342,16 @@ def average_precisions(sentence_means: Sequence[NDArray[Any]]) -> NDArray[np.flo
     layers, units = _check_means(sentence_means)
     ends = np.cumsum([len(means) for means in sentence_means])
     starts = ends - [len(means) for means in sentence_means]
-    found = np.empty((layers, units, len(sentence_means)))
+    precisions = np.empty((layers, units, len(sentence_means)))
     step = max(_UNITS_AT_ONCE // int(ends[-1]), 1)
     for layer in range(layers):
         values = np.concatenate(list(layer_means(sentence_means, layer)))
         for first in range(0, units, step):
             block = slice(first, first + step)
             ranks = _ranks(np.ascontiguousarray(values[:, block].T))
-            for place, (start, end) in enumerate(zip(starts, ends, strict=True)):
-                found[layer, block, place] = _precision(ranks[:, start:end])
-    return found
+            for language, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                precisions[layer, block, language] = _precision(ranks[:, start:end])
+    return precisions
 
 
 def _check_means(sentence_means: Sequence[NDArray[Any]]) -> tuple[int, int]:
@@ -366,12 +367,12 @@ def _ranks(values: NDArray[Any]) -> NDArray[np.int32]:
     wide = values.astype(np.float32) if values.dtype == np.float16 else values
     order = np.argsort(wide, axis=1)
     ordered = np.take_along_axis(wide, order, axis=1)
-    places = np.arange(values.shape[1], dtype=np.int32)
+    positions = np.arange(values.shape[1], dtype=np.int32)
     begins = np.zeros(values.shape, dtype=np.int32)
-    np.multiply(places[1:], ordered[:, 1:] != ordered[:, :-1], out=begins[:, 1:])
+    np.multiply(positions[1:], ordered[:, 1:] != ordered[:, :-1], out=begins[:, 1:])
     begins = np.maximum.accumulate(begins, axis=1)  # where the run of equal values begins
     ranks = np.empty(values.shape, dtype=np.int32)
-    np.put_along_axis(ranks, order, len(places) - begins, axis=1)
+    np.put_along_axis(ranks, order, len(positions) - begins, axis=1)
     return ranks
 
 
@@ -380,11 +381,12 @@ def _precision(ranks: NDArray[np.int32]) -> NDArray[np.float64]:
     ordered = np.sort(ranks, axis=1)
     count = ranks.shape[1]
     among_own = np.full(ranks.shape, count, dtype=np.int32)
-    # The last of a run of equal ranks says how many of the language's own sentences score at least as high.
+    # The last of a run of equal ranks is the number of the language's sentences that score at least as high.
     ends = np.arange(1, count, dtype=np.int32)
     among_own[:, :-1] = np.where(ordered[:, 1:] != ordered[:, :-1], ends, count)
     among_own = np.minimum.accumulate(among_own[:, ::-1], axis=1)[:, ::-1]
-    return (among_own / ordered).mean(axis=1)
+    precisions: NDArray[np.float64] = (among_own / ordered).mean(axis=1)
+    return precisions
 
 
 def _extremes(precisions: NDArray[np.float64], top_k: int | None, bottom_k: int | None, units: int) -> Neurons:

@@ -26,15 +26,16 @@ def intersect(sets: Sequence[NeuronSet]) -> NeuronSet:
         NeuronSetError: if the sets are of different models, or one lacks a language of the first.
     """
     _check(sets)
-    for place, other in enumerate(sets[1:], start=1):
+    for number, other in enumerate(sets[1:], start=1):
         absent = [language for language in sets[0].languages if language not in other.assignments]
         if absent:
             raise NeuronSetError(
-                f"set number {place} does not have {', '.join(absent)}; an intersection needs every language of the "
+                f"set number {number} lacks {', '.join(absent)}; an intersection needs every language of the "
                 "first set in all of them: put the set with the fewest languages first"
             )
     assignments = {
-        language: reduce(_common, [own.assignments[language] for own in sets]) for language in sets[0].languages
+        language: reduce(_common, [neuron_set.assignments[language] for neuron_set in sets])
+        for language in sets[0].languages
     }
     return _result("intersect", sets, assignments, sets)
 
@@ -49,9 +50,11 @@ def union(sets: Sequence[NeuronSet]) -> NeuronSet:
         NeuronSetError: if the sets are of different models.
     """
     _check(sets)
-    languages = dict.fromkeys(language for own in sets for language in own.languages)
+    languages = dict.fromkeys(language for neuron_set in sets for language in neuron_set.languages)
     assignments = {
-        language: union_of([own.assignments[language] for own in sets if language in own.assignments])
+        language: union_of(
+            [neuron_set.assignments[language] for neuron_set in sets if language in neuron_set.assignments]
+        )
         for language in languages
     }
     return _result("union", sets, assignments, sets)
@@ -68,54 +71,54 @@ def subtract(first: NeuronSet, others: Sequence[NeuronSet]) -> NeuronSet:
     sets = [first, *others]
     _check(sets)
     assignments = {}
-    for language, own in first.assignments.items():
+    for language, neurons in first.assignments.items():
         taken = union_of([other.assignments[language] for other in others if language in other.assignments])
-        assignments[language] = own[~_contains(taken, own)]
+        assignments[language] = neurons[~_contains(taken, neurons)]
     return _result("subtract", sets, assignments, [first])
 
 
 def random_control(
     assignments: Mapping[str, Neurons], units: int, seed: int, disjoint: bool = True
 ) -> dict[str, Neurons]:
-    """Random neurons in place of each neuron of a set, in the same layer: a copy of the set with other units.
+    """Random neurons for each neuron of a set, in the same layer: a copy of the set with other units.
 
     Each neuron has one image, whichever languages it belongs to, so that a control has the overlaps of its set: what
     is done to several languages edits as many neurons in each layer as it does with the set itself.
 
     Args:
         assignments: language -> (neuron, 2) sorted rows (layer, unit), the neurons to match.
-        units: MLP units a layer.
+        units: MLP units per layer.
         seed: of the draw.
         disjoint: leave out the neurons of all languages of the set; otherwise they may be drawn like any other.
 
     Raises:
-        SteeringError: if a layer has too few units that are not the set's own.
+        SteeringError: if a layer has too few units outside the set.
     """
-    own = union_of(list(assignments.values()))
-    images = np.zeros(len(own), dtype=np.int64)
-    for layer in np.unique(own[:, 0]):
-        here = own[:, 0] == layer
-        taken = own[here, 1]
+    neurons = union_of(list(assignments.values()))
+    images = np.zeros(len(neurons), dtype=np.int64)
+    for layer in np.unique(neurons[:, 0]):
+        here = neurons[:, 0] == layer
+        taken = neurons[here, 1]
         free = np.setdiff1d(np.arange(units), taken) if disjoint else np.arange(units)
         if len(free) < len(taken):
             raise SteeringError(
-                f"layer {layer} has {len(free)} units beside the set's own {len(taken)}, too few for a matched random "
+                f"layer {layer} has {len(free)} units outside the set's {len(taken)}, too few for a matched random "
                 "control; select at a lower rate, or draw with disjoint=False"
             )
         images[here] = np.random.default_rng([seed, int(layer)]).choice(free, size=len(taken), replace=False)
-    return {language: _replaced(rows, own, images, units) for language, rows in assignments.items()}
+    return {language: _replaced(rows, neurons, images, units) for language, rows in assignments.items()}
 
 
-def _replaced(rows: Neurons, own: Neurons, images: NDArray[np.int64], units: int) -> Neurons:
-    places = np.searchsorted(own[:, 0] * units + own[:, 1], rows[:, 0] * units + rows[:, 1])
-    return union_of([np.column_stack([rows[:, 0], images[places]])])
+def _replaced(rows: Neurons, neurons: Neurons, images: NDArray[np.int64], units: int) -> Neurons:
+    positions = np.searchsorted(neurons[:, 0] * units + neurons[:, 1], rows[:, 0] * units + rows[:, 1])
+    return union_of([np.column_stack([rows[:, 0], images[positions]])])
 
 
 def _check(sets: Sequence[NeuronSet]) -> None:
     """Refuse sets of different models; every pair, because a sketch may be known of some alone."""
     if not sets:
         raise NeuronSetError("no neuron set: give at least one")
-    for first, second in combinations([own.provenance for own in sets], 2):
+    for first, second in combinations([neuron_set.provenance for neuron_set in sets], 2):
         if (first.architecture, first.layers, first.units) != (second.architecture, second.layers, second.units):
             raise NeuronSetError(
                 f"neuron sets of different models: {_name(first)} and {_name(second)}; combine sets of one model"
@@ -137,16 +140,19 @@ def _result(
 ) -> NeuronSet:
     """The new set; `sources` are the sets that its neurons, statistics and provenance come from."""
     provenance = replace(
-        _agreed([own.provenance for own in sources]),
+        _agreed([neuron_set.provenance for neuron_set in sources]),
         # A sketch of any will do, for they are of one model.
-        weights=next((own.provenance.weights for own in sets if own.provenance.weights), ()),
+        weights=next((neuron_set.provenance.weights for neuron_set in sets if neuron_set.provenance.weights), ()),
         selection={
             "method": method,
-            "of": [{"sha256": own.content_hash(), "selection": dict(own.provenance.selection)} for own in sets],
+            "of": [
+                {"sha256": neuron_set.content_hash(), "selection": dict(neuron_set.provenance.selection)}
+                for neuron_set in sets
+            ],
         },
     )
     languages = tuple(assignments)
-    statistics = _merged([own.calibrated for own in sources if own.calibrated is not None])
+    statistics = _merged([neuron_set.calibrated for neuron_set in sources if neuron_set.calibrated is not None])
     return NeuronSet(languages, assignments, provenance, _covering(statistics, languages, assignments))
 
 
@@ -163,28 +169,30 @@ def _agreed(provenances: Sequence[Provenance]) -> Provenance:
     return replace(empty, **values)
 
 
-def _merged(found: Sequence[Statistics]) -> Statistics | None:
+def _merged(several: Sequence[Statistics]) -> Statistics | None:
     """The statistics of several sets as one; None where they do not belong together.
 
     They must be of the same languages and names, and equal to the bit wherever two hold the same neuron: other values
     come from other calibration sentences, and `diffmean` from other languages. None rather than a choice among them:
     an intervention that asks for a statistic is then refused, and the set can be calibrated anew.
     """
-    if not found:
+    if not several:
         return None
-    first = found[0]
-    if any(set(other.languages) != set(first.languages) or _tables(other) != _tables(first) for other in found):
+    first = several[0]
+    if any(set(other.languages) != set(first.languages) or _tables(other) != _tables(first) for other in several):
         return None
-    rows = np.concatenate([own.neurons for own in found])
-    neurons, places, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    rows = np.concatenate([statistics.neurons for statistics in several])
+    neurons, first_rows, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     inverse = inverse.reshape(-1)  # numpy 2.0 gave it a second axis
-    columns = [[own.languages.index(language) for language in first.languages] for own in found]
+    columns = [[statistics.languages.index(language) for language in first.languages] for statistics in several]
     values: dict[str, dict[str, NDArray[np.float32]]] = {}
     for site, name in sorted(_tables(first)):
-        stacked = np.concatenate([own.values[site][name][:, order] for own, order in zip(found, columns, strict=True)])
-        if not np.array_equal(stacked[places][inverse], stacked):
+        stacked = np.concatenate(
+            [statistics.values[site][name][:, order] for statistics, order in zip(several, columns, strict=True)]
+        )
+        if not np.array_equal(stacked[first_rows][inverse], stacked):
             return None
-        values.setdefault(site, {})[name] = stacked[places]
+        values.setdefault(site, {})[name] = stacked[first_rows]
     return Statistics(neurons, first.languages, values)
 
 

@@ -17,6 +17,7 @@ import yaml
 from numpy.typing import NDArray
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.files import read_json_lines
 from lm_eval_steering.lmeval.evaluated_language import evaluated_language
 from lm_eval_steering.metrics.degenerate import degenerate
 from lm_eval_steering.metrics.language_id import UNKNOWN
@@ -504,8 +505,7 @@ def _samples(path: Path, task: str) -> list[dict[str, Any]]:
     found = path.parent / f"samples_{task}_{date}.jsonl"
     if not found.is_file():
         return []
-    text = found.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]  # not splitlines(): text may hold U+2028
+    return list(read_json_lines(found))
 
 
 # --- Read merged tables (`lm-eval-steering merge --items`) for a report: the way for sweeps of thousands of cells

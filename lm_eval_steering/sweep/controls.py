@@ -11,8 +11,7 @@ from lm_eval_steering.neurons.calibrate import calibrated
 from lm_eval_steering.neurons.find import random_set
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Search
-from lm_eval_steering.neurons.runner import ModelRunner
-from lm_eval_steering.neurons.running import Ranks
+from lm_eval_steering.neurons.running import ModelRunner, Ranks
 from lm_eval_steering.provenance import fingerprint
 from lm_eval_steering.sweep.cells import Grid, calibration_place
 from lm_eval_steering.sweep.locks import locked

@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NeuronSetError, match="the dictionary says fra_Latn, tur_Latn, deu_Latn"):
         import_lists(path, ["fr", "de", "tr"], TINY, tmp_path / "dictionary")
     torch.save(torch.zeros(3), tmp_path / "tensor")
-    with pytest.raises(NeuronSetError, match=r"expected list.*found Tensor"):
+    with pytest.raises(NeuronSetError, match=r"expected list.*got Tensor"):
         import_lists(tmp_path / "tensor", ["fr"], TINY)
     (tmp_path / "cut").write_bytes(path.read_bytes()[:100])
     with pytest.raises(NeuronSetError, match=r"cut short|not opened"):
@@ -134,5 +134,5 @@ def test_counts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("indices", [torch.tensor([True, False]), torch.tensor([1.7]), None, {}])
 def test_what_are_no_indices_is_refused(tmp_path: Path, indices: Any) -> None:
     torch.save([[indices, torch.tensor([]), torch.tensor([])]], tmp_path / "lists")
-    with pytest.raises(NeuronSetError, match=r"layer 0: indices: expected (whole )?numbers, found"):
+    with pytest.raises(NeuronSetError, match=r"layer 0: indices: expected (whole )?numbers, got"):
         import_lists(tmp_path / "lists", ["fr"], TINY)

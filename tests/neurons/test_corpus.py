@@ -73,7 +73,7 @@ def test_a_dataset_is_streamed_from_its_configuration(tmp_path: Path) -> None:
         documents(f"{corpus}&names=fra_Latn:xx")
     with pytest.raises(CorpusError, match=r"for ita_Latn: no configuration 2023.ita_Latn .*; did you mean"):
         documents(corpus, "ita_Latn")
-    with pytest.raises(CorpusError, match=r"no column 'body', found text, other; say which with \?column=NAME"):
+    with pytest.raises(CorpusError, match=r"no column 'body', found text, other; name it with \?column=NAME"):
         documents(f"{corpus}&column=body")
     with pytest.raises(CorpusError, match=r"no split 'test', found train"):
         documents(f"{corpus}&split=test")
@@ -109,7 +109,7 @@ def test_what_is_not_there_or_not_clear_is_refused(tmp_path: Path) -> None:
         documents(str(tmp_path), "eng_Latn")
     (tmp_path / "fra.txt").write_text("a")
     (tmp_path / "fra.jsonl").write_text("{}")
-    with pytest.raises(CorpusError, match=r"both .*fra\.txt and .*fra\.jsonl are there"):
+    with pytest.raises(CorpusError, match=r"both .*fra\.txt and .*fra\.jsonl exist"):
         documents(str(tmp_path))
     with pytest.raises(CorpusError, match="expected a folder with a file for each language"):
         documents(str(tmp_path / "nowhere"))
@@ -145,7 +145,7 @@ def test_a_corpus_that_cannot_be_meant_is_refused(corpus: str, message: str) -> 
 @pytest.mark.parametrize("value", ['{"fr": "bonjour"}', '["bonjour"]', "1.5", '"a\\ud83d"'])
 def test_what_is_not_text_is_refused(tmp_path: Path, value: str) -> None:
     (tmp_path / "fra.jsonl").write_text(f'{{"text": {value}}}\n')
-    with pytest.raises(CorpusError, match=r"fra\.jsonl, line 1: (expected text, found|not text that UTF-8 can hold)"):
+    with pytest.raises(CorpusError, match=r"fra\.jsonl, line 1: (expected text, got|not text that UTF-8 can hold)"):
         documents(str(tmp_path))
 
 

@@ -24,7 +24,7 @@ from lm_eval_steering.neurons.find import Method, control_sets, find_neurons, ra
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
-from lm_eval_steering.neurons.runner import ModelRunner
+from lm_eval_steering.neurons.running import ModelRunner
 from tests.commands import ended, forked
 from tests.conftest import LAYERS, UNITS, tiny_model, tiny_tokenizer
 
@@ -177,7 +177,7 @@ def test_damaged_files_are_refused(text: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(RecordingError, match=r"deu_Latn\.safetensors: not a whole safetensors file"):
         RecordingFolder(tmp_path / "a").load()
-    with pytest.raises(RecordingError, match=r"ita_Latn not recorded; there: deu_Latn, fra_Latn, tur_Latn"):
+    with pytest.raises(RecordingError, match=r"ita_Latn not recorded; recorded: deu_Latn, fra_Latn, tur_Latn"):
         RecordingFolder(tmp_path / "a").load(["ita_Latn"])
     with pytest.raises(RecordingError, match=r"no means over sentences; record again with --sentence-means"):
         RecordingFolder(tmp_path / "a").load(["fra_Latn", "tur_Latn"], with_sentences=True)

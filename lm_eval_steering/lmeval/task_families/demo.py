@@ -6,7 +6,6 @@ language is steered.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError, UndefinedForLanguageError
+from lm_eval_steering.files import read_json_lines
 from lm_eval_steering.lmeval.sources import as_dataset
 from lm_eval_steering.lmeval.task_families import group_file
 from lm_eval_steering.lmeval.task_families.parallel import joint
@@ -27,8 +27,7 @@ REPORT = range(20, 60)  # items to report on
 
 @cache
 def _sentences() -> tuple[Mapping[str, Any], ...]:
-    lines = demo_sentences().read_text(encoding="utf-8").splitlines()
-    return tuple(json.loads(line)["sentence"] for line in lines)
+    return tuple(row["sentence"] for row in read_json_lines(demo_sentences()))
 
 
 def demo_languages() -> tuple[str, ...]:

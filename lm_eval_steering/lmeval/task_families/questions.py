@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.files import read_json_lines
 from lm_eval_steering.lmeval.sources import DataError, Hub, RowsSource, data_folder, load_rows
 
 FILE = Path(__file__).parent / "data" / "questions.jsonl"
@@ -17,8 +17,7 @@ FILE = Path(__file__).parent / "data" / "questions.jsonl"
 
 @cache
 def _own() -> tuple[Mapping[str, str], ...]:
-    with FILE.open(encoding="utf-8") as lines:
-        return tuple(json.loads(line) for line in lines)
+    return tuple(read_json_lines(FILE))
 
 
 @cache

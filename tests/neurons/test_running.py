@@ -15,17 +15,8 @@ from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import CorpusError, DidNotHappenError
 from lm_eval_steering.neurons.calibrate import calibrate
-from lm_eval_steering.neurons.recording import count_active, sentence_means
-from lm_eval_steering.neurons.running import (
-    Batches,
-    ModelRunner,
-    Ranks,
-    Side,
-    TokenRows,
-    bos_of,
-    packed_rows,
-    sentence_rows,
-)
+from lm_eval_steering.neurons.rows import TokenRows, sentence_rows
+from lm_eval_steering.neurons.running import Batches, ModelRunner, Ranks, Side, count_active, sentence_means
 from tests.conftest import UNITS, tiny_model, tiny_tokenizer
 
 ROWS = {
@@ -58,7 +49,7 @@ def captured(model: torch.nn.Module, row: list[int], units: int = UNITS, bos: in
 
 
 def batches(model: Any, rows: list[list[int]], size: int, side: Side = "right", ranks: Ranks | None = None) -> Batches:
-    return Batches(TokenRows.of(rows), tiny_tokenizer(), sites_of(model), size, ranks, side)
+    return Batches(TokenRows.of(rows), [0], sites_of(model), size, ranks, side)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -95,7 +86,7 @@ def test_the_demo_model_over_real_text(shared_data: Path, dtype: torch.dtype) ->
     allowed = 0 if dtype == torch.float64 else 1e-6 * rows.tokens * expected.size
     for side in ("right", "left"):
         for batch_size in (1, 3, 16):
-            found = count_active(sites, Batches(rows, tokenizer, sites, batch_size, side=side))
+            found = count_active(sites, Batches(rows, [tokenizer.bos_token_id], sites, batch_size, side=side))
             assert np.abs(found - expected).sum() <= allowed, (side, batch_size)
 
 
@@ -151,27 +142,8 @@ def test_nothing_to_record_is_an_error(model: torch.nn.Module) -> None:
         count_active(sites_of(model), batches(model, [[]], 4))
 
 
-def test_rows_are_packed_or_one_a_sentence() -> None:
-    tokenizer = tiny_tokenizer()
-    text = ["w0 w1 w2", "w3", "w4 w5 w6 w7"]
-
-    def lists(rows: TokenRows) -> list[list[int]]:
-        return [row.tolist() for row in rows]
-
-    assert lists(packed_rows(text, tokenizer, 3)) == [[3, 4, 5], [6, 7, 8], [9, 10]]
-    assert lists(packed_rows(text, tokenizer, 3, budget=4)) == [[3, 4, 5], [6]]
-    assert lists(packed_rows([], tokenizer, 3)) == []
-    assert lists(sentence_rows(text, tokenizer, 3)) == [[3, 4, 5], [6], [7, 8, 9]]
-    assert lists(sentence_rows(text, tokenizer, 9, at_least=2, at_most=1)) == [[3, 4, 5]]
-    assert lists(sentence_rows(text, tokenizer, 9, budget=5)) == [[3, 4, 5], [6], [7]]
-
-
-def test_the_hash_of_the_text_depends_on_where_rows_end() -> None:
-    assert len({TokenRows.of(rows).sha256() for rows in ([[1, 2]], [[1], [2]], [[2], [1]])}) == 3
-
-
 def test_rows_begin_with_bos_where_the_tokenizer_has_one() -> None:
     tokenizer = tiny_tokenizer()
-    assert bos_of(tokenizer).tolist() == [0]
+    assert ModelRunner(LazyModel.of(tiny_model("llama"), tokenizer)).prefix == (0,)
     tokenizer.bos_token = None
-    assert bos_of(tokenizer).tolist() == []
+    assert ModelRunner(LazyModel.of(tiny_model("llama"), tokenizer)).prefix == ()
