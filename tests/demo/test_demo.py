@@ -18,7 +18,7 @@ from lm_eval_steering.neurons.find import Method, find_neurons
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
-from lm_eval_steering.neurons.runner import ModelRunner
+from lm_eval_steering.neurons.running import ModelRunner
 from lm_eval_steering.sweep import Store
 from lm_eval_steering.sweep.plan import read_plan
 from tests.commands import run_together

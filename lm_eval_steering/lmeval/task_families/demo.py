@@ -1,6 +1,6 @@
 """The Python parts of our tasks: where documents come from, and how answers become metrics.
 
-lm-eval calls the dataset functions with the model arguments and the task's own settings, so a task knows which
+lm-eval calls the dataset functions with the model arguments and the task's settings, so a task knows which
 language is steered.
 """
 
@@ -53,12 +53,12 @@ def steered_language(settings: Mapping[str, Any], task: str) -> str:
     Raises:
         UndefinedForLanguageError: if there is none, or more than one.
     """
-    found = settings.get("target_language") or settings.get("language")
-    if not found or "+" in str(found):
+    named = settings.get("target_language") or settings.get("language")
+    if not named or "+" in str(named):
         raise UndefinedForLanguageError(
-            f"{task} needs one steered language: pass language= (or target_language=) in --model_args, found {found!r}"
+            f"{task} needs one steered language: pass language= (or target_language=) in --model_args; got {named!r}"
         )
-    return languages.normalise(str(found))
+    return languages.normalise(str(named))
 
 
 # --- choosing the right continuation: an ability, scored by any model -----------------------------------------------
@@ -68,9 +68,9 @@ def continuation_documents(evaluated: str, items: str = "all", **_: Any) -> dict
     """First clause, and four second clauses of which one belongs to it."""
     ids, everything = _ids(items), _sentences()
 
-    def document(place: int, number: int) -> dict[str, Any]:
-        # Three others at fixed distances, and the right one at a place that depends on the item alone.
-        wrong = [everything[ids[(place + step) % len(ids)]][evaluated][1] for step in (7, 11, 17)]
+    def document(position: int, number: int) -> dict[str, Any]:
+        # Three others at fixed distances, and the right one at a position that depends on the item alone.
+        wrong = [everything[ids[(position + step) % len(ids)]][evaluated][1] for step in (7, 11, 17)]
         right = everything[number][evaluated][1]
         label = number % 4
         choices = [*wrong[:label], right, *wrong[label:]]
@@ -82,7 +82,7 @@ def continuation_documents(evaluated: str, items: str = "all", **_: Any) -> dict
             "label": label,
         }
 
-    return as_dataset(document(place, number) for place, number in enumerate(ids))
+    return as_dataset(document(position, number) for position, number in enumerate(ids))
 
 
 # --- perplexity -----------------------------------------------------------------------------------------------------
@@ -118,12 +118,12 @@ def lss_documents(base: str, items: str = "report", **settings: Any) -> dict[str
         raise SteeringError(f"the demo's sentences are not in {target}; known: {', '.join(demo_languages())}")
     documents = []
     for number in _ids(items):
-        own, other = _sentences()[number][base], _sentences()[number][target]
+        in_base, in_target = _sentences()[number][base], _sentences()[number][target]
         documents.append(
             {
                 "id": number,
-                "prompt": own[0],
-                "choices": [joint(base, base) + own[1], joint(base, target) + other[1]],
+                "prompt": in_base[0],
+                "choices": [joint(base, base) + in_base[1], joint(base, target) + in_target[1]],
                 "base": base,
                 MADE_FOR: [target],
                 UNSTEERED_TWIN: True,
@@ -189,7 +189,7 @@ _BY_LANGUAGE: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 def generated_files() -> dict[Path, str]:
     """One file a language, and a group, of each task that is in one language."""
-    files = {}
+    files: dict[Path, str] = {}
     for task, (argument, metrics) in _BY_LANGUAGE.items():
         names = {code: f"steering_demo_{task}_{code}" for code in demo_languages()}
         files |= dict([group_file("demo", f"steering_demo_{task}", list(names.values()), metrics)])

@@ -122,15 +122,15 @@ def perplexity_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> d
     (score,) = results
     text = document["text"]
     in_bytes, in_characters = (float(score), len(text.encode())), (float(score), len(text))
-    found: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "bits_per_byte": in_bytes,
         "byte_perplexity": in_bytes,
         "bits_per_character": in_characters,
     }
     if isinstance(score, RollingScore):
         by_token = (float(score), score.tokens)
-        found |= {"token_perplexity": by_token, "nats_per_token": by_token}
-    return found
+        metrics |= {"token_perplexity": by_token, "nats_per_token": by_token}
+    return metrics
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -161,6 +161,6 @@ def _translation_files(variant: str, ending: tuple[str, ...]) -> Iterable[tuple[
     for pair, name in names.items():
         yield task_file("flores", f"_{variant}.yaml", name, evaluated="-".join(pair), variant=variant)
     yield task_file("flores", f"_{variant}.yaml", task_name("flores", "pair", *ending), variant=variant)
-    for place, way in enumerate(("from_english", "to_english")):
-        members = [name for pair, name in names.items() if pair[place] == PIVOT]
-        yield group_file("flores", "_".join(["steering_flores", way, *ending]), members, GROUP)
+    for side, direction in enumerate(("from_english", "to_english")):
+        members = [name for pair, name in names.items() if pair[side] == PIVOT]
+        yield group_file("flores", "_".join(["steering_flores", direction, *ending]), members, GROUP)

@@ -139,7 +139,7 @@ def test_an_unknown_pair_is_one_clear_error(pair: str | None, message: str) -> N
 
 def test_a_local_file_with_a_missing_column_is_one_clear_error(tmp_path: Path) -> None:
     write_rows(tmp_path / "flores200" / "eng_Latn.devtest.jsonl", [{"id": 1, "text": "x"}])
-    with pytest.raises(SteeringError, match=r"eng_Latn.devtest.jsonl, row 1: no 'sentence', which flores200 needs"):
+    with pytest.raises(SteeringError, match=r"eng_Latn.devtest.jsonl, line 1: no 'sentence', which flores200 needs"):
         flores.perplexity_documents("eng_Latn", data_dir=str(tmp_path))
 
 
