@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
 from inspect import Parameter, signature
 from pathlib import Path
@@ -13,6 +13,9 @@ import yaml
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.expected_language import expected_language, options_of
+from lm_eval_steering.lmeval.long_texts import TOO_LONG, WholeTextScore
+from lm_eval_steering.lmeval.sources import as_dataset
+from lm_eval_steering.metrics.likelihood import Score
 from lm_eval_steering.metrics.output_language import output_metrics
 
 # --- Names of items in data sets without ids
@@ -83,6 +86,86 @@ LISTED = ("lfs", "lang_expected", "lang_confidence", "lang_unknown", "degenerate
 def answer_language(text: str, expected: str | None = None) -> dict[str, Any]:
     """The metrics that a template lists; `expected` where the answer is to be in the language of the item."""
     return {name: value for name, value in output_metrics(text, expected=expected).items() if name in LISTED}
+
+
+# --- Perplexity: log P(text | BOS), each token once, BOS never
+#
+# A log-likelihood with an empty context, not lm-eval's rolling request: with a tokenizer that adds BOS that one scores
+# BOS given BOS too, and counts it as a token.
+
+CONTEXT = 2048  # tokens, where a model's context is not known; lm-eval's assumption too
+
+
+def text_documents(texts: Iterable[tuple[Any, str]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """(id, text) of whole texts, and `requested`, what is asked for; `too_long` where that is the beginning alone.
+
+    `steered-hf` scores too long texts in windows (`lmeval.long_texts`); elsewhere they are left out and counted.
+    """
+    limit = _context_length(settings)
+
+    def too_long(text: str) -> bool:
+        # No tokenizer makes more tokens than bytes, so most texts need none.
+        return len(text.encode()) > limit and _tokens(text, settings) > limit
+
+    def document(id_: Any, text: str) -> dict[str, Any]:
+        long = too_long(text)
+        beginning = text.encode()[:limit].decode(errors="ignore")
+        return {"id": id_, "text": text, "requested": beginning if long else text, TOO_LONG: long}
+
+    return as_dataset(document(id_, text) for id_, text in texts)
+
+
+def _context_length(settings: Mapping[str, Any]) -> int:
+    """Of the model in the model arguments, as lm-eval's `hf` finds it."""
+    if settings.get("max_length"):
+        return int(settings["max_length"])
+    config = _from_pretrained("AutoConfig", settings)
+    lengths = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+    return next((length for length in lengths if isinstance(length, int)), CONTEXT)
+
+
+def _tokens(text: str, settings: Mapping[str, Any]) -> int:
+    """Number of tokens of a text; of its bytes where there is no tokenizer to ask."""
+    tokenizer = _from_pretrained("AutoTokenizer", settings)
+    return len(tokenizer.encode(text, add_special_tokens=False)) if tokenizer else len(text.encode())
+
+
+def _from_pretrained(kind: str, settings: Mapping[str, Any]) -> Any:
+    """What transformers has under the name in the model arguments; None where there is none, or nothing under it."""
+    name = (settings.get("tokenizer") if kind == "AutoTokenizer" else None) or settings.get("pretrained")
+    if not isinstance(name, str):
+        return None
+    return _loaded(kind, name, str(settings.get("revision") or "main"), bool(settings.get("trust_remote_code")))
+
+
+@cache
+def _loaded(kind: str, name: str, revision: str, trust_remote_code: bool) -> Any:
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):  # the model's own loader will say why
+        return None
+
+
+def perplexity_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+    """Log-likelihood per byte, per character and, with `steered-hf`, per token.
+
+    Tokens differ between languages and tokenizers; bits per byte and per character compare across tokenizers, and
+    neither of them across scripts: a Thai character is three bytes. Compare a language with itself, steered and not.
+    """
+    (score,) = results
+    text, total = document["text"], float(score[0])
+    if document[TOO_LONG] and not isinstance(score, WholeTextScore):
+        return {"left_out": 1.0}
+    metrics: dict[str, Any] = {
+        "bits_per_byte": (total, len(text.encode())),
+        "byte_perplexity": (total, len(text.encode())),
+        "bits_per_character": (total, len(text)),
+    }
+    if isinstance(score, Score):
+        return metrics | dict.fromkeys(("token_perplexity", "nats_per_token"), (total, score.tokens))
+    return metrics | {"left_out": 0.0}
 
 
 # --- A task's file decides what the task is

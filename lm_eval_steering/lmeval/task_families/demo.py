@@ -15,7 +15,8 @@ from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError, UndefinedForLanguageError
 from lm_eval_steering.files import read_json_lines
 from lm_eval_steering.lmeval.sources import as_dataset
-from lm_eval_steering.lmeval.task_families import group_file
+from lm_eval_steering.lmeval.task_families import common, group_file
+from lm_eval_steering.lmeval.task_families.common import text_documents
 from lm_eval_steering.lmeval.task_families.parallel import joint
 from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score, preference_shift
 from lm_eval_steering.resources import demo_sentences
@@ -88,20 +89,15 @@ def continuation_documents(evaluated: str, items: str = "all", **_: Any) -> dict
 # --- perplexity -----------------------------------------------------------------------------------------------------
 
 
-def perplexity_documents(evaluated: str, items: str = "all", **_: Any) -> dict[str, Any]:
+def perplexity_documents(evaluated: str, items: str = "all", **settings: Any) -> dict[str, Any]:
     """Whole sentences of one language."""
-    return as_dataset({"id": number, "text": sentence(number, evaluated)} for number in _ids(items))
+    return text_documents(((number, sentence(number, evaluated)) for number in _ids(items)), settings)
 
 
 def perplexity_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """Log-likelihood a byte always, and a token where the model says how many there were."""
-    (score,) = results
-    bytes_ = len(document["text"].encode())
-    metrics: dict[str, Any] = {"bits_per_byte": (score[0], bytes_)}
-    if isinstance(score, Score):
-        item = (score[0], score.tokens)
-        metrics |= {"token_perplexity": item, "nats_per_token": item}
-    return metrics
+    """Those of `common.perplexity_metrics` that the demo's template lists."""
+    listed = ("bits_per_byte", "token_perplexity", "nats_per_token", "left_out")
+    return {name: value for name, value in common.perplexity_metrics(document, results).items() if name in listed}
 
 
 # --- Language Steering Shift ----------------------------------------------------------------------------------------
