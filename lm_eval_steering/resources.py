@@ -45,6 +45,11 @@ def demo_plan() -> Path:
     return _PACKAGE / "demo" / "plan.yaml"
 
 
+def demo_plan_all() -> Path:
+    """The sweep of the demo model over all its languages."""
+    return _PACKAGE / "demo" / "plan-all.yaml"
+
+
 def find_neuron_set(name: str | Path) -> Path:
     """Path of a neuron-set file: a path as it is, or the name of one that ships (`demo`)."""
     path = Path(name).expanduser()

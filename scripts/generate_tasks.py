@@ -6,32 +6,11 @@ templates, whose names begin with an underscore, are written by hand.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from lm_eval_steering.lmeval import task_families as families
-from lm_eval_steering.lmeval.task_families.demo import demo_languages
-
-TASKS = Path(__file__).parents[1] / "tasks"
-# family -> the argument of its dataset function that names the language
-DEMO = {"continuation": "evaluated", "perplexity": "evaluated", "lss": "base"}
-
-
-def demo_files() -> dict[Path, str]:
-    return {
-        TASKS / "demo" / f"{family}_{code}.yaml": (
-            f"include: _{family}.yaml\ntask: steering_demo_{family}_{code}\ndataset_kwargs: {{{argument}: {code}}}\n"
-        )
-        for family, argument in DEMO.items()
-        for code in demo_languages()
-    }
-
-
-def files() -> dict[Path, str]:
-    """Path and content of every generated file."""
-    return demo_files() | {TASKS / path: text for path, text in families.generated_files().items()}
-
+from lm_eval_steering.lmeval.task_families import generated_files
+from lm_eval_steering.resources import tasks_folder
 
 if __name__ == "__main__":
-    for path, text in files().items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    for path, text in generated_files().items():
+        target = tasks_folder() / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")

@@ -12,7 +12,7 @@ import lm_eval_steering
 PACKAGE = Path(lm_eval_steering.__file__).parent
 LAYERS = [
     {"errors", "provenance"},
-    {"files", "resources"},
+    {"files", "resources", "demo"},
     {"progress"},
     {"languages", "architectures"},
     {"neurons"},
@@ -21,7 +21,6 @@ LAYERS = [
     {"analysis"},
     {"sweep"},
     {"report"},
-    {"demo"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,6 +29,7 @@ class WhereName(StrEnum):
     DEMO_LANGUAGES = "demo-languages"
     DEMO_TASK = "demo-task"
     DEMO_PLAN = "demo-plan"
+    DEMO_PLAN_ALL = "demo-plan-all"
     TASKS = "tasks"
     NEURON_SETS = "neuron-sets"
 
@@ -47,19 +47,6 @@ def run(context: typer.Context) -> None:
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for results, table and picture.")] = Path("demo-results"),
-    languages: Annotated[str | None, typer.Option(help="Codes joined by commas, or all; four by default.")] = None,
-    controls: Annotated[int, typer.Option(min=1, help="Number of matched random sets.")] = 3,
-) -> None:
-    """Find, steer and compare on the small model that ships: offline, on a CPU, in under three minutes."""
-    os.environ["TQDM_DISABLE"] = "1"  # read by tqdm once, when it is imported
-    from lm_eval_steering.demo.run import run_demo, steered_languages
-
-    run_demo(out, steered_languages(languages), controls)
-
-
-@app.command()
 def where(name: Annotated[WhereName, typer.Argument(help="What to look up.")]) -> None:
     """Print a path or names, for people and scripts."""
     from lm_eval_steering import resources
@@ -74,6 +61,7 @@ def where(name: Annotated[WhereName, typer.Argument(help="What to look up.")]) -
         WhereName.DEMO_NEURONS: lambda: resources.find_neuron_set("demo"),
         WhereName.DEMO_TASK: lambda: "steering_demo_continuation_fra_Latn",
         WhereName.DEMO_PLAN: resources.demo_plan,
+        WhereName.DEMO_PLAN_ALL: resources.demo_plan_all,
         WhereName.TASKS: resources.tasks_folder,
         WhereName.NEURON_SETS: resources.neuron_sets_folder,
     }

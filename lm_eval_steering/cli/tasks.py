@@ -1,4 +1,4 @@
-"""Verbs about tasks: what there is, and fetching its data where there is a network."""
+"""Commands about tasks: what there is, and fetching its data where there is a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from lm_eval_steering.errors import SteeringError, UnknownLanguageError, did_you_mean
 
 if TYPE_CHECKING:
-    from lm_eval_steering.lmeval.listing import Listed
+    from lm_eval_steering.lmeval.listing import TaskEntry
 
 
 def tasks(
@@ -20,24 +20,24 @@ def tasks(
     language: Annotated[str | None, typer.Option(help="Only what is evaluated in this language.")] = None,
 ) -> None:
     """List the task families: languages, wordings, metrics, and what each needs."""
-    from lm_eval_steering.lmeval.listing import listed
+    from lm_eval_steering.lmeval.listing import task_entries
 
-    found = listed() if language is None else _in_language(listed(), language)
-    families = sorted({entry.family for entry in found})
+    entries = task_entries() if language is None else _in_language(task_entries(), language)
+    families = sorted({entry.family for entry in entries})
     if family is not None:
         if family not in families:
             where = f" in {language}" if language else ""
             raise SteeringError(f"no task family {family!r}{where}{did_you_mean(family, families)}")
-        for entry in found:
+        for entry in entries:
             if entry.family == family:
                 typer.echo(f"{entry.name}  ({'group' if entry.group else entry.output_type})")
         return
     for name in families:
-        typer.echo(_summary(name, [entry for entry in found if entry.family == name]))
+        typer.echo(_summary(name, [entry for entry in entries if entry.family == name]))
     typer.echo("\n`lm-eval-steering tasks FAMILY` lists its tasks; docs/tasks.md has the wordings and sources.")
 
 
-def _in_language(entries: list[Listed], language: str) -> list[Listed]:
+def _in_language(entries: list[TaskEntry], language: str) -> list[TaskEntry]:
     from lm_eval_steering import languages
     from lm_eval_steering.lmeval.task_families import nearest
 
@@ -51,7 +51,7 @@ def _in_language(entries: list[Listed], language: str) -> list[Listed]:
     raise SteeringError(f"no task of ours is in {language}{hint}")
 
 
-def _summary(family: str, entries: list[Listed]) -> str:
+def _summary(family: str, entries: list[TaskEntry]) -> str:
     from lm_eval_steering.lmeval.listing import needs
 
     singles = [entry for entry in entries if not entry.group]
@@ -99,12 +99,12 @@ def fetch_data(
 
 def _settings(metadata: str) -> dict[str, Any]:
     try:
-        found = json.loads(metadata)
+        settings = json.loads(metadata)
     except ValueError as error:
         raise SteeringError(f"--metadata {metadata!r}: not JSON ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise SteeringError(f"--metadata {metadata!r}: expected a JSON object")
-    return found
+    return settings
 
 
 VERBS = {"tasks": tasks, "fetch-data": fetch_data}

@@ -1,1 +1,1 @@
-"""The demo: a small model that ships, its text, and what `lm-eval-steering demo` does with them."""
+"""The demo: a small model that ships, its text, and two plans for it."""

@@ -84,7 +84,7 @@ def _patterns() -> tuple[tuple[re.Pattern[str], dict[str, str]], ...]:
 _OUR_CODE = re.compile(r"_([a-z]{3}_[A-Z][a-z]{3})(?=_|$)")
 
 
-def evaluated_language(task: str, said: Mapping[str, str] | None = None) -> str | None:
+def evaluated_language(task: str, given: Mapping[str, str] | None = None) -> str | None:
     """Our code of the language that a task's items are in, or None where neither name nor user settles it.
 
     Args:
@@ -92,25 +92,25 @@ def evaluated_language(task: str, said: Mapping[str, str] | None = None) -> str 
         said: What the user says of other tasks, `evaluated: {task: code}`.
 
     Raises:
-        UnknownLanguageError: if what is said is no language.
+        UnknownLanguageError: if what is given is no language.
         SteeringError: if the task's name says another language.
     """
     by_name = _by_name(task)
-    if not said or task not in said:
+    if not given or task not in given:
         return by_name
-    code = languages.normalise(str(said[task]))
+    code = languages.normalise(str(given[task]))
     if by_name and not languages.same_language(by_name, code):
-        raise SteeringError(f"evaluated: {{{task}: {said[task]}}}: the items of {task} are in {by_name}; leave it out")
+        raise SteeringError(f"evaluated: {{{task}: {given[task]}}}: the items of {task} are in {by_name}; leave it out")
     return by_name or code
 
 
-def needed_language(task: str, said: Mapping[str, str] | None = None) -> str:
+def needed_language(task: str, given: Mapping[str, str] | None = None) -> str:
     """The same where a language is needed, as for telling self from cross.
 
     Raises:
         SteeringError: if it is not known; the message says how to say it.
     """
-    found = evaluated_language(task, said)
+    found = evaluated_language(task, given)
     if found is None:
         raise SteeringError(f"{task}: the language of its items is not known; say `evaluated: {{{task}: fra_Latn}}`")
     return found

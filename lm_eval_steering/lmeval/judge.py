@@ -6,7 +6,10 @@ one seed a trial, and an answer's rating is the mean of its trials.
 
     python -m lm_eval_steering.lmeval.judge SAMPLES.jsonl --url http://localhost:8000/v1 --model Qwen/Qwen3-8B
 
-judges the samples that a run with `--log_samples` has left, where no judge was at hand or it went away.
+judges the samples that a run with `--log_samples` has left, where no judge was available or it went away.
+
+lm-eval's client of chat completions is not used: it retries requests that are wrong (400, 401), takes an answer
+without a chat completion for an empty text, and needs packages that lm-eval does not install.
 """
 
 from __future__ import annotations
@@ -86,8 +89,8 @@ class Judge:
     def from_settings(cls, settings: Mapping[str, Any]) -> Judge | None:
         """The judge that `--metadata` names (`judge_url`, `judge_model`, `judge_trials`, ...); None without."""
         names = ("url", "model", "trials", "seed", "tokens", "timeout")
-        said = {name: settings[f"judge_{name}"] for name in names if settings.get(f"judge_{name}") is not None}
-        return cls(**{"url": "", "model": "", **said}) if said else None
+        given = {name: settings[f"judge_{name}"] for name in names if settings.get(f"judge_{name}") is not None}
+        return cls(**{"url": "", "model": "", **given}) if given else None
 
     def signature(self) -> str:
         """`judge:Qwen/Qwen3-8B|trials:3|seed:0|t:0`, for reports."""
@@ -169,8 +172,8 @@ def _reason(error: BaseException) -> str:
 
 def parse_rating(text: str) -> int | None:
     """The last `[[n]]` of a judge's answer, after its thoughts; None where there is none, never a guess."""
-    found = _RATING.findall(_THOUGHT.sub("", text))
-    return int(found[-1]) if found else None
+    ratings = _RATING.findall(_THOUGHT.sub("", text))
+    return int(ratings[-1]) if ratings else None
 
 
 def mean_relevance(ratings: Sequence[int | None]) -> float | None:
@@ -222,10 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8)
-    said = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        judge = Judge(said.url, said.model, said.trials, said.seed)
-        print(json.dumps(judge_samples(said.samples, judge, said.workers), indent=2))
+        judge = Judge(options.url, options.model, options.trials, options.seed)
+        print(json.dumps(judge_samples(options.samples, judge, options.workers), indent=2))
     except (SteeringError, OSError) as error:
         print(f"lm-eval-steering: error: {error}", file=sys.stderr)
         return 2

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lm_eval_steering.errors import SteeringError, did_you_mean
 from lm_eval_steering.lmeval.sources import DataError, RowsSource, observed, write_rows
 from lm_eval_steering.lmeval.task_families import modules
+from lm_eval_steering.lmeval.task_families.common import read_task_file
 from lm_eval_steering.resources import tasks_folder
-
-NOTHING = "nothing: its data travel with the package"
 
 
 @dataclass(frozen=True)
-class Listed:
+class TaskEntry:
     """One task or group of ours."""
 
     name: str
@@ -31,42 +27,19 @@ class Listed:
     output_type: str
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads `!function a.b` as text."""
-
-
-_Loader.add_multi_constructor("!function", lambda loader, suffix, node: str(node.value))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a subclass of the safe loader
-    if "include" in config:
-        return {**_template(path.parent / config.pop("include")), **config}
-    return config
-
-
-@cache
-def _template(path: Path) -> dict[str, Any]:
-    return _read(path)
-
-
-def listed() -> list[Listed]:
+def task_entries() -> list[TaskEntry]:
     """Every task and group of ours, by family and name."""
-    found = []
-    for path in sorted(tasks_folder().glob("*/*.yaml")):
-        config = _read(path)
-        if "group" in config or "task" in config:
-            found.append(_entry(path.parent.name, config))
-    return found
+    configs = ((path.parent.name, read_task_file(path)) for path in sorted(tasks_folder().glob("*/*.yaml")))
+    return [_entry(family, config) for family, config in configs if "group" in config or "task" in config]
 
 
-def _entry(family: str, config: Mapping[str, Any]) -> Listed:
+def _entry(family: str, config: Mapping[str, Any]) -> TaskEntry:
     metadata = config.get("metadata") or {}
     given = config.get("dataset_kwargs") or {}
     languages = metadata.get("evaluated") or given.get("evaluated") or given.get("base") or ""
     group = config.get("group")
     metrics = config.get("metric_list") or config.get("aggregate_metric_list") or []
-    return Listed(
+    return TaskEntry(
         name=str(group or config["task"]),
         family=family,
         group=bool(group),
@@ -79,7 +52,7 @@ def _entry(family: str, config: Mapping[str, Any]) -> Listed:
 
 def needs(family: str) -> str:
     """What must be there before the family's tasks run."""
-    return str(getattr(modules().get(family), "NEEDS", NOTHING))
+    return str(modules()[family].NEEDS)
 
 
 def fetch(names: Sequence[str], folder: Path | None, settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -91,7 +64,7 @@ def fetch(names: Sequence[str], folder: Path | None, settings: Mapping[str, Any]
         The file written (or what was loaded) and its number of rows, as soon as they are there.
 
     Raises:
-        DataError: after all others were fetched, if some could not be had.
+        DataError: after all others were fetched, if some are unavailable.
     """
     from lm_eval.tasks import TaskManager
 
@@ -116,10 +89,10 @@ def _matched(names: Sequence[str], manager: Any) -> list[str]:
     """Single tasks for every name, pattern, group and tag, so that one that fails does not take the others along."""
     matched = []
     for name in names:
-        found = manager.match_tasks([name])
-        if not found:
+        names_of_tasks = manager.match_tasks([name])
+        if not names_of_tasks:
             raise SteeringError(f"no task of ours is called {name!r}{did_you_mean(name, manager.all_tasks)}")
-        for each in found:
+        for each in names_of_tasks:
             matched += _members(each, manager)
     return list(dict.fromkeys(matched))
 

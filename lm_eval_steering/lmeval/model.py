@@ -26,6 +26,7 @@ from lm_eval_steering.lmeval.arguments import (
 from lm_eval_steering.lmeval.cache import DecoratingCacheHook, PartialAnswers, salt
 from lm_eval_steering.lmeval.generation import Generator, Identifying, own_random_numbers
 from lm_eval_steering.lmeval.identity import identity_of, refuse_nothing, report_of, signature_of
+from lm_eval_steering.lmeval.long_texts import joined, of_whole_text, whole_text, windows_of
 from lm_eval_steering.lmeval.requests import BatchSizes, RowBook, parts, refuse_stale, wants_twin
 from lm_eval_steering.lmeval.scoring import Encoded, GivenRows, Scorer, rolling
 from lm_eval_steering.metrics.likelihood import RollingScore, Score
@@ -136,6 +137,10 @@ class SteeredHFLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Score]:
+        windows = [windows_of(request, self.max_length) for request in requests]
+        if any(len(parts) > 1 for parts in windows):
+            single = [window for parts in windows for window in parts]
+            return joined(self._loglikelihood_tokens(single, disable_tqdm, override_bs), windows)
         self._partial.expect(requests)
         if self.scorer.shares(requests):
             shared = zip(self.scorer.score(requests, disable_tqdm), requests, strict=True)
@@ -186,6 +191,7 @@ class SteeredHFLM(HFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
         """Score requests; those whose document asks for it a second time, same rows and batches, without steering."""
         refuse_stale(requests, self.targets)
+        requests = [whole_text(request) for request in requests]
         twins = [number for number, request in enumerate(requests) if wants_twin(request)]
         others = sorted(set(range(len(requests))) - set(twins))
         scores: dict[int, Score] = {}
@@ -196,7 +202,7 @@ class SteeredHFLM(HFLM):
             if twins:
                 both = self._score_twice([requests[i] for i in twins], disable_tqdm)
                 scores |= dict(zip(twins, both, strict=True))
-        return self._finite([scores[number] for number in range(len(requests))])
+        return self._finite([of_whole_text(request, scores[number]) for number, request in enumerate(requests)])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts; every token is prompt."""

@@ -1,4 +1,4 @@
-"""Where a family's rows come from: files of the user's own first, then the hub, in a stated order.
+"""Where a family's rows come from: local files of the user first, then the hub, in a stated order; and their checks.
 
 A folder of files is named by `--metadata '{"data_dir": "DIR"}'` or the environment variable STEERING_DATA. In it the
 rows of one language and split are looked for as (LANGUAGE also in the hub's spelling, then in shorter ones)
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,7 +23,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError, UnknownLanguageError
-from lm_eval_steering.files import read_json_lines, write_json_lines
+from lm_eval_steering.files import parse_json_line, read_lines, write_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,21 @@ CONVERTED = "refs/convert/parquet"  # the branch on which the hub keeps every da
 DatasetRows = list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class LocatedRow:
+    """A row, and where it stands: `FILE, line 3`, or `FILE, row 3` where a file has no lines."""
+
+    where: str
+    row: dict[str, Any]
+
+
 class DataError(SteeringError):
-    """Rows that cannot be had, or are not what their family needs."""
+    """Rows that are unavailable, or not what their family needs."""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """One place on the hub, in the words of `datasets.load_dataset`."""
+    """One location on the hub, in the words of `datasets.load_dataset`."""
 
     path: str
     name: str | None = None
@@ -63,6 +71,7 @@ class RowsSource:
         columns: What every row must have.
         hub: Where to look where there is no local file, in this order.
         skip_incomplete: Leave rows out, with a warning, whose value in a column is null; refused otherwise.
+        may_be_empty: Columns whose text may be empty, such as one of four options.
     """
 
     family: str
@@ -71,6 +80,7 @@ class RowsSource:
     columns: tuple[str, ...]
     hub: tuple[Hub, ...] = ()
     skip_incomplete: bool = False
+    may_be_empty: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.family} {self.language} {self.split}"
@@ -87,7 +97,7 @@ def _hub_at(hub: Hub, old: str, new: str) -> Hub:
     return replace(hub, split=new, data_files=files)
 
 
-def hub_places(path: str, name: str, split: str, *copies: str) -> tuple[Hub, ...]:
+def hub_copies(path: str, name: str, split: str, *copies: str) -> tuple[Hub, ...]:
     """The usual order: the repository as it is, its parquet conversion, then other copies."""
     return (
         Hub(path, name, split),
@@ -102,24 +112,25 @@ def load_rows(source: RowsSource, settings: Mapping[str, Any]) -> DatasetRows:
     Args:
         source: Which rows.
         settings: lm-eval's metadata and model arguments, as a `custom_dataset` function gets them; `data_dir` names
-            the user's own folder, `split` another split.
+            the user's folder, `split` another split.
 
     Raises:
-        DataError: if no place has them (the message names all that were tried and the file to provide), or if the
-            first place that has them lacks a column.
+        DataError: if they are nowhere (the message names all locations that were tried and the file to provide), or if
+            what is there first is not what the family needs; see `checked_rows`.
     """
     source = source.at_split(settings.get("split"))
     folder = data_folder(settings)
     path = find_file(folder, source) if folder else None
     if path is not None:
-        found, where = read_file(path), str(path)
+        located, origin = read_located(path), str(path)
     else:
-        found, where = _first_on_hub(source, folder)
-    found = checked_rows(found, source, where)
-    log.info("%s: %d rows from %s", source, len(found), where)
-    for seen in _observers:
-        seen.append((source, found))
-    return found
+        rows, origin = _first_on_hub(source, folder)
+        located = [LocatedRow(f"{origin}, row {number}", row) for number, row in enumerate(rows, start=1)]
+    checked = checked_rows(located, source, origin)
+    log.info("%s: %d rows from %s", source, len(checked), origin)
+    for observed_rows in _observers:
+        observed_rows.append((source, checked))
+    return checked
 
 
 _observers: list[list[tuple[RowsSource, DatasetRows]]] = []
@@ -127,22 +138,22 @@ _observers: list[list[tuple[RowsSource, DatasetRows]]] = []
 
 @contextmanager
 def observed() -> Iterator[list[tuple[RowsSource, DatasetRows]]]:
-    """Sees what is loaded meanwhile, so that `fetch-data` needs to know nothing of any family."""
-    seen: list[tuple[RowsSource, DatasetRows]] = []
-    _observers.append(seen)
+    """Collects what is loaded meanwhile, so that `fetch-data` needs to know nothing of any family."""
+    collected: list[tuple[RowsSource, DatasetRows]] = []
+    _observers.append(collected)
     try:
-        yield seen
+        yield collected
     finally:
-        _observers.remove(seen)
+        _observers.remove(collected)
 
 
 def data_folder(settings: Mapping[str, Any]) -> Path | None:
-    """The user's own folder: `data_dir` of the settings before the environment's STEERING_DATA."""
-    for said, value in (("data_dir", settings.get("data_dir")), (VARIABLE, os.environ.get(VARIABLE))):
+    """The user's folder: `data_dir` of the settings before the environment variable STEERING_DATA."""
+    for name, value in (("data_dir", settings.get("data_dir")), (VARIABLE, os.environ.get(VARIABLE))):
         if value:
             folder = Path(str(value)).expanduser()
             if not folder.is_dir():
-                raise DataError(f"{said}={value}: no such folder")
+                raise DataError(f"{name}={value}: no such folder")
             return folder
     return None
 
@@ -170,11 +181,16 @@ def find_file(folder: Path, source: RowsSource) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def read_file(path: Path) -> DatasetRows:
-    """All rows of a JSON-lines or parquet file."""
+def read_located(path: Path) -> list[LocatedRow]:
+    """All rows of a JSON-lines or parquet file, each with the line or row that it stands in.
+
+    Raises:
+        DataError: naming the file and, where there is one, the line: not JSON, no object, no parquet, not UTF-8.
+    """
     if path.suffix == ".parquet":
-        return _read_parquet(path)
-    return list(read_json_lines(path, DataError))
+        return [LocatedRow(f"{path}, row {number}", row) for number, row in enumerate(_read_parquet(path), start=1)]
+    lines = ((f"{path}, line {number}", line) for number, line in read_lines(path, DataError) if line.strip())
+    return [LocatedRow(where, parse_json_line(line, where, DataError)) for where, line in lines]
 
 
 def _read_parquet(path: Path) -> DatasetRows:
@@ -187,27 +203,85 @@ def _read_parquet(path: Path) -> DatasetRows:
         raise DataError(f"{path}: not a parquet file ({error})") from None
 
 
-def checked_rows(rows: DatasetRows, source: RowsSource, where: str) -> DatasetRows:
-    """The rows that have every column; refuses no rows at all, and a row without a column."""
+# --- Content of rows --------------------------------------------------------------------------------------------------
+
+
+def checked_rows(rows: Sequence[LocatedRow], source: RowsSource, origin: str) -> DatasetRows:
+    """The rows that have every column.
+
+    Raises:
+        DataError: naming file and line, for no rows at all, a row without a column, an empty text in one, a text that
+            is not Unicode (a lone surrogate, which no tokenizer and no Arrow table takes), and an `id` that two rows
+            have.
+    """
     if not rows:
-        raise DataError(f"{where}: no rows for {source}")
-    incomplete = {number: row for number, row in enumerate(rows, start=1) if _missing(row, source)}
-    for number, row in incomplete.items():
-        if not source.skip_incomplete or any(column not in row for column in source.columns):
+        raise DataError(f"{origin}: no rows for {source}")
+    complete, incomplete = [], []
+    for located in rows:
+        refuse_invalid_text(located.row, located.where)
+        missing = [column for column in source.columns if located.row.get(column) is None]
+        if not missing:
+            refuse_empty_texts(located.row, source, located.where)
+            complete.append(located)
+        elif source.skip_incomplete and all(column in located.row for column in missing):
+            incomplete.append(located)
+        else:
+            columns = ", ".join(key for key, value in located.row.items() if value is not None)
             raise DataError(
-                f"{where}, row {number}: no {' and no '.join(map(repr, _missing(row, source)))}, which "
-                f"{source.family} needs; columns found: {', '.join(key for key in row if row[key] is not None)}"
+                f"{located.where}: no {' and no '.join(map(repr, missing))}, which {source.family} needs; "
+                f"columns with a value: {columns}"
             )
-    if len(incomplete) == len(rows):
-        raise DataError(f"{where}: no row for {source} has all of {', '.join(source.columns)}")
+    if not complete:
+        raise DataError(f"{origin}: no row for {source} has all of {', '.join(source.columns)}")
     if incomplete:
-        numbers = ", ".join(map(str, incomplete))
-        log.warning("%s: left out %d of %d rows that lack a value: %s", where, len(incomplete), len(rows), numbers)
-    return [row for number, row in enumerate(rows, start=1) if number not in incomplete]
+        lines = ", ".join(located.where.rsplit(" ", maxsplit=1)[-1] for located in incomplete)
+        log.warning("%s: left out %d of %d rows that lack a value: %s", origin, len(incomplete), len(rows), lines)
+    _refuse_duplicate_ids(complete)
+    return [located.row for located in complete]
 
 
-def _missing(row: Mapping[str, Any], source: RowsSource) -> list[str]:
-    return [column for column in source.columns if row.get(column) is None]
+def refuse_invalid_text(row: Mapping[str, Any], where: str) -> None:
+    """Raises DataError for a lone surrogate (half of a character, as a text that was cut in JSON's escapes has)."""
+    for column, value in row.items():
+        for text in _texts(value):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{where}: the text of {column!r} holds a lone surrogate, half of a character: "
+                    f"U+{ord(text[error.start]):04X} at character {error.start + 1}; write it again from its source"
+                ) from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)
+
+
+def refuse_empty_texts(row: Mapping[str, Any], source: RowsSource, where: str) -> None:
+    """Raises DataError for a text without a character that is not a blank, in a column that must have one."""
+    for column in source.columns:
+        if column not in source.may_be_empty and any(not text.strip() for text in _texts(row[column])):
+            raise DataError(
+                f"{where}: the text of {column!r} is empty, which {source.family} cannot score; give it a text or "
+                "leave the row out"
+            )
+
+
+def _refuse_duplicate_ids(rows: Sequence[LocatedRow]) -> None:
+    first: dict[str, str] = {}
+    for located in rows:
+        if located.row.get("id") is not None:
+            key = str(located.row["id"])
+            if key in first:
+                raise DataError(f"{located.where}: the id {key!r} is that of {first[key]} too; each row needs another")
+            first[key] = located.where
 
 
 def _first_on_hub(source: RowsSource, folder: Path | None) -> tuple[DatasetRows, str]:
@@ -218,7 +292,7 @@ def _first_on_hub(source: RowsSource, folder: Path | None) -> tuple[DatasetRows,
             if len(tried) > 1:
                 log.warning("%s is read from %s, since this failed: %s", source, hub, "; ".join(tried[1:]))
             return rows, str(hub)
-        except Exception as error:  # whatever the hub or its client answers, the next place may have the rows
+        except Exception as error:  # whatever the hub or its client answers, the next location may have the rows
             tried.append(f"{hub} ({type(error).__name__}: {_first_line(error)})")
     offline = " (offline: HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set)" if _offline() else ""
     raise DataError(
@@ -252,14 +326,14 @@ def _from_hub(hub: Hub) -> tuple[dict[str, Any], ...]:
 
 
 def write_rows(folder: Path, source: RowsSource, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write rows where `load_rows` finds them first; complete or not at all."""
+    """Write rows where `load_rows` looks first; complete or not at all."""
     path = folder / source.family / f"{source.language}.{source.split}.jsonl"
     write_json_lines(path, map(dict, rows))
     return path
 
 
 def as_dataset(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What lm-eval wants of a `custom_dataset` function, always under the split name `test`."""
+    """What lm-eval expects of a `custom_dataset` function, always under the split name `test`."""
     from datasets import Dataset
 
     return {"test": Dataset.from_list([dict(document) for document in documents])}

@@ -1,4 +1,4 @@
-"""The demo on two languages: its claims, its files, and the neuron set that ships."""
+"""What the demo claims, by its own plan on two languages; the files that ship with it."""
 
 from __future__ import annotations
 
@@ -6,86 +6,107 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
 
-from lm_eval_steering.demo.figures import Figures
-from lm_eval_steering.demo.run import RATE, run_demo, steered_languages
-from lm_eval_steering.demo.tables import summary
-from lm_eval_steering.errors import SteeringError, UnknownLanguageError
+from lm_eval_steering import resources
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.lmeval.task_families.demo import demo_languages
+from lm_eval_steering.neurons.find import Method, find_neurons
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.resources import demo_model, find_neuron_set
+from lm_eval_steering.neurons.recorder import Recorder, Search
+from lm_eval_steering.neurons.recording import RecordingFolder
+from lm_eval_steering.neurons.running import ModelRunner
+from lm_eval_steering.sweep import Store
+from lm_eval_steering.sweep.plan import read_plan
+from tests.commands import run_together
 
 LANGUAGES = ("deu_Latn", "tur_Latn")
+PAIRS = (LANGUAGES, LANGUAGES[::-1])
+RATE = 0.05
+TASKS = ["steering_demo_forcing_choose", *(f"steering_demo_perplexity_{code}" for code in LANGUAGES)]
+THEN = ["steering_demo_forcing", "steering_demo_open", *(f"steering_demo_lss_{code}" for code in LANGUAGES)]
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("demo")
+def results(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The plan for all twelve languages, cut down to two of them and one factor."""
+    out = tmp_path_factory.mktemp("demo")
+    changes = {"languages": LANGUAGES, "interventions.0.factors": [8], "tasks": TASKS, "then.tasks": THEN}
+    edits = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    run_together(["lm-eval-steering", "sweep", resources.demo_plan_all(), "--out", out / "sweep", *edits], cwd=out)
+    return Store(out / "sweep").frame()
+
+
+def value(
+    results: pd.DataFrame, task: str, metric: str, steered: str = "", deactivated: str = "", random: bool = False
+) -> float:
+    """A metric of one cell: of the model that is steered to a language, or without one; or of its random control."""
+    rows = results[(results.task == f"steering_demo_{task}") & (results.metric == metric)]
+    rows = rows[(rows.languages == steered) & (rows.deactivated == deactivated) & (rows.control.notna() == random)]
+    assert len(rows) == 1, rows
+    return float(rows.value.iloc[0])
+
+
+def test_each_language_is_hurt_most_by_deactivating_its_own_neurons(results: pd.DataFrame) -> None:
+    def rise(deactivated: str, evaluated: str, random: bool = False) -> float:
+        task = f"perplexity_{evaluated}"
+        steered = value(results, task, "nats_per_token", deactivated=deactivated, random=random)
+        return steered - value(results, task, "nats_per_token")
+
+    for self_, cross in PAIRS:
+        assert rise(self_, self_) > 0.1 and rise(self_, self_) > 5 * rise(self_, cross)
+        assert rise(self_, self_) > 5 * abs(rise(self_, self_, random=True))
+
+
+def test_amplification_moves_preference_and_output(results: pd.DataFrame) -> None:
+    for self_, cross in PAIRS:
+        lss = [value(results, f"lss_{cross}", "lss", self_, random=random) for random in (False, True)]
+        assert lss[0] >= 0.9 > lss[1]
+        assert value(results, "forcing", "lfs", self_) >= 0.8
+        assert value(results, "forcing", "lfs", self_, random=True) <= 0.1
+        assert value(results, "open", "lfs", self_) >= 0.4
+    baselines = results[(results.intervention == "baseline") & (results.metric == "lfs")]
+    assert set(baselines.task) == {f"steering_demo_{task}" for task in ("forcing_choose", "forcing")}
+    assert (baselines[baselines.task == "steering_demo_forcing"].value <= 0.1).all()
+
+
+def test_the_plan_for_all_languages_names_all_of_them() -> None:
+    plan = read_plan(resources.demo_plan_all())
+    assert plan.languages == demo_languages()
 
 
 @pytest.fixture(scope="module")
-def figures(out: Path) -> Figures:
-    return run_demo(out, LANGUAGES, controls=1)
+def neuron_set(tmp_path_factory: pytest.TempPathFactory) -> NeuronSet:
+    """What `find` finds on the demo's text."""
+    search = Search(str(resources.demo_calibration()), demo_languages(), rows="sentences")
+    runner = ModelRunner(LazyModel(str(resources.demo_model())), batch_size=32)
+    recorder = Recorder(runner, search, RecordingFolder(tmp_path_factory.mktemp("recording") / "demo"))
+    return find_neurons(recorder, Method(rates=(RATE,)))[0]
 
 
-def test_each_language_is_hurt_most_by_silencing_its_own_neurons(figures: Figures) -> None:
-    for own, other in (LANGUAGES, LANGUAGES[::-1]):
-        rise = {code: figures.deactivated_nats[own][code] - figures.baseline_nats[code] for code in LANGUAGES}
-        assert rise[own] > 0.1 and rise[own] > 5 * rise[other]
-        random = figures.deactivated_control_nats[own][0][own] - figures.baseline_nats[own]
-        assert rise[own] > 5 * abs(random)
-
-
-def test_amplification_moves_preference_and_output(figures: Figures) -> None:
-    for own, other in (LANGUAGES, LANGUAGES[::-1]):
-        assert figures.lss[own][other] >= 0.9 > figures.lss_control[own][other][0]
-        assert figures.lfs[own]["steered"] >= 0.8 and figures.lfs[own]["baseline"] <= 0.1
-        assert figures.lfs_control[own][0] <= 0.1
-        assert figures.lfs_open[own]["steered"] >= 0.4
-        assert figures.chosen[own] in figures.factors
-
-
-def test_the_command_writes_what_it_measured(figures: Figures, out: Path) -> None:
-    saved = json.loads((out / "figures.json").read_text())
-    assert saved["lss"] == figures.lss
-    assert summary(figures)[1] in (out / "tables.txt").read_text().replace("\n", " ")
-    assert (out / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    results = [path for path in (out / "lm_eval" / "deu_Latn-chosen").rglob("results_*.json")]
-    assert json.loads(results[0].read_text())["config"]["steering"]["evidence"]["forwards"] > 0
-
-
-def test_the_set_that_ships_is_the_one_that_the_demo_finds(figures: Figures, out: Path) -> None:
-    shipped, found = NeuronSet.load(find_neuron_set("demo")), NeuronSet.load(out / "neurons.safetensors")
+def test_the_set_that_ships_is_the_one_that_find_finds(neuron_set: NeuronSet) -> None:
+    shipped = NeuronSet.load(resources.find_neuron_set("demo"))
     numbers = {"method": "lape", "rate": RATE, "filter_rate": 0.95, "bar_rate": 0.95}
     assert {name: shipped.provenance.selection[name] for name in numbers} == numbers
-    assert shipped.provenance.corpus["sha256"] == found.provenance.corpus["sha256"]
-    assert shipped.calibrated is not None and found.calibrated is not None
-    # Another processor may round an activation near 0 the other way: nearly all neurons must agree, not all.
-    own, other = ({tuple(row) for row in one.union().tolist()} for one in (shipped, found))
-    assert len(own & other) >= 0.98 * len(own)
-    both = np.array(sorted(own & other))
+    assert shipped.provenance.corpus["sha256"] == neuron_set.provenance.corpus["sha256"]
+    assert shipped.calibrated is not None and neuron_set.calibrated is not None
+    # Another CPU may round an activation near 0 the other way: nearly all neurons must agree, not all.
+    one, other = ({tuple(row) for row in each.union().tolist()} for each in (shipped, neuron_set))
+    assert len(one & other) >= 0.98 * len(one)
+    both = np.array(sorted(one & other))
     for code in LANGUAGES:
         assert np.allclose(
             shipped.calibrated.lookup(both, code, "product", "mean"),
-            found.calibrated.lookup(both, code, "product", "mean"),
+            neuron_set.calibrated.lookup(both, code, "product", "mean"),
             atol=1e-3,
         )
 
 
 def test_the_checkpoint_is_half_precision_and_loads_in_full() -> None:
-    config = json.loads((demo_model() / "config.json").read_text())
-    assert config["dtype"] == "float32"
-    with safe_open(demo_model() / "model.safetensors", framework="pt") as file:
+    folder: Path = resources.demo_model()
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
-
-
-def test_languages_of_the_demo_are_chosen_by_any_code() -> None:
-    assert steered_languages("all") == demo_languages()
-    assert steered_languages("de,tr,de") == LANGUAGES
-    with pytest.raises(UnknownLanguageError, match="not in the demo"):
-        steered_languages("deu,ind")
-    with pytest.raises(SteeringError, match="at least two"):
-        steered_languages("deu")

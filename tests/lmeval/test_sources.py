@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from lm_eval_steering.lmeval import sources
-from lm_eval_steering.lmeval.sources import DataError, Hub, RowsSource, find_file, hub_places, load_rows, write_rows
+from lm_eval_steering.lmeval.sources import DataError, Hub, RowsSource, find_file, hub_copies, load_rows, write_rows
 from lm_eval_steering.lmeval.task_families import belebele, mlqa, xcopa, xnli, xquad, xwinograd
 
 ROWS = [{"text": "eins", "n": 1}, {"text": "zwei\u2028drei", "n": 2}]
-SOURCE = RowsSource("things", "zho_Hans", "test", ("text", "n"), hub_places("someone/things200", "cn", "test"))
+SOURCE = RowsSource("things", "zho_Hans", "test", ("text", "n"), hub_copies("someone/things200", "cn", "test"))
 
 
 @pytest.fixture(autouse=True)
@@ -118,11 +118,22 @@ def test_the_error_names_everything_that_was_tried(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"text": "a", "m": 1}\n', r"row 1: no 'n', which things needs; columns found: text, m"),
-        ('{"text": "a", "n": 1}\n{"text": "b", "n": null}\n', r"row 2: no 'n'"),
+        ('{"text": "a", "m": 1}\n', r"line 1: no 'n', which things needs; columns with a value: text, m"),
+        ('{"text": "a", "n": 1}\n\n{"text": "b", "n": null}\n', r"line 3: no 'n'"),
         ('{"text": "a", "n": 1}\n{"te', r"line 2: not JSON"),
         ("[1, 2]\n", r"line 1: expected a JSON object, got list"),
         ("\n", r"no rows for things zho_Hans test"),
+        ('{"text": "a", "n": 1}\n{"text": " \\n", "n": 2}\n', r"line 2: the text of 'text' is empty"),
+        (
+            '{"text": "a", "n": 1}\n{"text": "cut \\ud83d", "n": 2}\n',
+            r"line 2: .* lone surrogate.*U\+D83D at character 5",
+        ),
+        ('{"text": "a", "n": {"deep": ["\\udc00"]}}\n', r"line 1: the text of 'n' holds a lone surrogate"),
+        ('{"text": "a", "n": 1, "m": "\\udc00"}\n', r"line 1: the text of 'm' holds a lone surrogate"),
+        (
+            '{"id": 7, "text": "a", "n": 1}\n\n{"id": "7", "text": "b", "n": 2}\n',
+            r"line 3: the id '7' is that of .*line 1 too",
+        ),
     ],
 )
 def test_a_bad_file_is_named_with_its_fault(text: str, message: str, tmp_path: Path) -> None:
@@ -171,6 +182,14 @@ def test_incomplete_rows_are_left_out_only_where_a_family_says_so(tmp_path: Path
     put(tmp_path, "things/fra_Latn.test.jsonl", [{"text": None, "n": 3}])
     with pytest.raises(DataError, match="no row for"):
         load_rows(source, {"data_dir": tmp_path})
+
+
+def test_an_empty_text_is_kept_where_a_family_can_score_it(tmp_path: Path) -> None:
+    put(tmp_path, "things/fra_Latn.test.jsonl", [{"text": "a", "n": ""}])
+    source = RowsSource("things", "fra_Latn", "test", ("text", "n"))
+    with pytest.raises(DataError, match="the text of 'n' is empty"):
+        load_rows(source, {"data_dir": tmp_path})
+    assert load_rows(replace(source, may_be_empty=("n",)), {"data_dir": tmp_path}) == [{"text": "a", "n": ""}]
 
 
 def test_what_is_loaded_can_be_observed(tmp_path: Path) -> None:

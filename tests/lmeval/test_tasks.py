@@ -1,23 +1,20 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.task_families import demo as tasks
+from lm_eval_steering.lmeval.task_families import generated_files
 from lm_eval_steering.lmeval.task_families.common import language_metrics
 from lm_eval_steering.metrics.likelihood import Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
+from lm_eval_steering.resources import tasks_folder
 
 
 def test_generated_task_files_are_up_to_date() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-    import generate_tasks
-
-    stale = [path.name for path, text in generate_tasks.files().items() if path.read_text() != text]
-    assert stale == [], "run python scripts/generate_tasks.py"
+    files = generated_files()
+    stale = [str(path) for path, text in files.items() if (tasks_folder() / path).read_text(encoding="utf-8") != text]
+    assert len(files) > 1000 and stale == [], "run python scripts/generate_tasks.py"
 
 
 def test_continuation_has_one_right_answer_and_moves_it_around() -> None:

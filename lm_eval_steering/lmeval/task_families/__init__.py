@@ -37,10 +37,9 @@ def _version(template: str) -> str:
 
 def modules() -> dict[str, ModuleType]:
     """Every family's module by its name, which is also its folder under `tasks/`."""
-    found = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
-    return {
-        module.__name__.rsplit(".", maxsplit=1)[-1]: module for module in found if hasattr(module, "generated_files")
-    }
+    names = [info.name for info in pkgutil.iter_modules(__path__)]
+    imported = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: module for name, module in imported.items() if hasattr(module, "generated_files")}
 
 
 def generated_files() -> dict[Path, str]:
@@ -91,7 +90,7 @@ def expect(row: Mapping[str, Any], column: str, allowed: tuple[Any, ...], source
 
 
 def code_of(evaluated: str, codes: Mapping[str, str], family: str) -> str:
-    """The family's own name of a language."""
+    """The family's name of a language."""
     if evaluated not in codes:
         near = nearest(evaluated, codes)
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; its languages: {', '.join(codes)}"

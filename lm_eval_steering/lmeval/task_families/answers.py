@@ -1,7 +1,14 @@
-"""Exact match and F1 of extractive question answering, in the three normalisations that are in use.
+"""Answers read out of generated text, and exact match and F1 of extractive question answering.
+
+Letters and relations are read strictly: one answer that the text commits to, or none. Gurgurov et al. 2025 take any
+first letter for an answer ("Because" is B, "Apple" is A) and the first label ("not entailment but contradiction" is
+entailment; "12" is 1). Here a text that names no option, or two, has no answer and counts as wrong; the share of texts
+with an answer is reported beside the accuracy.
+
+Exact match and F1 come in the three normalisations that are in use:
 
 `squad`     SQuAD 1.1 (Rajpurkar et al. 2016): English articles and ASCII punctuation go; lm-eval's for XQuAD.
-`mlqa`      MLQA's official script (Lewis et al. 2020): all Unicode punctuation and the answer language's own articles
+`mlqa`      MLQA's official script (Lewis et al. 2020): all Unicode punctuation and the answer language's articles
             go, Chinese is split into characters. lm-eval's for MLQA. For languages that the script does not know,
             nothing is known to be an article; Thai, which writes no blanks either, is split likewise, each
             combining mark staying with its letter.
@@ -18,11 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
 
-# --- Strict readers of generated answers: one answer that the text commits to, or none
-#
-# Gurgurov et al. 2025 take any first letter for an answer ("Because" is B, "Apple" is A) and the first label found
-# ("not entailment but contradiction" is entailment; "12" is 1). Here a text that names no option, or two, has no
-# answer and counts as wrong; the share of texts with an answer is reported beside the accuracy.
+# --- Letters and relations -------------------------------------------------------------------------------------------
 
 LETTERS = "ABCD"
 RELATIONS = ("entailment", "neutral", "contradiction")
@@ -47,12 +50,12 @@ def letter(text: str) -> str | None:
     """
     stripped = text.strip()
     opening = _OPENING.match(stripped)
-    found = set()
+    letters = set()
     for match in [*([opening] if opening else []), *_ANSWER.finditer(stripped), *_OPTION.finditer(stripped)]:
-        found.add(match[1].upper())
+        letters.add(match[1].upper())
         if second := _SECOND.match(stripped, match.end(1)):
-            found.add(second[1])
-    return found.pop() if len(found) == 1 else None
+            letters.add(second[1])
+    return letters.pop() if len(letters) == 1 else None
 
 
 _STEMS = {
@@ -78,14 +81,14 @@ def relation(text: str) -> str | None:
     and no/false/incorrect contradiction, as in the paper.
     """
     lower = text.strip().lower()
-    found = {name for name, stem in _STEMS.items() if stem.search(_DENIED.sub(" ", lower))}
+    relations = {name for name, stem in _STEMS.items() if stem.search(_DENIED.sub(" ", lower))}
     numbers = _opening_numbers(lower)
     if any(number not in (1, 2, 3) for number in numbers):
         return None
-    found |= {RELATIONS[number - 1] for number in numbers}
-    if not found and not _DENIED.search(lower):
-        found = {name for name, word in _WORDS if word.match(lower)}
-    return found.pop() if len(found) == 1 else None
+    relations |= {RELATIONS[number - 1] for number in numbers}
+    if not relations and not _DENIED.search(lower):
+        relations = {name for name, word in _WORDS if word.match(lower)}
+    return relations.pop() if len(relations) == 1 else None
 
 
 def _opening_numbers(text: str) -> list[int]:
@@ -102,6 +105,8 @@ def score_answer(answer: str | None, gold: str) -> dict[str, float]:
     """Right or not, and whether there was an answer at all."""
     return {"acc": float(answer == gold), "parsed": float(answer is not None)}
 
+
+# --- Exact match and F1 -----------------------------------------------------------------------------------------------
 
 Normalise = Callable[[str], list[str]]
 

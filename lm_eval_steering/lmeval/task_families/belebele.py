@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering import languages
-from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_places, load_rows
+from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_copies, load_rows
 from lm_eval_steering.lmeval.task_families import code_of, expect, group_file, language_tag, task_file, task_name
 from lm_eval_steering.lmeval.task_families.answers import LETTERS, letter, score_answer
 from lm_eval_steering.lmeval.task_families.common import answer_language, is_other_wording, keeps_to_its_file
@@ -37,7 +37,7 @@ def source(evaluated: str) -> RowsSource:
     """Where the questions of a language are."""
     code = code_of(evaluated, CODES, "Belebele")
     columns = ("flores_passage", "question", *ANSWERS, "correct_answer_num")
-    return RowsSource("belebele", evaluated, "test", columns, hub_places("facebook/belebele", code, "test"))
+    return RowsSource("belebele", evaluated, "test", columns, hub_copies("facebook/belebele", code, "test"))
 
 
 @keeps_to_its_file

@@ -1,7 +1,7 @@
 """CLaS-Bench (Gurgurov et al. 2026): 70 questions in one of 32 languages, answers steered to another.
 
 `clas_language` is the share of answers in the steered language by NLLB's identifier lid218e, whose best guess counts
-however doubtful, as in the benchmark. `clas_relevance` is a judge model's opinion (`harness.judge`; without a judge it
+however doubtful, as in the benchmark. `clas_relevance` is a judge model's opinion (`lmeval.judge`; without a judge it
 and the score are absent), `clas_score` the harmonic mean of both. Every pair of the 32 languages can be run: a task is
 the question's language, the model's target is the other one. The groups `t1` to `t3` are the tracks of the shared task
 CLaS at SemEval-2027: their pairs, one target language a run.
@@ -89,7 +89,7 @@ def documents(evaluated: str, variant: str = "", **settings: Any) -> dict[str, A
     target = tasks.steered_language(settings, f"CLaS-Bench from {evaluated}")
     if chosen.targets and target not in chosen.targets:
         raise UndefinedForLanguageError(
-            f"track {variant} of CLaS-Bench steers to {', '.join(chosen.targets)}; found {target}"
+            f"track {variant} of CLaS-Bench steers to {', '.join(chosen.targets)}; got {target}"
         )
     if target == evaluated and not chosen.same:
         return _blank(variant, target)
@@ -143,8 +143,8 @@ def metrics(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, An
     if document[UNDEFINED]:
         return {}
     text = str(results[0])
-    (found,) = _identifier(document["clas_identifier"]).identify([text])
-    success = float(any(in_language(found.language, target) for target in document[MADE_FOR]))
+    (identified,) = _identifier(document["clas_identifier"]).identify([text])
+    success = float(any(in_language(identified.language, target) for target in document[MADE_FOR]))
     return {
         "clas_language": success,
         **(_judged(document, text, success) if document["judge"] else {}),
@@ -180,5 +180,5 @@ def _files() -> Iterable[tuple[Path, str]]:
         names = {code: task_name("clas_bench", code, *ending) for code in chosen.sources}
         yield group_file("clas_bench", "_".join(["steering_clas_bench", *ending]), list(names.values()), METRICS)
         for code, name in names.items():
-            said = {"variant": variant} if variant else {}
-            yield task_file("clas_bench", "_clas_bench.yaml", name, evaluated=code, **said)
+            metadata = {"variant": variant} if variant else {}
+            yield task_file("clas_bench", "_clas_bench.yaml", name, evaluated=code, **metadata)

@@ -1,30 +1,30 @@
-"""A task's file decides what the task is.
-
-lm-eval gives a `custom_dataset` function one bag of keywords: the file's metadata, overridden by the model arguments
-and by `--metadata`. Without a check, `--metadata '{"evaluated": "tur_Latn"}'` would run Turkish under an Italian name,
-and the model argument `variant=fp16` would choose a wording.
-"""
+"""What the task families share: item names, the papers' languages, metrics of generated text, and task files."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, wraps
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.expected_language import expected_language, options_of
+from lm_eval_steering.lmeval.long_texts import TOO_LONG, WholeTextScore
+from lm_eval_steering.lmeval.sources import as_dataset
+from lm_eval_steering.metrics.likelihood import Score
 from lm_eval_steering.metrics.output_language import output_metrics
 
-# --- Names of items whose data set gives them none
+# --- Names of items in data sets without ids
 
 _DIGITS = 16
 
 
 def text_id(text: str) -> str:
-    """Sixteen digits of SHA-256: the same item in each part and wording of a data set, whatever its place there."""
+    """Sixteen digits of SHA-256: the same for an item in each part and wording of a data set, in whatever order."""
     return hashlib.sha256(text.strip().encode()).hexdigest()[:_DIGITS]
 
 
@@ -71,16 +71,14 @@ ALL = tuple(sorted({*GURGUROV, *CLAS_BENCH, *RAHMANISA}))
 def language_metrics(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """Every output-language metric that is defined for an answer (`docs/output-language.md`).
 
-    The document says what language it expects, and what the metrics of a wanted language are about
-    (`harness.expected`). A template that calls this lists all of `output_language.METRICS`.
+    The document names the language that it expects, and which language the metrics of one are about
+    (`lmeval.expected_language`). A template that calls this lists all of `output_language.METRICS`.
     """
     return dict(output_metrics(results[0], expected=expected_language(document, None), **options_of(document, {})))
 
 
-# --- The language of a short generated answer: those of the output-language metrics that a few words can have
-#
-# Line and word pass rates need lines of five tokens and say nothing about a span; `lm-eval-steering rescore` computes
-# any of them from the samples.
+# Of a short answer, the metrics that a few words can have: line and word pass rates need lines of five tokens and say
+# nothing about a span. `lm-eval-steering rescore` computes any of them from the samples.
 
 LISTED = ("lfs", "lfs_clean", "lang_expected", "lang_confidence", "lang_unknown", "degenerate", "output_language")
 
@@ -90,6 +88,92 @@ def answer_language(text: str, expected: str | None = None) -> dict[str, Any]:
     return {name: value for name, value in output_metrics(text, expected=expected).items() if name in LISTED}
 
 
+# --- Perplexity: log P(text | BOS), each token once, BOS never
+#
+# A log-likelihood with an empty context, not lm-eval's rolling request: with a tokenizer that adds BOS that one scores
+# BOS given BOS too, and counts it as a token.
+
+CONTEXT = 2048  # tokens, where a model's context is not known; lm-eval's assumption too
+
+
+def text_documents(texts: Iterable[tuple[Any, str]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """(id, text) of whole texts, and `requested`, what is asked for; `too_long` where that is the beginning alone.
+
+    `steered-hf` scores too long texts in windows (`lmeval.long_texts`); elsewhere they are left out and counted.
+    """
+    limit = _context_length(settings)
+
+    def too_long(text: str) -> bool:
+        # No tokenizer makes more tokens than bytes, so most texts need none.
+        return len(text.encode()) > limit and _tokens(text, settings) > limit
+
+    def document(id_: Any, text: str) -> dict[str, Any]:
+        long = too_long(text)
+        beginning = text.encode()[:limit].decode(errors="ignore")
+        return {"id": id_, "text": text, "requested": beginning if long else text, TOO_LONG: long}
+
+    return as_dataset(document(id_, text) for id_, text in texts)
+
+
+def _context_length(settings: Mapping[str, Any]) -> int:
+    """Of the model in the model arguments, as lm-eval's `hf` finds it."""
+    if settings.get("max_length"):
+        return int(settings["max_length"])
+    config = _from_pretrained("AutoConfig", settings)
+    lengths = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+    return next((length for length in lengths if isinstance(length, int)), CONTEXT)
+
+
+def _tokens(text: str, settings: Mapping[str, Any]) -> int:
+    """Number of tokens of a text; of its bytes where there is no tokenizer to ask."""
+    tokenizer = _from_pretrained("AutoTokenizer", settings)
+    return len(tokenizer.encode(text, add_special_tokens=False)) if tokenizer else len(text.encode())
+
+
+def _from_pretrained(kind: str, settings: Mapping[str, Any]) -> Any:
+    """What transformers has under the name in the model arguments; None where there is none, or nothing under it."""
+    name = (settings.get("tokenizer") if kind == "AutoTokenizer" else None) or settings.get("pretrained")
+    if not isinstance(name, str):
+        return None
+    return _loaded(kind, name, str(settings.get("revision") or "main"), bool(settings.get("trust_remote_code")))
+
+
+@cache
+def _loaded(kind: str, name: str, revision: str, trust_remote_code: bool) -> Any:
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):  # the model's own loader will say why
+        return None
+
+
+def perplexity_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+    """Log-likelihood per byte, per character and, with `steered-hf`, per token.
+
+    Tokens differ between languages and tokenizers; bits per byte and per character compare across tokenizers, and
+    neither of them across scripts: a Thai character is three bytes. Compare a language with itself, steered and not.
+    """
+    (score,) = results
+    text, total = document["text"], float(score[0])
+    if document[TOO_LONG] and not isinstance(score, WholeTextScore):
+        return {"left_out": 1.0}
+    metrics: dict[str, Any] = {
+        "bits_per_byte": (total, len(text.encode())),
+        "byte_perplexity": (total, len(text.encode())),
+        "bits_per_character": (total, len(text)),
+    }
+    if isinstance(score, Score):
+        return metrics | dict.fromkeys(("token_perplexity", "nats_per_token"), (total, score.tokens))
+    return metrics | {"left_out": 0.0}
+
+
+# --- A task's file decides what the task is
+#
+# lm-eval gives a `custom_dataset` function the file's metadata, overridden by the model arguments and by `--metadata`.
+# Without a check, `--metadata '{"evaluated": "tur_Latn"}'` would run Turkish under an Italian name, and the model
+# argument `variant=fp16` would choose a wording.
+
 Documents = Callable[..., dict[str, Any]]
 
 
@@ -97,7 +181,7 @@ def keeps_to_its_file(documents: Documents) -> Documents:
     """A dataset function whose named parameters come from the task's file alone; all else is a setting.
 
     Raises:
-        SteeringError: if a model argument or `--metadata` says something else than the file does.
+        SteeringError: if a model argument or `--metadata` differs from the file.
     """
     parameters = signature(documents).parameters.values()
     names = [each.name for each in parameters if each.kind is not Parameter.VAR_KEYWORD]
@@ -106,14 +190,14 @@ def keeps_to_its_file(documents: Documents) -> Documents:
     def checked(*args: Any, **settings: Any) -> dict[str, Any]:
         path = Path(str(settings.get("config_source", "")))
         if path.is_file():  # else it is called from Python
-            own = _own(path)
+            written = _written_in(path)
             for name in [name for name in names if name in settings]:
-                if name not in own:
+                if name not in written:
                     del settings[name]
-                elif settings[name] != own[name]:
+                elif settings[name] != written[name]:
                     raise SteeringError(
-                        f"{path.stem}: {name} is {own[name]!r} in the task's file and {settings[name]!r} in --metadata "
-                        "or the model arguments; leave it out there, or take another task"
+                        f"{path.stem}: {name} is {written[name]!r} in the task's file and {settings[name]!r} in "
+                        "--metadata or the model arguments; leave it out there, or take another task"
                     )
         return documents(*args, **settings)
 
@@ -131,8 +215,32 @@ def is_other_wording(variant: str, other: str) -> bool:
     return variant == other
 
 
-def _own(path: Path) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = load_yaml(path, resolve_func=False)
+def _written_in(path: Path) -> dict[str, Any]:
+    """What a task's file gives its dataset function."""
+    config = read_task_file(path)
     return {**(config.get("metadata") or {}), **(config.get("dataset_kwargs") or {})}
+
+
+# --- Task files, read without lm-eval, whose import takes seconds
+
+
+class _TaskFileLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads `!function a.b` as the text `a.b`: nothing of a task is imported."""
+
+
+_TaskFileLoader.add_multi_constructor("!function", lambda loader, suffix, node: str(node.value))
+
+
+def read_task_file(path: Path) -> dict[str, Any]:
+    """A task file with what it includes: later files win over earlier ones, the file itself over all, as in lm-eval."""
+    config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskFileLoader)
+    includes = config.pop("include", [])
+    included: dict[str, Any] = {}
+    for name in includes if isinstance(includes, list) else [includes]:
+        included |= _template(path.parent / name)
+    return included | config
+
+
+@cache
+def _template(path: Path) -> dict[str, Any]:
+    return read_task_file(path)

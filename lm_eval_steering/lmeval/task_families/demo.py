@@ -1,6 +1,6 @@
 """The Python parts of our tasks: where documents come from, and how answers become metrics.
 
-lm-eval calls the dataset functions with the model arguments and the task's own settings, so a task knows which
+lm-eval calls the dataset functions with the model arguments and the task's settings, so a task knows which
 language is steered.
 """
 
@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError, UndefinedForLanguageError
 from lm_eval_steering.files import read_json_lines
 from lm_eval_steering.lmeval.sources import as_dataset
+from lm_eval_steering.lmeval.task_families import common, group_file
+from lm_eval_steering.lmeval.task_families.common import text_documents
 from lm_eval_steering.lmeval.task_families.parallel import joint
 from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score, preference_shift
 from lm_eval_steering.resources import demo_sentences
 
+NEEDS = "nothing: its data travel with the package"
 CHOOSE = range(20)  # items to choose a factor on
 REPORT = range(20, 60)  # items to report on
 
@@ -50,12 +54,12 @@ def steered_language(settings: Mapping[str, Any], task: str) -> str:
     Raises:
         UndefinedForLanguageError: if there is none, or more than one.
     """
-    found = settings.get("target_language") or settings.get("language")
-    if not found or "+" in str(found):
+    named = settings.get("target_language") or settings.get("language")
+    if not named or "+" in str(named):
         raise UndefinedForLanguageError(
-            f"{task} needs one steered language: pass language= (or target_language=) in --model_args, found {found!r}"
+            f"{task} needs one steered language: pass language= (or target_language=) in --model_args; got {named!r}"
         )
-    return languages.normalise(str(found))
+    return languages.normalise(str(named))
 
 
 # --- choosing the right continuation: an ability, scored by any model -----------------------------------------------
@@ -65,9 +69,9 @@ def continuation_documents(evaluated: str, items: str = "all", **_: Any) -> dict
     """First clause, and four second clauses of which one belongs to it."""
     ids, everything = _ids(items), _sentences()
 
-    def document(place: int, number: int) -> dict[str, Any]:
-        # Three others at fixed distances, and the right one at a place that depends on the item alone.
-        wrong = [everything[ids[(place + step) % len(ids)]][evaluated][1] for step in (7, 11, 17)]
+    def document(position: int, number: int) -> dict[str, Any]:
+        # Three others at fixed distances, and the right one at a position that depends on the item alone.
+        wrong = [everything[ids[(position + step) % len(ids)]][evaluated][1] for step in (7, 11, 17)]
         right = everything[number][evaluated][1]
         label = number % 4
         choices = [*wrong[:label], right, *wrong[label:]]
@@ -79,26 +83,21 @@ def continuation_documents(evaluated: str, items: str = "all", **_: Any) -> dict
             "label": label,
         }
 
-    return as_dataset(document(place, number) for place, number in enumerate(ids))
+    return as_dataset(document(position, number) for position, number in enumerate(ids))
 
 
 # --- perplexity -----------------------------------------------------------------------------------------------------
 
 
-def perplexity_documents(evaluated: str, items: str = "all", **_: Any) -> dict[str, Any]:
+def perplexity_documents(evaluated: str, items: str = "all", **settings: Any) -> dict[str, Any]:
     """Whole sentences of one language."""
-    return as_dataset({"id": number, "text": sentence(number, evaluated)} for number in _ids(items))
+    return text_documents(((number, sentence(number, evaluated)) for number in _ids(items)), settings)
 
 
 def perplexity_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """Log-likelihood a byte always, and a token where the model says how many there were."""
-    (score,) = results
-    bytes_ = len(document["text"].encode())
-    metrics: dict[str, Any] = {"bits_per_byte": (score[0], bytes_)}
-    if isinstance(score, Score):
-        item = (score[0], score.tokens)
-        metrics |= {"token_perplexity": item, "nats_per_token": item}
-    return metrics
+    """Those of `common.perplexity_metrics` that the demo's template lists."""
+    listed = ("bits_per_byte", "token_perplexity", "nats_per_token", "left_out")
+    return {name: value for name, value in common.perplexity_metrics(document, results).items() if name in listed}
 
 
 # --- Language Steering Shift ----------------------------------------------------------------------------------------
@@ -115,12 +114,12 @@ def lss_documents(base: str, items: str = "report", **settings: Any) -> dict[str
         raise SteeringError(f"the demo's sentences are not in {target}; known: {', '.join(demo_languages())}")
     documents = []
     for number in _ids(items):
-        own, other = _sentences()[number][base], _sentences()[number][target]
+        in_base, in_target = _sentences()[number][base], _sentences()[number][target]
         documents.append(
             {
                 "id": number,
-                "prompt": own[0],
-                "choices": [joint(base, base) + own[1], joint(base, target) + other[1]],
+                "prompt": in_base[0],
+                "choices": [joint(base, base) + in_base[1], joint(base, target) + in_target[1]],
                 "base": base,
                 MADE_FOR: [target],
                 UNSTEERED_TWIN: True,
@@ -172,3 +171,25 @@ def forcing_documents(items: str = "report", **settings: Any) -> dict[str, Any]:
 def open_documents(samples: int = 40, **_: Any) -> dict[str, Any]:
     """Empty prompts, for text from an open start; sampled, so each is another text."""
     return as_dataset({"id": number, "prompt": ""} for number in range(samples))
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+# Task -> the argument of its dataset function that names the language, and the metrics that a group averages.
+_BY_LANGUAGE: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "continuation": ("evaluated", ("acc",)),
+    "perplexity": ("evaluated", ("bits_per_byte", "nats_per_token")),
+    "lss": ("base", ("lss", "lss_shift")),
+}
+
+
+def generated_files() -> dict[Path, str]:
+    """One file a language, and a group, of each task that is in one language."""
+    files: dict[Path, str] = {}
+    for task, (argument, metrics) in _BY_LANGUAGE.items():
+        names = {code: f"steering_demo_{task}_{code}" for code in demo_languages()}
+        files |= dict([group_file("demo", f"steering_demo_{task}", list(names.values()), metrics)])
+        for code, name in names.items():
+            text = f"include: _{task}.yaml\ntask: {name}\ndataset_kwargs: {{{argument}: {code}}}\n"
+            files[Path("demo") / f"{task}_{code}.yaml"] = text
+    return files

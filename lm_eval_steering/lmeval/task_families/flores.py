@@ -15,9 +15,8 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.expected_language import EXPECTED_LANGUAGE
 from lm_eval_steering.lmeval.sources import as_dataset, load_rows
 from lm_eval_steering.lmeval.task_families import group_file, language_tag, task_file, task_name
-from lm_eval_steering.lmeval.task_families.common import ALL, keeps_to_its_file, language_metrics
+from lm_eval_steering.lmeval.task_families.common import ALL, keeps_to_its_file, language_metrics, text_documents
 from lm_eval_steering.lmeval.task_families.parallel import flores, read_pairs
-from lm_eval_steering.metrics.likelihood import RollingScore
 from lm_eval_steering.metrics.translation import NO_BLEU, bleu_tokenizer, require_tokenizer
 
 NEEDS = "Muennighoff/flores200 (hub) or local files; BLEU into ja, ko, th, bo: sacreBLEU's tokenizer for it"
@@ -110,27 +109,7 @@ def translation_metrics(document: Mapping[str, Any], results: Sequence[str]) -> 
 def perplexity_documents(evaluated: str, **settings: Any) -> dict[str, Any]:
     """Whole sentences of one language."""
     rows = load_rows(flores(evaluated), settings)
-    return as_dataset({"id": str(row["id"]), "text": row["sentence"]} for row in rows)
-
-
-def perplexity_metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """Log-likelihood a byte, a character, and, with `steered-hf`, a token.
-
-    Tokens differ between languages and tokenizers; bits a byte and a character compare across tokenizers, and neither
-    of them across scripts: a Thai character is three bytes. Compare a language with itself, steered and not.
-    """
-    (score,) = results
-    text = document["text"]
-    in_bytes, in_characters = (float(score), len(text.encode())), (float(score), len(text))
-    found: dict[str, Any] = {
-        "bits_per_byte": in_bytes,
-        "byte_perplexity": in_bytes,
-        "bits_per_character": in_characters,
-    }
-    if isinstance(score, RollingScore):
-        by_token = (float(score), score.tokens)
-        found |= {"token_perplexity": by_token, "nats_per_token": by_token}
-    return found
+    return text_documents(((str(row["id"]), row["sentence"]) for row in rows), settings)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -153,7 +132,7 @@ def _files() -> Iterable[tuple[Path, str]]:
     names = [task_name("flores", code, "perplexity") for code in ALL]
     yield group_file("flores", "steering_flores_perplexity", names, PERPLEXITY)
     for code, name in zip(ALL, names, strict=True):
-        yield task_file("flores", "_perplexity.yaml", name, language_tag(code), evaluated=code)
+        yield task_file("flores", "_perplexity.yaml", name, language_tag(code), version="2.0", evaluated=code)
 
 
 def _translation_files(variant: str, ending: tuple[str, ...]) -> Iterable[tuple[Path, str]]:
@@ -161,6 +140,6 @@ def _translation_files(variant: str, ending: tuple[str, ...]) -> Iterable[tuple[
     for pair, name in names.items():
         yield task_file("flores", f"_{variant}.yaml", name, evaluated="-".join(pair), variant=variant)
     yield task_file("flores", f"_{variant}.yaml", task_name("flores", "pair", *ending), variant=variant)
-    for place, way in enumerate(("from_english", "to_english")):
-        members = [name for pair, name in names.items() if pair[place] == PIVOT]
-        yield group_file("flores", "_".join(["steering_flores", way, *ending]), members, GROUP)
+    for side, direction in enumerate(("from_english", "to_english")):
+        members = [name for pair, name in names.items() if pair[side] == PIVOT]
+        yield group_file("flores", "_".join(["steering_flores", direction, *ending]), members, GROUP)

@@ -15,12 +15,12 @@ from lm_eval_steering.lmeval.expected_language import ABOUT_LANGUAGE, EXPECTED_L
 from lm_eval_steering.lmeval.sources import as_dataset
 from lm_eval_steering.lmeval.task_families import group_file, language_tag, task_file, task_name
 from lm_eval_steering.lmeval.task_families.common import CLAS_BENCH, MVICUNA, keeps_to_its_file
-from lm_eval_steering.lmeval.task_families.questions import QUESTIONS, own_languages
+from lm_eval_steering.lmeval.task_families.questions import QUESTIONS, everyday_languages
 from lm_eval_steering.metrics.output_language import TARGET
 
 NEEDS = "nothing (our own questions); variants: DGurgurov/CLaS-Bench (hub) or local files, mVicuna in local files"
 # Variant -> whose questions. `plain` asks without `Q:` and `A:`, for chat models with --apply_chat_template.
-VARIANTS = {"": "own", "plain": "own", "mvicuna": "mvicuna", "clas_bench": "clas_bench"}
+VARIANTS = {"": "everyday", "plain": "everyday", "mvicuna": "mvicuna", "clas_bench": "clas_bench"}
 METRICS = ("lfs", "lfs_clean", "lang_expected", "lang_unknown", "degenerate")
 
 
@@ -49,7 +49,7 @@ def generated_files() -> dict[Path, str]:
 
 
 def _files() -> Iterable[tuple[Path, str]]:
-    covered = {"own": own_languages(), "mvicuna": MVICUNA, "clas_bench": CLAS_BENCH}
+    covered = {"everyday": everyday_languages(), "mvicuna": MVICUNA, "clas_bench": CLAS_BENCH}
     for variant, whose in VARIANTS.items():
         ending = (variant,) if variant else ()
         template = "_plain.yaml" if variant == "plain" else "_forcing.yaml"
@@ -57,5 +57,5 @@ def _files() -> Iterable[tuple[Path, str]]:
         yield group_file("forcing", "_".join(["steering_forcing", *ending]), list(names.values()), METRICS)
         for code, name in names.items():
             tag = None if variant else language_tag(code)
-            said = {"variant": variant} if variant else {}
-            yield task_file("forcing", template, name, tag, evaluated=code, **said)
+            metadata = {"variant": variant} if variant else {}
+            yield task_file("forcing", template, name, tag, evaluated=code, **metadata)

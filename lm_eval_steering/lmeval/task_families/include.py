@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_steering.lmeval.sources import DataError, Hub, RowsSource, as_dataset, hub_places, load_rows
+from lm_eval_steering.lmeval.sources import DataError, Hub, RowsSource, as_dataset, hub_copies, load_rows
 from lm_eval_steering.lmeval.task_families import code_of, expect, group_file, language_tag, task_file, task_name
 from lm_eval_steering.lmeval.task_families.common import is_other_wording, keeps_to_its_file, text_id
 
@@ -60,12 +60,15 @@ DOMAINS = {
 ODD_SPELLING = {("heb_Hebr", "Driving License"): "Driving license"}  # in lm-eval's line about the domain
 
 
+OPTIONS = ("option_a", "option_b", "option_c", "option_d")
+
+
 def source(evaluated: str, size: str) -> RowsSource:
     """Where the questions of a language are; the hub's organisation was renamed, both names are tried."""
     name, repository = code_of(evaluated, CODES, "INCLUDE"), f"include-{size.replace('_', '-')}"
-    columns = ("question", "option_a", "option_b", "option_c", "option_d", "answer", "domain")
-    places = (*hub_places(f"CohereLabs/{repository}", name, "test"), Hub(f"CohereForAI/{repository}", name))
-    return RowsSource(f"include_{size}", evaluated, "test", columns, places)
+    columns = ("question", *OPTIONS, "answer", "domain")
+    copies = (*hub_copies(f"CohereLabs/{repository}", name, "test"), Hub(f"CohereForAI/{repository}", name))
+    return RowsSource(f"include_{size}", evaluated, "test", columns, copies, may_be_empty=OPTIONS)
 
 
 @keeps_to_its_file
@@ -75,8 +78,8 @@ def documents(evaluated: str, size: str, domain: str = "", variant: str = "", **
     rows = load_rows(origin, settings)
     chosen = [row for row in rows if not domain or domain_key(row["domain"]) == domain]
     if not chosen:
-        found = sorted({domain_key(row["domain"]) for row in rows})
-        raise DataError(f"{origin}: no question of the domain {domain}; found: {', '.join(found)}")
+        domains = sorted({domain_key(row["domain"]) for row in rows})
+        raise DataError(f"{origin}: no question of the domain {domain}; the rows have {', '.join(domains)}")
     write = as_rahmanisa if is_other_wording(variant, "rahmanisa") else as_lm_eval
     return as_dataset(
         {

@@ -70,12 +70,12 @@ def parallel_documents(evaluated: str, **settings: Any) -> dict[str, Any]:
     share = _share(settings.get("share", SHARE))
     documents, short = [], []
     for pair in read_pairs(base, target, settings):
-        own, other = cut(pair.first, share, base), cut(pair.second, share, target)
-        if own is None or other is None:
+        in_base, in_target = cut(pair.first, share, base), cut(pair.second, share, target)
+        if in_base is None or in_target is None:
             short.append(pair.id)
             continue
-        choices = [joint(base, base) + own[1], joint(base, target) + other[1]]
-        documents.append(_item(pair.id, base, target, own[0], choices))
+        choices = [joint(base, base) + in_base[1], joint(base, target) + in_target[1]]
+        documents.append(_item(pair.id, base, target, in_base[0], choices))
     if short:
         log.warning("LSS from %s to %s: %d sentences of one word left out", base, target, len(short))
     if not documents:
@@ -112,16 +112,16 @@ def mlama_documents(evaluated: str, variant: str = "mlama", **settings: Any) -> 
     if target == base:
         return _blank(base)
     source = mlama(base, target)
-    own, other = _short(base), _short(target)
+    columns = _short(base), _short(target)
     documents, left_out, cut_short = [], Counter[str](), 0
     for number, row in enumerate(load_rows(source, settings)):
-        prompt = prompt_of(row["template"], row[f"sub_{own}"], paper)
+        prompt = prompt_of(row["template"], row[f"sub_{columns[0]}"], paper)
         if prompt is None:
             left_out[f"{row.get('predicate_id', '?')} {row['template']!r}"] += 1
             continue
         cut_short += not paper and _has_words_after(row["template"])
         blanks = (" ", " ") if paper else (joint(base, base), joint(base, target))
-        choices = [blank + row[f"obj_{code}"] for blank, code in zip(blanks, (own, other), strict=True)]
+        choices = [blank + row[f"obj_{code}"] for blank, code in zip(blanks, columns, strict=True)]
         documents.append(_item(str(number), base, target, prompt, choices))
     _report(left_out, cut_short, len(documents), base)
     return as_dataset(documents)
@@ -129,9 +129,9 @@ def mlama_documents(evaluated: str, variant: str = "mlama", **settings: Any) -> 
 
 def mlama(base: str, target: str) -> RowsSource:
     """MLAMA-dod-185 in one base language; every row has the subjects and objects of all its languages."""
-    own = _short(base)
-    columns = ("template", f"sub_{own}", f"obj_{own}", f"obj_{_short(target)}")
-    return RowsSource("mlama", base, "test", columns, (Hub("inayarhmns/MLAMA-dod-185", own),))
+    code = _short(base)
+    columns = ("template", f"sub_{code}", f"obj_{code}", f"obj_{_short(target)}")
+    return RowsSource("mlama", base, "test", columns, (Hub("inayarhmns/MLAMA-dod-185", code),))
 
 
 def _short(code: str) -> str:
@@ -176,8 +176,8 @@ def metrics(document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, fl
     """
     if document[UNDEFINED]:
         return {}
-    found = tasks.lss_metrics(document, results)
-    return found | {"lss_shift_low": found["lss_shift"], "lss_shift_high": found["lss_shift"]}
+    scores = tasks.lss_metrics(document, results)
+    return scores | {"lss_shift_low": scores["lss_shift"], "lss_shift_high": scores["lss_shift"]}
 
 
 def generated_files() -> dict[Path, str]:

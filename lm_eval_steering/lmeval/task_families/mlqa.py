@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.lmeval.expected_language import EXPECTED_LANGUAGE
-from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_places, load_rows
+from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_copies, load_rows
 from lm_eval_steering.lmeval.task_families import code_of, group_file, language_tag, task_file, task_name
 from lm_eval_steering.lmeval.task_families import xquad as squad_like
 from lm_eval_steering.lmeval.task_families.answers import exact_match, f1
@@ -32,8 +32,8 @@ def source(evaluated: str) -> RowsSource:
     """Where the questions of a pair `context-question` are; one code stands for both."""
     context, _, question = evaluated.partition("-")
     codes = [code_of(code, CODES, "MLQA") for code in (context, question or context)]
-    places = hub_places("facebook/mlqa", ".".join(["mlqa", *codes]), "test")
-    return RowsSource("mlqa", f"{context}-{question or context}", "test", squad_like.COLUMNS, places)
+    copies = hub_copies("facebook/mlqa", ".".join(["mlqa", *codes]), "test")
+    return RowsSource("mlqa", f"{context}-{question or context}", "test", squad_like.COLUMNS, copies)
 
 
 @keeps_to_its_file

@@ -1,4 +1,4 @@
-"""Open generation (Tang et al. 2024): mVicuna's questions with the request to answer in their own language.
+"""Open generation (Tang et al. 2024): mVicuna's questions with the request to answer in the language of the question.
 
 The paper deactivates a language's neurons and reads what the model still writes in it. Which language that is, and how
 much of it repeats itself, is counted here; the paper let GPT-4 judge it.

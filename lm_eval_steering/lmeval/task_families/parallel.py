@@ -1,4 +1,4 @@
-"""Sentences of two languages that mean the same: FLORES by default, or any columns or files of the user's own."""
+"""Sentences of two languages that mean the same: FLORES by default, or any columns or files of the user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.lmeval.sources import CONVERTED, Hub, RowsSource, load_rows, read_file
+from lm_eval_steering.lmeval.sources import (
+    CONVERTED,
+    Hub,
+    LocatedRow,
+    RowsSource,
+    load_rows,
+    read_located,
+    refuse_invalid_text,
+)
 
 # Scripts that are written without blanks between words.
 UNSPACED = ("Hans", "Hant", "Jpan", "Thai", "Laoo", "Khmr", "Mymr", "Tibt")
@@ -47,24 +55,31 @@ def flores(code: str, split: str = "devtest") -> RowsSource:
 def read_pairs(first: str, second: str, settings: Mapping[str, Any]) -> list[Pair]:
     """Parallel sentences of two languages.
 
-    `parallel` in the settings names the user's own: a path with `{lang}`, one file a language with the same number of
-    lines; or one file with a column a language (.tsv, .csv, .jsonl, .parquet). A language may be spelled `fra_Latn`,
+    `parallel` in the settings names files of the user: a path with `{lang}`, one file a language with the same number
+    of lines; or one file with a column a language (.tsv, .csv, .jsonl, .parquet). A language may be spelled `fra_Latn`,
     `fra` or `fr`. Without it, FLORES-200.
 
     Raises:
-        SteeringError: for what is missing, empty or not parallel.
+        SteeringError: naming file and line, for what is missing, empty or not parallel; and where most sentences are
+            the same text on both sides.
     """
-    own = settings.get("parallel")
-    if own is None:
+    given = settings.get("parallel")
+    if given is None:
         return _by_id(first, second, settings)
-    texts = [_own_texts(str(own), code) for code in (first, second)]
-    if len(texts[0]) != len(texts[1]):
+    sides = [_texts_of(str(given), code) for code in (first, second)]
+    if len(sides[0]) != len(sides[1]):
         raise SteeringError(
-            f"parallel={own}: {len(texts[0])} lines in {first} and {len(texts[1])} in {second}; line by line, one "
+            f"parallel={given}: {len(sides[0])} lines in {first} and {len(sides[1])} in {second}; line by line, one "
             "must be the translation of the other"
         )
-    pairs = enumerate(zip(*texts, strict=True), start=1)
-    return [Pair(str(number), *both) for number, both in pairs if all(text.strip() for text in both)]
+    pairs = []
+    for number, (one, other) in enumerate(zip(*sides, strict=True), start=1):
+        empty = [side for side in (one, other) if not side.text.strip()]
+        if len(empty) == 1:
+            raise SteeringError(f"{empty[0].where}: empty, while its counterpart in the other language is not")
+        if not empty:
+            pairs.append(Pair(str(number), one.text, other.text))
+    return _in_two_languages(pairs, f"parallel={given}", first, second)
 
 
 def _by_id(first: str, second: str, settings: Mapping[str, Any]) -> list[Pair]:
@@ -76,15 +91,35 @@ def _by_id(first: str, second: str, settings: Mapping[str, Any]) -> list[Pair]:
             f"FLORES in {first} and {second}: {len(one)} and {len(other)} sentences, {len(one.keys() & other.keys())} "
             "ids in both; take both from the same copy"
         )
-    return [Pair(id_, one[id_], other[id_]) for id_ in one]
+    return _in_two_languages([Pair(id_, one[id_], other[id_]) for id_ in one], "FLORES", first, second)
 
 
-def _own_texts(parallel: str, code: str) -> list[str]:
+def _in_two_languages(pairs: list[Pair], origin: str, first: str, second: str) -> list[Pair]:
+    """The pairs, unless most sentences are the same on both sides: then both files are in one language."""
+    same = sum(pair.first == pair.second for pair in pairs)
+    if 2 * same > len(pairs):
+        raise SteeringError(
+            f"{origin}: {same} of {len(pairs)} sentences are the same text in {first} and in {second}; two languages "
+            "are expected, so one of the files or columns is in the wrong language"
+        )
+    return pairs
+
+
+@dataclass(frozen=True)
+class _LocatedText:
+    """A sentence, and where it stands."""
+
+    where: str
+    text: str
+
+
+def _texts_of(parallel: str, code: str) -> list[_LocatedText]:
     if _LANG in parallel:
         path = _spelled(parallel, code)
         if path.suffix in (".jsonl", ".parquet"):
-            return [_only_text(row, path) for row in read_file(path)]
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            return [_LocatedText(row.where, _only_text(row)) for row in read_located(path)]
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return [_LocatedText(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)]
     path = Path(parallel).expanduser()
     if not path.is_file():
         raise SteeringError(f"parallel={parallel}: no such file")
@@ -93,32 +128,35 @@ def _own_texts(parallel: str, code: str) -> list[str]:
 
 def _spelled(pattern: str, code: str) -> Path:
     paths = [Path(pattern.replace(_LANG, name)).expanduser() for name in languages.spellings(code)]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
+    existing = next((path for path in paths if path.is_file()), None)
+    if existing is None:
         raise SteeringError(f"parallel={pattern}: no file for {code}; tried {', '.join(map(str, paths))}")
-    return found
+    return existing
 
 
-def _only_text(row: Mapping[str, Any], path: Path) -> str:
+def _only_text(located: LocatedRow) -> str:
+    refuse_invalid_text(located.row, located.where)
     for column in ("sentence", "text"):
-        if isinstance(row.get(column), str):
-            return str(row[column])
-    raise SteeringError(f"{path}: expected a column 'sentence' or 'text', found {', '.join(row)}")
+        if isinstance(located.row.get(column), str):
+            return str(located.row[column])
+    raise SteeringError(f"{located.where}: expected a column 'sentence' or 'text', got {', '.join(located.row)}")
 
 
-def _column(path: Path, code: str) -> list[str]:
+def _column(path: Path, code: str) -> list[_LocatedText]:
     rows = _table(path)
     spelled = languages.spellings(code)
-    name = next((name for name in spelled if rows and name in rows[0]), None)
+    name = next((name for name in spelled if rows and name in rows[0].row), None)
     if name is None:
-        found = ", ".join(map(str, rows[0])) if rows else "no rows"
-        raise SteeringError(f"{path}: no column for {code} (one of {', '.join(spelled)}); found {found}")
-    return [str(row.get(name) or "") for row in rows]
+        columns = ", ".join(map(str, rows[0].row)) if rows else "no rows"
+        raise SteeringError(f"{path}: no column for {code} (one of {', '.join(spelled)}); the file has {columns}")
+    for located in rows:
+        refuse_invalid_text({name: located.row.get(name)}, located.where)
+    return [_LocatedText(located.where, str(located.row.get(name) or "")) for located in rows]
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
+def _table(path: Path) -> list[LocatedRow]:
     if path.suffix in (".jsonl", ".parquet"):
-        return read_file(path)
+        return read_located(path)
     if path.suffix not in (".tsv", ".csv"):
         raise SteeringError(f"{path}: expected .tsv, .csv, .jsonl or .parquet, or {_LANG} in the name")
     plain = path.suffix == ".tsv"
@@ -126,7 +164,7 @@ def _table(path: Path) -> list[dict[str, Any]]:
         reader = csv.DictReader(
             lines, delimiter="\t" if plain else ",", quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
         )
-        return [dict(row) for row in reader]
+        return [LocatedRow(f"{path}, line {reader.line_num}", dict(row)) for row in reader]
 
 
 # --- cutting a sentence in two ----------------------------------------------------------------------------------------
@@ -150,9 +188,9 @@ def cut(text: str, share: float, code: str) -> tuple[str, str] | None:
     parts = _characters(text.strip()) if unspaced(code) else text.split()
     if len(parts) < 2:
         return None
-    place = min(max(round(share * len(parts)), 1), len(parts) - 1)
+    end = min(max(round(share * len(parts)), 1), len(parts) - 1)
     blank = "" if unspaced(code) else " "
-    first, second = blank.join(parts[:place]), blank.join(parts[place:])
+    first, second = blank.join(parts[:end]), blank.join(parts[end:])
     return (first.strip(), second.strip()) if first.strip() and second.strip() else None
 
 

@@ -16,21 +16,21 @@ FILE = Path(__file__).parent / "data" / "questions.jsonl"
 
 
 @cache
-def _own() -> tuple[Mapping[str, str], ...]:
+def _everyday() -> tuple[Mapping[str, str], ...]:
     return tuple(read_json_lines(FILE))
 
 
 @cache
-def own_languages() -> tuple[str, ...]:
+def everyday_languages() -> tuple[str, ...]:
     """Languages that our own questions are in."""
-    return tuple(code for code in _own()[0] if code != "id")
+    return tuple(code for code in _everyday()[0] if code != "id")
 
 
-def own(code: str, _settings: Mapping[str, Any]) -> list[str]:
+def everyday(code: str, _settings: Mapping[str, Any]) -> list[str]:
     """Short everyday questions of our own writing, parallel over languages (`data/questions.LICENSE.txt`)."""
-    if code not in own_languages():
-        raise SteeringError(f"our own questions are not in {code}; they are in {', '.join(own_languages())}")
-    return [row[code] for row in _own()]
+    if code not in everyday_languages():
+        raise SteeringError(f"our own questions are not in {code}; they are in {', '.join(everyday_languages())}")
+    return [row[code] for row in _everyday()]
 
 
 def mvicuna_source(code: str) -> RowsSource:
@@ -63,15 +63,15 @@ def clas_bench(code: str, settings: Mapping[str, Any]) -> list[str]:
     source = clas_bench_source(code)
     spelled = languages.spellings(code)
     rows = load_rows(source, settings)
-    found = [str(row["question"]).strip() for row in rows if row["language_code"] in spelled]
-    if not found:
+    questions = [str(row["question"]).strip() for row in rows if row["language_code"] in spelled]
+    if not questions:
         there = sorted({str(row["language_code"]) for row in rows})
         raise DataError(f"{source}: no question in {code}; language_code holds {', '.join(there)}")
-    return found
+    return questions
 
 
 QUESTIONS: Mapping[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
-    "own": own,
+    "everyday": everyday,
     "mvicuna": mvicuna,
     "clas_bench": clas_bench,
 }

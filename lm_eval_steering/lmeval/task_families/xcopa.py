@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_places, load_rows
+from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_copies, load_rows
 from lm_eval_steering.lmeval.task_families import code_of, expect, group_file, language_tag, task_file, task_name
 from lm_eval_steering.lmeval.task_families.common import is_other_wording, keeps_to_its_file
 
@@ -34,7 +34,7 @@ def source(evaluated: str) -> RowsSource:
     """Where the items of a language are."""
     code = code_of(evaluated, CODES, "XCOPA")
     columns = ("premise", "choice1", "choice2", "question", "label")
-    return RowsSource("xcopa", evaluated, "test", columns, hub_places("cambridgeltl/xcopa", code, "test"))
+    return RowsSource("xcopa", evaluated, "test", columns, hub_copies("cambridgeltl/xcopa", code, "test"))
 
 
 @keeps_to_its_file

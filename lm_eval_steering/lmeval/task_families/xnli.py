@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering import languages
-from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_places, load_rows
+from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_copies, load_rows
 from lm_eval_steering.lmeval.task_families import code_of, expect, group_file, language_tag, task_file, task_name
 from lm_eval_steering.lmeval.task_families.answers import RELATIONS, relation, score_answer
 from lm_eval_steering.lmeval.task_families.common import answer_language, is_other_wording, keeps_to_its_file
@@ -47,7 +47,7 @@ def source(evaluated: str) -> RowsSource:
     """Where the items of a language are."""
     code = code_of(evaluated, CODES, "XNLI")
     columns = ("premise", "hypothesis", "label")
-    return RowsSource("xnli", evaluated, "validation", columns, hub_places("facebook/xnli", code, "validation"))
+    return RowsSource("xnli", evaluated, "validation", columns, hub_copies("facebook/xnli", code, "validation"))
 
 
 @keeps_to_its_file

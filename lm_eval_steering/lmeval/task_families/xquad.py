@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.lmeval.expected_language import EXPECTED_LANGUAGE
-from lm_eval_steering.lmeval.sources import DataError, RowsSource, as_dataset, hub_places, load_rows
+from lm_eval_steering.lmeval.sources import DataError, RowsSource, as_dataset, hub_copies, load_rows
 from lm_eval_steering.lmeval.task_families import code_of, group_file, language_tag, task_file, task_name
 from lm_eval_steering.lmeval.task_families.answers import exact_match, f1, gurgurov, mlqa, squad
 from lm_eval_steering.lmeval.task_families.common import answer_language, is_other_wording, keeps_to_its_file
@@ -44,7 +44,7 @@ WORDS = {  # lm-eval's, misspellings included
 def source(evaluated: str) -> RowsSource:
     """Where the questions of a language are."""
     code = f"xquad.{code_of(evaluated, CODES, 'XQuAD')}"
-    return RowsSource("xquad", evaluated, "validation", COLUMNS, hub_places("google/xquad", code, "validation"))
+    return RowsSource("xquad", evaluated, "validation", COLUMNS, hub_copies("google/xquad", code, "validation"))
 
 
 @keeps_to_its_file

@@ -2,9 +2,9 @@
 
 Default wording: lm-eval's partial scoring, which is also that of Rahmanisa et al. 2025: the rest of the sentence is
 scored after each name. Both put a blank before the rest whatever the language; the variant `natural` keeps the text's
-own blank or none.
+blank or none.
 
-The French part has two items without a sentence in its makers' own file; they are left out, with a warning.
+The French part has two items without a sentence in its makers' file; they are left out, with a warning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval_steering.lmeval.sources import DataError, RowsSource, as_dataset, hub_places, load_rows
+from lm_eval_steering.lmeval.sources import DataError, RowsSource, as_dataset, hub_copies, load_rows
 from lm_eval_steering.lmeval.task_families import code_of, expect, group_file, language_tag, task_file, task_name
 from lm_eval_steering.lmeval.task_families.common import is_other_wording, keeps_to_its_file, text_id
 
@@ -27,8 +27,8 @@ def source(evaluated: str) -> RowsSource:
     """Where the items of a language are."""
     code = code_of(evaluated, CODES, "XWinograd")
     columns = ("sentence", "option1", "option2", "answer")
-    places = hub_places("Muennighoff/xwinograd", code, "test")
-    return RowsSource("xwinograd", evaluated, "test", columns, places, skip_incomplete=True)
+    copies = hub_copies("Muennighoff/xwinograd", code, "test")
+    return RowsSource("xwinograd", evaluated, "test", columns, copies, skip_incomplete=True)
 
 
 @keeps_to_its_file

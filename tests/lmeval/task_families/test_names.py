@@ -15,10 +15,11 @@ from lm_eval_steering.lmeval import listing
 from lm_eval_steering.lmeval import task_families as families
 from lm_eval_steering.lmeval.evaluated_language import evaluated_language, family_prefixes, needed_language
 from lm_eval_steering.lmeval.task_families import belebele, mlqa, xcopa, xquad
+from lm_eval_steering.lmeval.task_families.common import read_task_file
 from lm_eval_steering.resources import tasks_folder
 
 OURS = ("xcopa", "xwinograd", "include", "belebele", "xnli", "xquad", "mlqa")
-ENTRIES = [entry for entry in listing.listed() if entry.family in OURS]
+ENTRIES = [entry for entry in listing.task_entries() if entry.family in OURS]
 CODE = r"[a-z]{3}_[A-Z][a-z]{3}"
 FOLDERS = (
     "xcopa", "xwinograd", "xnli", "xquad", "mlqa", "include", "belebele", "mgsm", "global_mmlu", "okapi", "paws-x",
@@ -51,12 +52,29 @@ def test_names_say_family_language_and_wording() -> None:
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES) and len(singles) > 900
 
 
+def test_task_files_are_read_as_lm_eval_reads_them() -> None:
+    """Ours are read without lm-eval, whose import takes seconds; functions alone differ, which are texts here."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        return value.rpartition("/")[2] if isinstance(value, str) and "lm_eval_steering." in value else value
+
+    for folder in sorted(path for path in tasks_folder().iterdir() if path.is_dir()):
+        files = [path for path in sorted(folder.glob("*.yaml")) if not path.name.startswith("_")]
+        for path in (files[0], files[-1], *folder.glob("_*.yaml")):
+            assert read_task_file(path) == plain(load_yaml(path, resolve_func=False)), path
+
+
 def test_no_name_of_ours_is_lm_evals(lm_evals: dict[str, Any], whole: tuple[Any, list[str]]) -> None:
     assert len(lm_evals) > 10_000
     assert not [name for name in lm_evals if name.startswith("steering_")], "the lazy index would not see it"
     assert not [warning for warning in whole[1] if "overrides existing" in warning or "steering" in warning]
     tags = {tag for path in tasks_folder().rglob("*.yaml") for tag in _tags(path)}
-    assert not {entry.name for entry in listing.listed()} & set(lm_evals)
+    assert not {entry.name for entry in listing.task_entries()} & set(lm_evals)
     assert not tags & set(lm_evals) and all(tag.startswith("steering_") for tag in tags)
 
 
@@ -98,7 +116,7 @@ def test_a_language_tag_runs_every_family_in_its_default_wording(manager: Any) -
 def test_the_documentation_names_every_family_and_how_many_languages_ours_have() -> None:
     page = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text(encoding="utf-8")
     rows = {row.split("|")[1]: row.split("|")[2] for row in page.splitlines() if row.startswith("| `")}
-    for family in {entry.family for entry in listing.listed()}:
+    for family in {entry.family for entry in listing.task_entries()}:
         (languages_cell,) = {cell for names, cell in rows.items() if f"`{family}" in names and "..." not in names}
         codes = {code for entry in ENTRIES if entry.family == family for code in entry.languages}
         assert family not in OURS or str(len(codes)) in languages_cell, family

@@ -14,8 +14,7 @@ from lm_eval_steering.lmeval.task_families import lss
 from lm_eval_steering.metrics.statistics import against_random, wilson_interval
 from lm_eval_steering.neurons.find import random_set
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-
-from .conftest import FRENCH, Evaluate, write_rows
+from tests.lmeval.task_families.conftest import FRENCH, Evaluate, write_rows
 
 PARALLEL = [  # ours
     {"en": en, "fr": fr, "ja": ja}
@@ -200,6 +199,28 @@ def test_files_of_different_length_are_not_parallel(tmp_path: Path) -> None:
     (tmp_path / "fr.txt").write_text("a b\n")
     with pytest.raises(SteeringError, match="2 lines in eng_Latn and 1 in fra_Latn"):
         lss.parallel_documents("eng_Latn", language="fra", parallel=str(tmp_path / "{lang}.txt"))
+
+
+@pytest.mark.parametrize("name", ["table.csv", "{lang}.txt", "{lang}.jsonl"])
+def test_a_sentence_without_its_translation_is_named_by_file_and_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("en,fr\na b,c d\ne f,\n")
+    (tmp_path / "en.txt").write_text("a b\ne f\n\ng h\n")
+    (tmp_path / "fr.txt").write_text("c d\n \n\ni j\n")
+    write_rows(tmp_path / "en.jsonl", [{"text": "a b"}, {"text": "e f"}])
+    write_rows(tmp_path / "fr.jsonl", [{"text": "c d"}, {"text": ""}])
+    where = name.replace("{lang}", "fr").replace(".", r"\.") + (", line 3" if name == "table.csv" else ", line 2")
+    with pytest.raises(SteeringError, match=where + ": empty, while its counterpart"):
+        lss.parallel_documents("eng_Latn", language="fra", parallel=str(tmp_path / name))
+
+
+def test_one_language_where_two_are_expected_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "en.txt").write_text("a b\nc d\ne f\n")
+    (tmp_path / "fr.txt").write_text("a b\nc d\nx y\n")
+    with pytest.raises(SteeringError, match="2 of 3 sentences are the same text in eng_Latn and in fra_Latn"):
+        lss.parallel_documents("eng_Latn", language="fra", parallel=str(tmp_path / "{lang}.txt"))
+    (tmp_path / "cut.jsonl").write_text(json.dumps({"en": "a b", "fr": "c \ud800"}))
+    with pytest.raises(SteeringError, match=r"cut\.jsonl, line 1: the text of 'fr' holds a lone surrogate"):
+        lss.parallel_documents("eng_Latn", language="fra", parallel=str(tmp_path / "cut.jsonl"))
 
 
 # --- MLAMA ------------------------------------------------------------------------------------------------------------

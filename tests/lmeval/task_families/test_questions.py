@@ -14,24 +14,23 @@ from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families import common as coverage
 from lm_eval_steering.lmeval.task_families import forcing, open_generation, questions
 from lm_eval_steering.metrics.language_id import LanguageIdentifier, in_language
-
-from .conftest import Evaluate
+from tests.lmeval.task_families.conftest import Evaluate
 
 
 def test_our_own_questions_are_parallel_and_in_at_least_32_languages() -> None:
-    codes = questions.own_languages()
+    codes = questions.everyday_languages()
     assert len(codes) >= 32 and all(normalise(code) == code for code in codes)
     assert set(coverage.ALL) - set(codes) == {"bod_Tibt", "quy_Latn"}
     for code in codes:
-        asked = questions.own(code, {})
+        asked = questions.everyday(code, {})
         assert len(asked) == len(set(asked)) == 12 and all(text == text.strip() for text in asked)
     assert (questions.FILE.with_name("questions.LICENSE.txt")).is_file()
 
 
 def test_the_identifier_agrees_on_the_language_of_a_set() -> None:
     identifier, wrong = LanguageIdentifier(), []
-    for code in questions.own_languages():
-        (found,) = identifier.guess([" ".join(questions.own(code, {}))])
+    for code in questions.everyday_languages():
+        (found,) = identifier.guess([" ".join(questions.everyday(code, {}))])
         if not in_language(found.language, code):
             wrong.append(code)
     # The small model calls Haitian Creole French; nothing else.
@@ -68,7 +67,7 @@ def test_forcing_counts_the_steered_language(french: SteeredHFLM, evaluate: Eval
     name = "steering_forcing_eng_Latn"
     found = evaluate(french, name, tokens=24, language="fra_Latn")
     scores, samples = found["results"][name], found["samples"][name]
-    assert samples[0]["arguments"][0][0] == f"Q: {questions.own('eng_Latn', {})[0]}\nA:"
+    assert samples[0]["arguments"][0][0] == f"Q: {questions.everyday('eng_Latn', {})[0]}\nA:"
     assert scores["lfs,none"] == sum(sample["lfs"] for sample in samples) / 12
     assert scores["lfs,none"] > scores["lang_expected,none"]
     assert {"lang_confidence,none", "lang_unknown,none", "degenerate,none", "output_language,none"} <= set(scores)

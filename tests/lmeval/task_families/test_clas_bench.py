@@ -21,8 +21,7 @@ from lm_eval_steering.lmeval.judge import Judge, JudgeError, judge_samples, mean
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families import clas_bench
 from lm_eval_steering.metrics.relevance import clas_score, harmonic_mean, relevance
-
-from .conftest import Evaluate, write_rows
+from tests.lmeval.task_families.conftest import Evaluate, write_rows
 
 LID176 = {"clas_identifier": "lid.176"}
 

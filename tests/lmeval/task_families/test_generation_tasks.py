@@ -19,8 +19,7 @@ from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families import clas_bench, flores, forcing, lss, open_generation
 from lm_eval_steering.metrics.output_language import METRICS
 from lm_eval_steering.resources import demo_model, tasks_folder
-
-from .conftest import Evaluate, write_rows
+from tests.lmeval.task_families.conftest import Evaluate, write_rows
 
 MODULES = (clas_bench, flores, forcing, lss, open_generation)
 

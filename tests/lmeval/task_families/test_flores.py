@@ -3,19 +3,27 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sacrebleu
+import torch
+from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.lmeval.long_texts import WholeTextScore
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families import flores
+from lm_eval_steering.lmeval.task_families.common import perplexity_metrics
 from lm_eval_steering.metrics import translation
-from lm_eval_steering.metrics.likelihood import RollingScore
-
-from .conftest import Evaluate, write_rows
+from lm_eval_steering.metrics.likelihood import Score
+from lm_eval_steering.resources import demo_model
+from tests.lmeval.task_families.conftest import Evaluate, write_rows
 
 PUBLISHED: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "parity" / "golden" / "prompts_parsers_metrics.json").read_text(encoding="utf-8")
@@ -140,7 +148,7 @@ def test_an_unknown_pair_is_one_clear_error(pair: str | None, message: str) -> N
 
 def test_a_local_file_with_a_missing_column_is_one_clear_error(tmp_path: Path) -> None:
     write_rows(tmp_path / "flores200" / "eng_Latn.devtest.jsonl", [{"id": 1, "text": "x"}])
-    with pytest.raises(SteeringError, match=r"eng_Latn.devtest.jsonl, row 1: no 'sentence', which flores200 needs"):
+    with pytest.raises(SteeringError, match=r"eng_Latn.devtest.jsonl, line 1: no 'sentence', which flores200 needs"):
         flores.perplexity_documents("eng_Latn", data_dir=str(tmp_path))
 
 
@@ -183,7 +191,7 @@ def test_perplexity_by_byte_and_by_character(unsteered: SteeredHFLM, evaluate: E
     found = evaluate(unsteered, *names, limit=4, data_dir=str(shared_data / "evaluation"))
     for name in names:
         texts = [sample["doc"]["text"] for sample in found["samples"][name]]
-        total = sum(sample["resps"][0][0] for sample in found["samples"][name])
+        total = sum(sample["resps"][0][0][0] for sample in found["samples"][name])
         scores = found["results"][name]
         in_bytes, in_characters = (sum(len(x) for x in units) for units in ([t.encode() for t in texts], texts))
         assert scores["bits_per_byte,none"] == pytest.approx(-total / in_bytes / math.log(2))
@@ -191,10 +199,95 @@ def test_perplexity_by_byte_and_by_character(unsteered: SteeredHFLM, evaluate: E
         assert scores["bits_per_character,none"] == pytest.approx(-total / in_characters / math.log(2))
 
 
+@pytest.fixture(scope="module")
+def adds_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with a tokenizer that puts BOS before every text, as Llama's and Gemma's do."""
+    folder = tmp_path_factory.mktemp("bos") / "model"
+    shutil.copytree(demo_model(), folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos = AutoTokenizer.from_pretrained(folder).bos_token
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = AutoTokenizer.from_pretrained(folder)("Der Zug").input_ids
+    assert tokens[0] == tokenizer.token_to_id(bos) and len(tokens) > 1
+    return folder
+
+
+def by_hand(folder: Path, text: str, max_length: int) -> tuple[float, int]:
+    """log P(text | BOS) in nats and its tokens, from plain forward passes over lm-eval's windows."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    total = 0.0
+    for start in range(0, len(tokens), max_length):
+        predicted = tokens[start : start + max_length]
+        end = start + len(predicted)
+        # Each window is as long as it may be: the last one looks further back.
+        before = [tokenizer.bos_token_id, *tokens][max(0, end - max_length) : end]
+        with torch.no_grad():
+            logs = model(torch.tensor([before])).logits[0, -len(predicted) :].double().log_softmax(-1)
+        total += float(logs[range(len(predicted)), predicted].sum())
+    return total, len(tokens)
+
+
+@pytest.mark.parametrize("max_length", [256, 16])
+def test_a_texts_score_is_of_its_tokens_given_bos(
+    adds_bos: Path, evaluate: Evaluate, first_sentences: Path, max_length: int
+) -> None:
+    """Also where the tokenizer adds BOS, and where a text is longer than the model's context."""
+    name = "steering_flores_deu_Latn_perplexity"
+    arguments = {"pretrained": str(adds_bos), "max_length": max_length}
+    model = SteeredHFLM(**arguments, device="cpu", batch_size=2)
+    found = evaluate(model, name, data_dir=str(first_sentences), **arguments)
+    expected = [by_hand(adds_bos, sample["doc"]["text"], max_length) for sample in found["samples"][name]]
+    assert len(expected) == 3 and (max_length == 256 or max(tokens for _, tokens in expected) > 16)
+    totals = [sample["resps"][0][0][0] for sample in found["samples"][name]]
+    assert totals == pytest.approx([total for total, _ in expected], rel=1e-5)
+    nats = -sum(total for total, _ in expected) / sum(tokens for _, tokens in expected)
+    assert found["results"][name]["nats_per_token,none"] == pytest.approx(nats, rel=1e-5)
+    assert "left_out,none" not in found["results"][name]
+
+
+def test_under_plain_hf_texts_that_do_not_fit_are_left_out_and_counted(
+    adds_bos: Path, evaluate: Evaluate, first_sentences: Path
+) -> None:
+    name = "steering_flores_deu_Latn_perplexity"
+    rows = flores.perplexity_documents("deu_Latn", data_dir=str(first_sentences))["test"]
+    lengths = sorted(by_hand(adds_bos, row["text"], 256)[1] for row in rows)
+    arguments = {"pretrained": str(adds_bos), "max_length": lengths[1]}
+    model = HFLM(**arguments, device="cpu", batch_size=1)
+    found = evaluate(model, name, data_dir=str(first_sentences), **arguments)["results"][name]
+    assert found["left_out,none"] == pytest.approx(1 / 3)
+    assert "nats_per_token,none" not in found
+    kept = [row["text"] for row in rows if by_hand(adds_bos, row["text"], 256)[1] <= lengths[1]]
+    totals = sum(by_hand(adds_bos, text, 256)[0] for text in kept)
+    bits = -totals / sum(len(text.encode()) for text in kept) / math.log(2)
+    assert found["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.fixture
+def first_sentences(tmp_path: Path) -> Path:
+    texts = [
+        "Der Zug nach Berlin fährt heute leider nicht, wir nehmen den Bus.",
+        "Morgen wird es regnen, sagt meine Mutter.",
+        "Die Kinder spielen im Garten hinter dem Haus, und der Hund schläft vor der Tür.",
+    ]
+    write_rows(
+        tmp_path / "flores200" / "deu_Latn.devtest.jsonl",
+        [{"id": number, "sentence": text} for number, text in enumerate(texts)],
+    )
+    return tmp_path
+
+
 def test_perplexity_by_token_where_the_model_counts_them() -> None:
-    score = pickle.loads(pickle.dumps(RollingScore(-6.0, 3)))  # as from a --use_cache file
-    assert flores.perplexity_metrics({"text": "abc"}, [score])["nats_per_token"] == (-6.0, 3)
-    assert "nats_per_token" not in flores.perplexity_metrics({"text": "abc"}, [-6.0])
+    score = pickle.loads(pickle.dumps(Score((-6.0, False), 3)))  # as from a --use_cache file
+    document = {"text": "abc", "too_long": True}
+    assert perplexity_metrics(document, [score]) == {"left_out": 1.0}  # of an engine without windows
+    whole = pickle.loads(pickle.dumps(WholeTextScore(tuple(score), 3)))
+    assert perplexity_metrics(document, [whole])["nats_per_token"] == (-6.0, 3)
+    assert perplexity_metrics(document, [(-6.0, False)]) == {"left_out": 1.0}
+    assert "nats_per_token" not in perplexity_metrics({"text": "abc", "too_long": False}, [(-6.0, False)])
 
 
 def test_every_file_of_a_direction_is_there_once() -> None:
