@@ -20,6 +20,7 @@ from lm_eval_steering.architectures import (
     sites_of,
     text_config_of,
 )
+from lm_eval_steering.architectures.compat import commit_of
 from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import ArchitectureError, SteeringError
 
@@ -77,13 +78,13 @@ class LazyModel:
         """A model that is loaded already."""
         own = cls.__new__(cls)
         own.config, own.dtype, own.override = model.config, str(model.dtype).removeprefix("torch."), None
-        own._name_it(str(getattr(model.config, "_name_or_path", "") or "unnamed"))
+        own._name_it(str(model.config.name_or_path or "unnamed"))
         own.__dict__ |= {"model": model, "tokenizer": tokenizer}
         return own
 
     def _name_it(self, pretrained: str) -> None:
         self.name = Path(pretrained).name if Path(pretrained).exists() else pretrained
-        self.revision = str(getattr(self.config, "_commit_hash", None) or "")
+        self.revision = commit_of(self.config)
 
     def _from_hub(self, kind: Any, **arguments: Any) -> Any:
         try:
@@ -132,14 +133,8 @@ class LazyModel:
 
     @cached_property
     def tokenizer_sha256(self) -> str:
-        """Hash over the tokenizer's vocabulary and rules."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            content: Any = self.tokenizer.get_vocab()
-        else:  # how a batch was last padded or cut is no part of it
-            content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-        said = {"tokenizer": content, "bos_token_id": self.tokenizer.bos_token_id}
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        """Hash over its tokenizer."""
+        return tokenizer_sha256(self.tokenizer)
 
     @cached_property
     def context(self) -> int | None:
@@ -168,6 +163,17 @@ class LazyModel:
     def description(self) -> dict[str, Any]:
         """The model's part of a provenance: nothing is loaded but the tokenizer."""
         return self.maker() | {"dtype": self.dtype, "tokenizer": self.tokenizer_sha256}
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash over a tokenizer's vocabulary and rules; how a batch was last padded or cut is no part of it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = tokenizer.get_vocab()
+    else:
+        content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    whole = {"tokenizer": content, "bos_token_id": tokenizer.bos_token_id}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def _device(name: str | torch.device | None) -> torch.device | None:

@@ -19,8 +19,8 @@ from lm_eval_steering.demo import picture, tables
 from lm_eval_steering.demo.figures import FACTORS, Figures
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.languages import choose
+from lm_eval_steering.lmeval.compat import be_quiet, describe_machine_once
 from lm_eval_steering.lmeval.registration import register_all
-from lm_eval_steering.lmeval.repeated import be_quiet, look_up_the_machine_once
 from lm_eval_steering.lmeval.task_families.demo import demo_languages
 from lm_eval_steering.neurons.find import Method, control_sets, find_neurons
 from lm_eval_steering.neurons.neuron_set import NeuronSet
@@ -96,7 +96,7 @@ def run_demo(out: Path, languages: Sequence[str] = LANGUAGES, controls: int = 3)
     console = Console(record=True)
     be_quiet()
     register_all()
-    look_up_the_machine_once()
+    describe_machine_once()
     out.mkdir(parents=True, exist_ok=True)
     lm, neuron_set, randoms = _prepare(console, out, controls)
     figures = Figures(tuple(languages))

@@ -91,7 +91,9 @@ def select_neurons(recording: Recording, method: Method) -> list[NeuronSet]:
             recording.languages,
             dict(zip(recording.languages, selection.neurons, strict=True)),
             replace(
-                recording.provenance, selection=_with_codes(selection.numbers, recording.languages), versions=versions()
+                recording.provenance,
+                selection=_with_codes(selection.numbers, recording.languages),
+                versions=versions(evaluation=False),
             ),
         )
         for selection in method(recording)

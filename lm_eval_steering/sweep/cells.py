@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering import resources
+from lm_eval_steering.architectures.compat import commit_of
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.arguments import read_config
 from lm_eval_steering.neurons.corpus import Corpus
@@ -385,7 +386,7 @@ def declared_model(plan: SweepPlan) -> dict[str, Any]:
     deciding = {key: value for key, value in arguments.items() if key not in _NO_PART}
     if folder.is_dir():
         return {"name": folder.name, "files": _files_digest(folder), **deciding}
-    return {"name": plan.model.pretrained, "commit": getattr(config, "_commit_hash", None), **deciding}
+    return {"name": plan.model.pretrained, "commit": commit_of(config) or None, **deciding}
 
 
 def _files_digest(folder: Path) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.lmeval.compat import load_task_file
 from lm_eval_steering.lmeval.expected_language import expected_language, options_of
 from lm_eval_steering.metrics.output_language import output_metrics
 
@@ -72,7 +73,7 @@ def language_metrics(document: Mapping[str, Any], results: Sequence[str]) -> dic
     """Every output-language metric that is defined for an answer (`docs/output-language.md`).
 
     The document says what language it expects, and what the metrics of a wanted language are about
-    (`harness.expected`). A template that calls this lists all of `output_language.METRICS`.
+    (`lmeval.expected_language`). A template that calls this lists all of `output_language.METRICS`.
     """
     return dict(output_metrics(results[0], expected=expected_language(document, None), **options_of(document, {})))
 
@@ -132,7 +133,5 @@ def is_other_wording(variant: str, other: str) -> bool:
 
 
 def _own(path: Path) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = load_yaml(path, resolve_func=False)
+    config = load_task_file(path)
     return {**(config.get("metadata") or {}), **(config.get("dataset_kwargs") or {})}

@@ -70,9 +70,9 @@ def test_texts_are_equal_for_any_stop_strings(rivals: Any, words: list[list[str]
 
 def test_sampling_and_what_is_not_known_is_left_to_lm_eval(rivals: Any) -> None:
     ours = rivals[1]
-    assert not against_early_ends(ours, ["w1"], {"do_sample": False, "temperature": 0.0})
+    assert not against_early_ends(ours._generation_context(), ["w1"], {"do_sample": False, "temperature": 0.0})
     for arguments in ({"do_sample": True}, {"do_sample": False, "num_beams": 2}, {"do_sample": False, "x": 1}, {}):
-        assert against_early_ends(ours, ["w1"], arguments)
+        assert against_early_ends(ours._generation_context(), ["w1"], arguments)
     for changes in ({"do_sample": True, "temperature": 0.9}, {"num_beams": 2}):
         texts = []
         for lm in rivals:
