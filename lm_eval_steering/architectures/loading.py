@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
 from lm_eval_steering.architectures import (
@@ -20,7 +21,6 @@ from lm_eval_steering.architectures import (
     sites_of,
     text_config_of,
 )
-from lm_eval_steering.architectures.compat import commit_of
 from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import ArchitectureError, SteeringError
 
@@ -67,6 +67,7 @@ class LazyModel:
             parse_sites(sites)
         self.override = sites
         self.config = self._from_hub(AutoConfig)
+        self.revision = commit_of(pretrained, revision)
         # What `auto` takes, so that a recording says what it was made in.
         self.dtype = dtype if dtype != "auto" else str(self.config.dtype or "float32").removeprefix("torch.")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
@@ -77,6 +78,7 @@ class LazyModel:
     def of(cls, model: Any, tokenizer: Any) -> LazyModel:
         """A model that is loaded already."""
         own = cls.__new__(cls)
+        own.revision = ""  # transformers 5 does not keep it with a model
         own.config, own.dtype, own.override = model.config, str(model.dtype).removeprefix("torch."), None
         own._name_it(str(model.config.name_or_path or "unnamed"))
         own.__dict__ |= {"model": model, "tokenizer": tokenizer}
@@ -84,7 +86,6 @@ class LazyModel:
 
     def _name_it(self, pretrained: str) -> None:
         self.name = Path(pretrained).name if Path(pretrained).exists() else pretrained
-        self.revision = commit_of(self.config)
 
     def _from_hub(self, kind: Any, **arguments: Any) -> Any:
         try:
@@ -163,6 +164,20 @@ class LazyModel:
     def description(self) -> dict[str, Any]:
         """The model's part of a provenance: nothing is loaded but the tokenizer."""
         return self.maker() | {"dtype": self.dtype, "tokenizer": self.tokenizer_sha256}
+
+
+def commit_of(pretrained: str, revision: str = "main", cache_dir: str | None = None) -> str:
+    """Commit of the hub that a model's config was read from; empty for a folder.
+
+    Args:
+        pretrained: hub id or folder.
+        revision: branch, tag or commit.
+        cache_dir: of the hub, the default one by default.
+    """
+    if Path(pretrained).exists():
+        return ""
+    path = try_to_load_from_cache(pretrained, "config.json", cache_dir=cache_dir, revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else ""  # .../snapshots/COMMIT/config.json
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

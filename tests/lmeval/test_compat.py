@@ -19,6 +19,7 @@ from transformers import CompileConfig, GenerationConfig, PretrainedConfig, PreT
 
 import lm_eval_steering
 from lm_eval_steering.architectures import compat as of_architectures
+from lm_eval_steering.architectures.loading import commit_of
 from lm_eval_steering.lmeval import compat
 from lm_eval_steering.resources import tasks_folder
 from tests.conftest import tiny_model, tiny_tokenizer
@@ -82,7 +83,7 @@ def test_no_private_name_stands_elsewhere(path: Path) -> None:
         "task._instances = None", "getattr(config, '_attn_implementation')", "from lm_eval.tasks import _index",
         "from lm_eval.tasks._yaml_loader import load_yaml", "import transformers._x", "database.__class__ = Salted",
         "from lm_eval.api.task import ConfigurableTask\nConfigurableTask.process_results = x",
-        "from lm_eval import evaluator\nsetattr(evaluator, name, x)", "lm._model_call(x)", "config._commit_hash",
+        "from lm_eval import evaluator\nsetattr(evaluator, name, x)", "lm._model_call(x)", "config._name_or_path",
         "import lm_eval.tasks as tasks\ntasks.TaskManager.__init__ = x",
     ],
 )  # fmt: skip
@@ -103,9 +104,8 @@ def test_every_listed_name_is_in_the_installed_releases() -> None:
     task = inspect.getsource(inspect.getmodule(ConfigurableTask))  # type: ignore[arg-type]
     for name in ("_instances", "_metric_fn_list", "_metric_fn_kwargs"):
         assert f"self.{name}" in task, f"lm-eval's tasks have no {name} any more: change compat.py"
-    config = PretrainedConfig(_commit_hash="abc")
-    assert of_architectures.commit_of(config) == "abc", "transformers says the commit elsewhere: change compat.py"
-    for name in ("_attn_implementation", "_commit_hash", "_name_or_path"):
+    config = PretrainedConfig()
+    for name in ("_attn_implementation", "_name_or_path"):
         assert hasattr(config, name), f"transformers' configs have no {name} any more: change compat.py"
     assert hasattr(PreTrainedModel, "_can_compile_fullgraph"), "transformers' models do not say what can be compiled"
     assert hasattr(CompileConfig(), "_compile_all_devices"), "transformers compiles on CPU by another setting"
@@ -225,3 +225,14 @@ def test_the_machine_is_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, lambda asked=asked: (asked.append("x"), "described")[1])
         compat.describe_machine_once()
         assert [getattr(module, name)() for _ in range(2)] == ["described"] * 2 and len(asked) == 1
+
+
+def test_the_commit_of_a_model_is_where_the_hub_keeps_it(tmp_path: Path) -> None:
+    commit, repository = "c" * 40, tmp_path / "models--maker--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    assert commit_of("maker/model", cache_dir=str(tmp_path)) == commit
+    assert commit_of("maker/model", commit, str(tmp_path)) == commit
+    assert commit_of("maker/model", "other", str(tmp_path)) == commit_of(str(tmp_path)) == ""
