@@ -1,7 +1,7 @@
 """CLaS-Bench (Gurgurov et al. 2026): 70 questions in one of 32 languages, answers steered to another.
 
 `clas_language` is the share of answers in the steered language by NLLB's identifier lid218e, whose best guess counts
-however doubtful, as in the benchmark. `clas_relevance` is a judge model's opinion (`harness.judge`; without a judge it
+however doubtful, as in the benchmark. `clas_relevance` is a judge model's opinion (`lmeval.judge`; without a judge it
 and the score are absent), `clas_score` the harmonic mean of both. Every pair of the 32 languages can be run: a task is
 the question's language, the model's target is the other one. The groups `t1` to `t3` are the tracks of the shared task
 CLaS at SemEval-2027: their pairs, one target language a run.
