@@ -279,7 +279,6 @@ class Generator:
                 f"generation={setting}: {type(context.model).__name__} takes no cache of fixed size; use "
                 "generation=auto"
             )
-        self._context = context
         self.setting = setting
         self._prompts: Counter[str] = Counter()
         self._why = ""
@@ -289,11 +288,18 @@ class Generator:
         return {"setting": self.setting, "prompts": dict(self._prompts), "why": self._why}
 
     def __call__(
-        self, plain: Generate, prompts: torch.Tensor, max_length: int, stop: list[str], **arguments: Any
+        self,
+        context: GenerationContext,
+        plain: Generate,
+        prompts: torch.Tensor,
+        max_length: int,
+        stop: list[str],
+        **arguments: Any,
     ) -> torch.Tensor:
         """Generate for one batch.
 
         Args:
+            context: of the model.
             plain: lm-eval's own code, with the same arguments.
             prompts: (row, position) token ids, padded on the left.
             max_length: of prompt and continuation, in tokens.
@@ -303,8 +309,7 @@ class Generator:
         Returns:
             (row, position) token ids.
         """
-        context = self._context
-        method, self._why = self._method(stop, arguments)
+        method, self._why = self._method(context, stop, arguments)
         self._prompts[method] += len(prompts)
         if method == "plain":
             return plain(prompts, max_length, stop, **arguments)
@@ -315,23 +320,22 @@ class Generator:
         with torch.autocast(device_type=context.device.type, dtype=mixed, enabled=mixed is not None):
             return context.model.generate(
                 input_ids=prompts, max_length=max_length, stopping_criteria=StoppingCriteriaList([criterion]),
-                pad_token_id=context.tokenizer.pad_token_id, use_cache=True, **self._cache(method), **arguments,
+                pad_token_id=context.tokenizer.pad_token_id, use_cache=True, **_cache(method, context.device.type), **arguments,
             )  # fmt: skip
 
-    def _method(self, stop: list[str], arguments: dict[str, Any]) -> tuple[str, str]:
+    def _method(self, context: GenerationContext, stop: list[str], arguments: dict[str, Any]) -> tuple[str, str]:
         """Name of the method for a batch, and why not one that does less work."""
         if self.setting == "plain":
             return "plain", "generation=plain"
-        if against := against_early_ends(self._context, stop, arguments):
+        if against := against_early_ends(context, stop, arguments):
             return "plain", against
         return ("dynamic", "") if self.setting == "auto" else (self.setting, f"generation={self.setting}")
 
-    def _cache(self, method: str) -> dict[str, Any]:
-        """Arguments of `generate` for its cache."""
-        if method == "static":
-            return {"cache_implementation": "static", "disable_compile": True}
-        if method == "compiled":
-            return {
-                "cache_implementation": "static", "compile_config": compile_config(self._context.device.type),
-            }  # fmt: skip
-        return {}
+
+def _cache(method: str, device: str) -> dict[str, Any]:
+    """Arguments of `generate` for a method's cache."""
+    if method == "static":
+        return {"cache_implementation": "static", "disable_compile": True}
+    if method == "compiled":
+        return {"cache_implementation": "static", "compile_config": compile_config(device)}
+    return {}

@@ -241,7 +241,7 @@ class SteeredHFLM(HFLM):
         mask = generation_kwargs.get("attention_mask")
         plain = super()._model_generate
         with nullcontext() if mask is None else self._steered(mask):
-            return self.generator(plain, context, max_length, stop, **generation_kwargs)
+            return self.generator(self._generation_context(), plain, context, max_length, stop, **generation_kwargs)
 
     @contextmanager
     def _steered(self, real: torch.Tensor, prompt: torch.Tensor | None = None) -> Iterator[None]:

@@ -5,8 +5,8 @@ What an output was steered to comes with the text itself. `steered-hf` returns e
 two models in one process cannot see each other's target, a cached output keeps its own, and there is nothing to clear.
 A filter that makes a new string takes the knowledge away: `lfs` is then left out, with a warning, and never 0.
 
-What an item expects comes with the item (`lmeval.expected_language`): it cannot come with the text, because lm-eval's cache
-returns one text for two items with the same prompt.
+What an item expects comes with the item (`lmeval.expected_language`): it cannot come with the text, because lm-eval's
+cache returns one text for two items with the same prompt.
 """
 
 from __future__ import annotations
