@@ -24,7 +24,7 @@ def main() -> None:
     rounds = 5 if options.quick else 9
     shapes = {"sentences": sentences(60 if options.quick else 200), "paragraphs": texts(12 if options.quick else 40)}
     found = {name: measured(plain, ours, own, rounds) for name, own in shapes.items()}
-    report({**found, "limit": LIMIT, "scoring": ours.scorer.report()}, options.json)
+    report({**found, "limit": LIMIT, "scoring": ours.scoring_report()}, options.json)
 
 
 def measured(plain: Any, ours: Any, own: list[str], rounds: int) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def measured(build: Callable[[], Any], items: Mapping[str, int], rounds: int) ->
     for name, number in items.items():
         requests = requests_of(SHAPES[name](number))
         found[name] = compare(plain, ours, requests, name == "lss", rounds)
-    return found | {"scoring": ours.scorer.report()}
+    return found | {"scoring": ours.scoring_report()}
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:

@@ -21,9 +21,23 @@ def _plain(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide a number."""
-    return {name: _version(name) for name in ("lm-eval-steering", "torch", "transformers", "numpy")}
+def versions(evaluation: bool = True) -> dict[str, str]:
+    """Versions of the libraries that decide a number.
+
+    Args:
+        evaluation: whether the number is a score, which lm-eval decides too; neuron sets are made without it.
+    """
+    names = ("lm-eval-steering", "torch", "transformers", "numpy")
+    return {name: _version(name) for name in (*names, "lm-eval")[: None if evaluation else len(names)]}
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """Which versions differ, in a sentence; empty where none does. What only one of the two names counts."""
+    return ", ".join(
+        f"{name} {one.get(name, 'unknown')} and {other.get(name, 'unknown')}"
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
+    )
 
 
 @cache

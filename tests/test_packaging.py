@@ -42,11 +42,12 @@ def test_the_start_up_line_is_one_import_and_the_same_entry_twice(wheel: zipfile
 def test_entry_points_are_what_the_start_up_file_registers(wheel: zipfile.ZipFile) -> None:
     from importlib.metadata import entry_points
 
-    from lm_eval_steering.lmeval.registration import AGGREGATIONS, METRICS, MODELS
+    from lm_eval_steering.lmeval.registration import AGGREGATIONS, MODELS
+    from lm_eval_steering.metrics.registered import METRICS
 
     for group, registered in (
         ("lm_eval.models", MODELS),
-        ("lm_eval.metrics", {name: value for name, (value, *_) in METRICS.items()}),
+        ("lm_eval.metrics", {name: f"lm_eval_steering.metrics.registered:{name}" for name in METRICS}),
         ("lm_eval.aggregations", AGGREGATIONS),
     ):
         declared = {entry.name: entry.value for entry in entry_points(group=group)}

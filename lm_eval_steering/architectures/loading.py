@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
 from lm_eval_steering.architectures import (
@@ -86,6 +87,7 @@ class LazyModel:
             parse_sites(sites)
         self.override = sites
         self.config = self._from_pretrained(AutoConfig, **self._given("gguf_file", "subfolder", "token", "cache_dir"))
+        self.revision = commit_of(pretrained, revision, self.arguments.get("cache_dir"))
         # What `auto` takes, so that a recording names what it was made in.
         self.dtype = dtype if dtype != "auto" else str(self.config.dtype or "float32").removeprefix("torch.")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
@@ -96,15 +98,15 @@ class LazyModel:
     def of(cls, model: Any, tokenizer: Any) -> LazyModel:
         """A model that is loaded already."""
         lazy = cls.__new__(cls)
+        lazy.revision = ""  # transformers 5 does not keep it with a model
         lazy.config, lazy.dtype, lazy.override = model.config, str(model.dtype).removeprefix("torch."), None
         lazy.arguments = {}
-        lazy._set_name(str(getattr(model.config, "_name_or_path", "") or "unnamed"))
+        lazy._set_name(str(model.config.name_or_path or "unnamed"))
         lazy.__dict__ |= {"model": model, "tokenizer": tokenizer}
         return lazy
 
     def _set_name(self, pretrained: str) -> None:
         self.name = Path(pretrained).name if Path(pretrained).exists() else pretrained
-        self.revision = str(getattr(self.config, "_commit_hash", None) or "")
 
     def _given(self, *names: str) -> dict[str, Any]:
         """Those of the named arguments that were given."""
@@ -210,14 +212,8 @@ class LazyModel:
 
     @cached_property
     def tokenizer_sha256(self) -> str:
-        """Hash over the tokenizer's vocabulary and rules."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            content: Any = self.tokenizer.get_vocab()
-        else:  # how a batch was last padded or cut is no part of it
-            content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-        identity = {"tokenizer": content, "bos_token_id": self.tokenizer.bos_token_id}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        """Hash over its tokenizer."""
+        return tokenizer_sha256(self.tokenizer)
 
     @cached_property
     def context(self) -> int | None:
@@ -291,6 +287,31 @@ def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if name not in _ARGUMENTS and not name.startswith("bnb_4bit_"):
             raise SteeringError(f"unknown model argument {name!r}{did_you_mean(name, _ARGUMENTS)}")
     return dict(arguments)
+
+
+def commit_of(pretrained: str, revision: str = "main", cache_dir: str | None = None) -> str:
+    """Commit of the hub that a model's config was read from; empty for a folder.
+
+    Args:
+        pretrained: hub id or folder.
+        revision: branch, tag or commit.
+        cache_dir: of the hub, the default one by default.
+    """
+    if Path(pretrained).exists():
+        return ""
+    path = try_to_load_from_cache(pretrained, "config.json", cache_dir=cache_dir, revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else ""  # .../snapshots/COMMIT/config.json
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash over a tokenizer's vocabulary and rules; how a batch was last padded or cut is no part of it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = tokenizer.get_vocab()
+    else:
+        content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    whole = {"tokenizer": content, "bos_token_id": tokenizer.bos_token_id}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def _device(name: str | torch.device | None) -> torch.device | None:

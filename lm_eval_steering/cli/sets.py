@@ -46,7 +46,8 @@ def import_(
     if len(files) > 1:
         raise SteeringError("one file holds the lists of all languages; several are for recordings alone")
     selection = {"method": "imported", "file": files[0].name}
-    imported = import_lists(files[0], codes, Provenance(**maker, selection=selection, versions=versions()), dictionary)
+    provenance = Provenance(**maker, selection=selection, versions=versions(evaluation=False))
+    imported = import_lists(files[0], codes, provenance, dictionary)
     imported.save(out)
     for code in imported.languages:
         typer.echo(f"{code}  {len(imported.neurons(code))} neurons")

@@ -37,7 +37,7 @@ def sweep(
 ) -> None:
     """Run every factor x language x task of a plan: what is missing of it. Exit code 1 where a cell failed."""
     os.environ["TQDM_DISABLE"] = "1"  # read by tqdm once, when it is imported
-    from lm_eval_steering.lmeval.repeated import be_quiet
+    from lm_eval_steering.lmeval.compat import be_quiet
     from lm_eval_steering.neurons.running import launched
     from lm_eval_steering.sweep.plan import read_plan
     from lm_eval_steering.sweep.run import run_sweep

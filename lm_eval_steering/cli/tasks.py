@@ -83,8 +83,8 @@ def fetch_data(
     metadata: Annotated[str, typer.Option(help="JSON, as for lm_eval: what some tasks must know.")] = "{}",
 ) -> None:
     """Load the data of tasks where there is a network, for machines that have none."""
+    from lm_eval_steering.lmeval.compat import be_quiet
     from lm_eval_steering.lmeval.listing import fetch
-    from lm_eval_steering.lmeval.repeated import be_quiet
 
     be_quiet()
     written = 0

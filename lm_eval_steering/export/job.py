@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lm_eval_steering.architectures import FAMILIES
+from lm_eval_steering.architectures.compat import forget_path
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.architectures.weights import weights_digest, weights_sketch
 from lm_eval_steering.errors import InterventionError, SteeringError
@@ -151,7 +152,7 @@ class Card:
             "neuron_set": {"sha256": self.neurons.content_hash(), "model": self.neurons.provenance.model},
             "notes": list(self.notes),
             **self.numbers,
-            "versions": versions(),
+            "versions": versions(evaluation=False),
         }
 
     def write(self, folder: Path) -> None:
@@ -389,8 +390,8 @@ def write_companions(lazy: LazyModel, loader: Loader, config: Any, folder: Path)
         GenerationConfig.from_pretrained(loader.pretrained, revision=loader.revision).save_pretrained(folder)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = lazy.dtype
-    for name in ("auto_map", "_name_or_path"):  # code of the repository is not needed, and a path says nothing there
-        config.__dict__.pop(name, None)
+    config.__dict__.pop("auto_map", None)  # code of the repository is not needed
+    forget_path(config)  # which says nothing there
     config.save_pretrained(folder)
     if LazyModel(str(folder)).tokenizer_sha256 != lazy.tokenizer_sha256:
         raise SteeringError(

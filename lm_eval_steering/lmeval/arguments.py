@@ -11,6 +11,7 @@ from typing import Any
 from lm_eval_steering import languages
 from lm_eval_steering.architectures import model_type_of, parse_sites, shape_of
 from lm_eval_steering.errors import ArchitectureError, InterventionError, NeuronSetError, SteeringError, did_you_mean
+from lm_eval_steering.lmeval.compat import from_pretrained_arguments
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.resources import find_neuron_set
@@ -19,13 +20,6 @@ from lm_eval_steering.steering.intervention import ARGUMENTS, from_arguments
 
 SCORING = ("auto", "shared", "plain")
 GENERATION = ("auto", "static", "compiled", "plain")
-# What transformers' from_pretrained takes beside attributes of the model's config; `hf` passes these on.
-_FROM_PRETRAINED = {
-    "attn_implementation", "cache_dir", "code_revision", "config", "device_map", "experts_implementation",
-    "force_download", "ignore_mismatched_sizes", "key_mapping", "load_in_4bit", "load_in_8bit", "local_files_only",
-    "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_state_dict", "proxies", "quantization_config",
-    "state_dict", "token", "torch_dtype", "tp_size", "use_kernels", "use_safetensors", "variant", "weights_only",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,8 +49,8 @@ class SteeringArguments:
         allow_empty: accept a language without neurons.
         force: use a neuron set of another model.
         sites: where the units are in a family that is not known (`architectures.sites_of`).
-        scoring: `auto`, `shared` or `plain`: how log-likelihoods are computed (`harness.scoring`).
-        generation: `auto`, `static`, `compiled` or `plain`: how texts are generated (`harness.generation`).
+        scoring: `auto`, `shared` or `plain`: how log-likelihoods are computed (`lmeval.scoring`).
+        generation: `auto`, `static`, `compiled` or `plain`: how texts are generated (`lmeval.generation`).
     """
 
     neurons: str | None = None
@@ -92,12 +86,12 @@ class SteeringArguments:
         _check_setting("generation", self.generation, GENERATION)
         if self.sites is not None:
             parse_sites(self.sites)
-        wants = [name for name in ARGUMENTS if getattr(self, name) is not None]
-        if wants and self.neurons is None:
+        given = [name for name in ARGUMENTS if getattr(self, name) is not None]
+        if given and self.neurons is None:
             raise InterventionError(
-                f"{wants[0]}= without neurons=: say which neuron set, a path or a name such as demo"
+                f"{given[0]}= without neurons=: say which neuron set, a path or a name such as demo"
             )
-        if self.neurons is not None and not wants:
+        if self.neurons is not None and not given:
             raise InterventionError(
                 "neurons= without language=, deactivate= or intervention=: nothing to intervene on; leave "
                 "neurons= out for an unsteered run"
@@ -124,10 +118,10 @@ class SteeringArguments:
         return {name: getattr(self, name) for name in ARGUMENTS}
 
 
-def _check_setting(name: str, found: Any, expected: Sequence[str]) -> None:
-    if found not in expected:
-        hint = did_you_mean(str(found), expected)
-        raise InterventionError(f"{name}={found!r}: expected {', '.join(expected)}{hint}")
+def _check_setting(name: str, given: Any, expected: Sequence[str]) -> None:
+    if given not in expected:
+        hint = did_you_mean(str(given), expected)
+        raise InterventionError(f"{name}={given!r}: expected {', '.join(expected)}{hint}")
 
 
 def split(given: Mapping[str, Any], parent: type, config: Any) -> tuple[SteeringArguments, dict[str, Any]]:
@@ -136,22 +130,21 @@ def split(given: Mapping[str, Any], parent: type, config: Any) -> tuple[Steering
     Raises:
         InterventionError: for an argument that none of them knows; the message names the nearest one.
     """
-    own = {field.name for field in fields(SteeringArguments)}
+    ours = {field.name for field in fields(SteeringArguments)}
     parents = set(inspect.signature(parent).parameters) - {"kwargs"}
-    rest = {key: value for key, value in given.items() if key not in own}
-    known = own | parents | _FROM_PRETRAINED
+    rest = {key: value for key, value in given.items() if key not in ours}
     for key in rest:
-        if key not in known and not key.startswith("bnb_4bit_") and not hasattr(config, key):
-            hint = did_you_mean(key, sorted(own | parents))
+        if key not in parents | from_pretrained_arguments() and not hasattr(config, key):
+            hint = did_you_mean(key, sorted(ours | parents))
             raise InterventionError(f"unknown model argument {key!r}{hint}")
-    found = SteeringArguments(**{key: value for key, value in given.items() if key in own})
+    arguments = SteeringArguments(**{key: value for key, value in given.items() if key in ours})
     for key in ("tp_plan", "tp_size"):
-        if found.neurons is not None and rest.get(key):
+        if arguments.neurons is not None and rest.get(key):
             raise ArchitectureError(
                 f"{key}={rest[key]!r}: tensor parallelism splits every layer's units over devices, which steering "
                 "cannot follow; use parallelize=True, which keeps layers whole, or one process a device"
             )
-    return found, rest
+    return arguments, rest
 
 
 def refuse_other_name(neuron_set: NeuronSet, pretrained: str) -> None:
@@ -160,10 +153,10 @@ def refuse_other_name(neuron_set: NeuronSet, pretrained: str) -> None:
     Raises:
         NeuronSetError: naming both.
     """
-    own = neuron_set.provenance.model
-    if "/" in own and own != pretrained and not Path(pretrained).exists():
+    made_for = neuron_set.provenance.model
+    if "/" in made_for and made_for != pretrained and not Path(pretrained).exists():
         raise NeuronSetError(
-            f"the neuron set is for {own}, the model is {pretrained}; force=true to use it all the same"
+            f"the neuron set is for {made_for}, the model is {pretrained}; force=true to use it all the same"
         )
 
 

@@ -3,73 +3,73 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from lm_eval.api.model import CacheHook
 
-from lm_eval_steering.metrics.likelihood import Score
+from lm_eval_steering.provenance import differing, versions
 
-Decorate = Callable[[str, Iterable[Any], Any], Any]
+Complete = Callable[[str, Iterable[Any], Any], Any]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CachedAnswer:
+    """What the database holds: an answer, and the versions of the libraries that made it."""
+
+    answer: Any
+    versions: dict[str, str]
 
 
 def salt(database: Any, fingerprint: Callable[[], str]) -> None:
     """Make a cache's database mix the fingerprint, as it is at the moment of each call, into every key.
 
-    One file then serves a whole sweep, and plain `hf` runs in the same file are never mixed up with ours. The object
-    is changed in place, because lm-eval's cache wrapper looks keys up in the very same one.
+    One file then serves a whole sweep, and plain `hf` runs in the same file are never mixed up with ours. lm-eval's
+    wrapper looks keys up in this very object, so the functions are replaced that a `SqliteDict` takes for writing keys
+    and values.
     """
-    kind = type(database)
+    encode_key, encode, decode = database.encode_key, database.encode, database.decode
 
-    def mixed(key: str) -> str:
-        return hashlib.sha256(f"{fingerprint()} {key}".encode()).hexdigest()
+    def answer_of(stored: Any) -> Any:
+        entry = decode(stored)
+        if not isinstance(entry, CachedAnswer):
+            return entry
+        if other := differing(entry.versions, versions()):
+            _warn_once(
+                f"--use_cache: answers were made with other versions ({other}); to make them anew, delete the file"
+            )
+        return entry.answer
 
-    class Salted(kind):  # type: ignore[valid-type, misc]
-        def __contains__(self, key: str) -> bool:
-            return super().__contains__(mixed(key))
-
-        def __getitem__(self, key: str) -> Any:
-            return super().__getitem__(mixed(key))
-
-        def __setitem__(self, key: str, value: Any) -> None:
-            super().__setitem__(mixed(key), value)
-
-    database.__class__ = Salted
+    database.encode_key = lambda key: encode_key(hashlib.sha256(f"{fingerprint()} {key}".encode()).hexdigest())
+    database.encode = lambda answer: encode(CachedAnswer(answer, versions()))
+    database.decode = answer_of
 
 
-class DecoratingCacheHook(CacheHook):
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
+
+
+class CompletingCacheHook(CacheHook):
     """Stores partial results as the model would return them at the end, so that a resumed run misses nothing."""
 
-    def __init__(self, database: Any, decorate: Decorate) -> None:
+    def __init__(self, database: Any, complete: Complete) -> None:
+        """Nothing is stored yet.
+
+        Args:
+            database: lm-eval's.
+            complete: (kind of request, its arguments, partial answer) -> the whole one, or None where it cannot be
+                known yet.
+        """
         self.dbdict = database
-        self._decorate = decorate
+        self._complete = complete
 
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
         """Store one result in the moment it is known; results that cannot stand alone are left to the end."""
-        decorated = self._decorate(attr, req, res)
-        if decorated is not None:
-            super().add_partial(attr, req, decorated)
-
-
-class PartialAnswers:
-    """Makes partial answers of a `SteeredHFLM` what they would be at the end."""
-
-    def __init__(self, lm: Any) -> None:
-        self._lm = lm
-        self._tokens: dict[tuple[str, ...], int] = {}  # (context, continuation) in hand -> tokens of the latter
-
-    def expect(self, requests: Iterable[Any]) -> None:
-        """Log-likelihood requests, tokenised, whose answers come next."""
-        self._tokens = {request[0]: len(request[2]) for request in requests if request[0]}
-
-    def __call__(self, kind: str, request: Iterable[Any], answer: Any) -> Any:
-        """The whole answer, or None where it cannot stand alone yet, or must not."""
-        if kind == "loglikelihood" and self._lm.sizes.twice:
-            return None
-        if self._lm.steering is not None and self._lm.steering.overflowed():
-            return None
-        if kind == "loglikelihood":
-            return Score(answer, tokens=self._tokens[tuple(request)], targets=self._lm.targets)
-        if kind == "loglikelihood_rolling":
-            return self._lm.rolling_score(*request, answer)
-        return answer
+        completed = self._complete(attr, req, res)
+        if completed is not None:
+            super().add_partial(attr, req, completed)

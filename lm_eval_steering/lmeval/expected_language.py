@@ -1,11 +1,11 @@
 """Which language an item expects its answer to be in, and our metrics scored with the item in hand.
 
-The item's own word goes first: its document's `expected_language`. Else the task's metadata speaks for all its items:
+Its document's `expected_language` goes first. Else the task's metadata holds for all its items:
 `expected_language`, or `evaluated_language` where that is one language. Nothing is guessed from names. A document's
 `about_language` says what the metrics of a wanted language are about, as `about` does beside a metric.
 
 lm-eval 0.4.13 calls a registered metric without the document, and for items with several references turns every value
-into 0 or 1. `score_ours` therefore takes our metrics out of its hands, for the tasks that list them and no others.
+into 0 or 1. So our metrics are scored here (`compat.score_with_documents`), for the tasks that list them and no others.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm_eval_steering.languages import normalise
+from lm_eval_steering.lmeval.compat import metrics_of
 from lm_eval_steering.metrics.registered import Metric, check_options, value_of
 
 EXPECTED_LANGUAGE = "expected_language"
@@ -44,48 +45,40 @@ def options_of(document: Any, beside: Mapping[str, Any]) -> dict[str, Any]:
     return ({"about": about} if about else {}) | dict(beside)
 
 
-def score_ours(task_class: Any) -> None:
-    """Make lm-eval's class of YAML tasks check our metrics before generation, and score them with the document."""
-    if getattr(task_class.process_results, "_lm_eval_steering", False):
-        return
-    score, build = task_class.process_results, task_class.build_all_requests
+def values_with_document(task: Any, document: Any, results: Any) -> tuple[set[str], dict[str, Any]]:
+    """Names of our metrics in a task's list, and their values for one item; those that are undefined have none.
 
-    def process_results(self: Any, doc: Any, results: Any) -> Any:
-        ours = _ours(self)
-        if not ours:
-            return score(self, doc, results)
-        listed = self._metric_fn_list
-        self._metric_fn_list = {name: metric for name, metric in listed.items() if name not in ours}
-        try:
-            found = score(self, doc, results)
-        finally:
-            self._metric_fn_list = listed
-        expected = expected_language(doc, self.config.metadata)
-        values = {
-            name: value_of(name, results[0], options_of(doc, options), expected) for name, options in ours.items()
-        }
-        return found | {name: value for name, value in values.items() if value is not None}
+    Args:
+        task: of lm-eval.
+        document: of the item.
+        results: the answers to its requests, as the task's filter left them.
+    """
+    ours = _ours(task)
+    if not ours:
+        return set(), {}
+    expected = expected_language(document, task.config.metadata)
+    values = {
+        name: value_of(name, results[0], options_of(document, options), expected) for name, options in ours.items()
+    }
+    return set(ours), {name: value for name, value in values.items() if value is not None}
 
-    def build_all_requests(self: Any, *args: Any, **kwargs: Any) -> Any:
-        built = build(self, *args, **kwargs)
-        ours = _ours(self)
-        for name, options in ours.items():
-            check_options(name, options)
-        for instance in self.instances if ours else ():
-            expected_language(instance.doc, self.config.metadata)
-            check_options(self.config.task, options_of(instance.doc, {}))
-        return built
 
-    process_results._lm_eval_steering = True  # type: ignore[attr-defined]
-    task_class.process_results, task_class.build_all_requests = process_results, build_all_requests
+def check_task(task: Any) -> None:
+    """Refuse options of our metrics, and documents, that cannot be, before anything is generated.
+
+    Raises:
+        SteeringError: naming the metric and the option.
+    """
+    ours = _ours(task)
+    for name, options in ours.items():
+        check_options(name, options)
+    for instance in task.instances if ours else ():
+        expected_language(instance.doc, task.config.metadata)
+        check_options(task.config.task, options_of(instance.doc, {}))
 
 
 def _ours(task: Any) -> dict[str, dict[str, Any]]:
     """Name -> options of our metrics in a task's list; none where the task scores its items itself."""
     if task.OUTPUT_TYPE != "generate_until" or callable(task.config.process_results):
         return {}
-    return {
-        name: task._metric_fn_kwargs[name]
-        for name, metric in task._metric_fn_list.items()
-        if isinstance(metric, Metric)
-    }
+    return {name: options for name, (metric, options) in metrics_of(task).items() if isinstance(metric, Metric)}

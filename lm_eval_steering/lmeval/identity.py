@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
+from lm_eval.models.huggingface import HFLM
+
+from lm_eval_steering.architectures.loading import tokenizer_sha256
 from lm_eval_steering.architectures.weights import weights_digest
 from lm_eval_steering.errors import DidNotHappenError
+from lm_eval_steering.lmeval.compat import attention_implementation, without_names
 from lm_eval_steering.metrics import pass_rates
-from lm_eval_steering.provenance import fingerprint, versions
-from lm_eval_steering.steering.attach import Evidence
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.provenance import versions
+from lm_eval_steering.steering.attach import Evidence, Steering
+from lm_eval_steering.steering.intervention import Intervention
 
-# Keys of configs that differ between two places of one model, or two releases of a library.
-_NAMES = {"_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version", "peft_version"}
 
-
-def identity_of(lm: Any) -> dict[str, Any]:
+def identity_of(lm: HFLM, identifier: str, scoring: str, generation: str) -> dict[str, Any]:
     """Parts of the fingerprint that belong to model, tokenizer and scoring; read once after loading.
 
     Args:
-        lm: a `SteeredHFLM`.
+        lm: lm-eval's model.
+        identifier: signature of what identifies languages.
+        scoring: the model argument.
+        generation: the model argument.
     """
     adapters = getattr(lm.model, "peft_config", None) or {}
-    generation = getattr(lm.model, "generation_config", None)
+    generation_config = getattr(lm.model, "generation_config", None)
     return {
         "weights": weights_digest(lm.model),
-        "config": _without_names(lm.model.config.to_dict()),
-        "generation_config": _without_names(generation.to_dict()) if generation else None,
-        "adapters": {name: _without_names(adapter.to_dict()) for name, adapter in adapters.items()},
-        "tokenizer": _tokenizer_digest(lm.tokenizer),
+        "config": without_names(lm.model.config.to_dict()),
+        "generation_config": without_names(generation_config.to_dict()) if generation_config else None,
+        "adapters": {name: without_names(adapter.to_dict()) for name, adapter in adapters.items()},
+        "tokenizer": tokenizer_sha256(lm.tokenizer),
         "dtype": str(lm.model.dtype),
         "mixed_precision_dtype": str(lm.mixed_precision_dtype),
         "softmax_dtype": str(lm.softmax_dtype),
@@ -37,66 +44,79 @@ def identity_of(lm: Any) -> dict[str, Any]:
         "prefix_token_id": lm.prefix_token_id,
         "truncation": lm.truncation,
         "think_end_token": lm.think_end_token,
-        "identifier": lm.identifier.signature(),
-        "scoring": "plain" if lm.scorer.setting == "plain" else "shared",
-        "generation": lm.generator.setting,
-        "attention": getattr(lm.model.config, "_attn_implementation", None),
+        "identifier": identifier,
+        "scoring": "plain" if scoring == "plain" else "shared",
+        "generation": generation,
+        "attention": attention_implementation(lm.model.config),
         "logits_cache": lm.logits_cache,
     }
-
-
-def _without_names(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _NAMES}
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    """Hash of a tokenizer's whole definition, or of its vocabulary where it has no fast one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return fingerprint({"tokenizer": backend.to_str() if backend else tokenizer.get_vocab()})
 
 
 # --- What is printed and stored beside every score: what was done, to what, and the proof that it happened
 
 
-def signature_of(lm: Any) -> str:
-    """Readable form of a `SteeredHFLM`'s fingerprint, meant to be pasted in a paper; `signature.parse` reads it."""
-    parts = [lm.intervention.signature(), f"lid:{lm.identifier.signature()}"]
-    if lm.neuron_set:
-        parts.insert(1, f"neurons:{lm.neuron_set.content_hash()[:8]}")
-    return "|".join([*parts, f"fp:{lm.fingerprint[:8]}", f"v:{versions()['lm-eval-steering']}"])
+@dataclass(frozen=True)
+class Steered:
+    """What a score is of, beside the model.
 
-
-def report_of(lm: Any) -> dict[str, Any]:
-    """What was done to a `SteeredHFLM`, as plain data.
-
-    Raises:
-        DidNotHappenError: if forward passes ran and nothing was edited in them.
+    Attributes:
+        intervention: in force; no steps where the model is unsteered.
+        neuron_set: whose neurons, if any.
+        fingerprint: hash over everything that decides a score.
+        identifier: signature of what identifies languages.
+        targets: codes of the languages whose share `lfs` counts.
     """
-    report: dict[str, Any] = {
-        "signature": lm.signature,
-        "fingerprint": lm.fingerprint,
-        "intervention": lm.intervention.model_dump(mode="json"),
-        "lookahead": lm.intervention.lookahead,
-        "target_languages": list(lm.targets),
-        "language_identifier": lm.identifier.signature(),
-        "pass_rates": pass_rates.signature(),
-        "scoring": lm.scorer.report(),
-        "generation": lm.generator.report(),
-        "versions": versions(),
-    }
-    if lm.steering is not None and lm.neuron_set is not None:
-        evidence = lm.steering.evidence()
-        refuse_nothing(evidence.forwards, evidence.positions, evidence, lm.intervention.signature())
-        report["evidence"] = dataclasses.asdict(evidence) | {
-            "shared_neurons": lm.steering.plan.shared,
-            "rank": f"{lm.rank} of {lm.world_size}",
+
+    intervention: Intervention
+    neuron_set: NeuronSet | None
+    fingerprint: str
+    identifier: str
+    targets: tuple[str, ...]
+
+    @property
+    def signature(self) -> str:
+        """Readable form of the fingerprint, meant to be pasted in a paper; `report.naming` reads it."""
+        parts = [self.intervention.signature(), f"lid:{self.identifier}"]
+        if self.neuron_set:
+            parts.insert(1, f"neurons:{self.neuron_set.content_hash()[:8]}")
+        return "|".join([*parts, f"fp:{self.fingerprint[:8]}", f"v:{versions()['lm-eval-steering']}"])
+
+    def report(
+        self, scoring: dict[str, Any], generation: dict[str, Any], steering: Steering | None, rank: str
+    ) -> dict[str, Any]:
+        """What was done, to what, and the proof that it happened, as plain data.
+
+        Args:
+            scoring: how log-likelihoods were computed.
+            generation: how texts were generated.
+            steering: that was attached, if any.
+            rank: which process of how many.
+
+        Raises:
+            DidNotHappenError: if forward passes ran and nothing was edited in them.
+        """
+        report: dict[str, Any] = {
+            "signature": self.signature,
+            "fingerprint": self.fingerprint,
+            "intervention": self.intervention.model_dump(mode="json"),
+            "lookahead": self.intervention.lookahead,
+            "target_languages": list(self.targets),
+            "language_identifier": self.identifier,
+            "pass_rates": pass_rates.signature(),
+            "scoring": scoring,
+            "generation": generation,
+            "versions": versions(),
         }
-        report["neuron_set"] = {
-            "sha256": lm.neuron_set.content_hash(),
-            "languages": list(lm.neuron_set.languages),
-            **dataclasses.asdict(lm.neuron_set.provenance),
-        }
-    return report
+        if steering is not None and self.neuron_set is not None:
+            evidence = steering.evidence()
+            refuse_nothing(evidence.forwards, evidence.positions, evidence, self.intervention.signature())
+            report["evidence"] = dataclasses.asdict(evidence) | {"shared_neurons": steering.plan.shared, "rank": rank}
+            report["neuron_set"] = {
+                "sha256": self.neuron_set.content_hash(),
+                "languages": list(self.neuron_set.languages),
+                **dataclasses.asdict(self.neuron_set.provenance),
+            }
+        return report
 
 
 def refuse_nothing(forwards: int, positions: int, evidence: Evidence, signature: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
+from lm_eval_steering.lmeval.compat import fed_to_model
 from lm_eval_steering.lmeval.requests import Request, ScoringRows
 
 # --- Requests as rows of a forward pass, in which what begins alike is read once
@@ -41,8 +42,8 @@ class ScoredRequest(NamedTuple):
     number: int
 
 
-def entries_of(requests: Sequence[Request], max_length: int) -> list[ScoredRequest]:
-    """The requests as `HFLM._loglikelihood_tokens` of lm-eval 0.4.13 feeds them to the model.
+def scored_requests(requests: Sequence[Request], max_length: int) -> list[ScoredRequest]:
+    """The requests as lm-eval feeds them to the model (`compat.fed_to_model`).
 
     Args:
         requests: (key, context tokens, continuation tokens); without a key, as in rolling, every token is prompt.
@@ -58,7 +59,7 @@ def entries_of(requests: Sequence[Request], max_length: int) -> list[ScoredReque
                 f"request {key[1] if key else number!r}: {len(context)} context and {len(continuation)} continuation "
                 f"tokens; expected at least one of each, and a continuation of at most {max_length}"
             )
-        tokens = (context + continuation)[-(max_length + 1) : -1]
+        tokens = fed_to_model(context, continuation, max_length)
         prompt = len(tokens) if key is None else len(tokens) - len(continuation) + 1
         found.append(ScoredRequest(tuple(tokens), prompt, tuple(continuation), number))
     return found
@@ -164,10 +165,10 @@ def _worth_sharing(row: PackedRow, last: ScoredRequest, entry: ScoredRequest, co
 
 # --- Rows in batches: sorted by length, as many as fit a budget of tokens and of scored positions
 
-# Logits in hand at once, in numbers: 32 MB in float32 on a processor, 256 MB in bfloat16 elsewhere.
+# Logits in hand at once, in numbers: 32 MB in float32 on CPU, 256 MB in bfloat16 elsewhere.
 LOGITS = {"cpu": 2**23}
 LOGITS_ELSEWHERE = 2**27
-# Tokens of a batch, beyond which its activations leave a processor's cache (`benchmarks.rolling`).
+# Tokens of a batch, beyond which its activations leave the CPU's cache (`benchmarks.rolling`).
 TOKENS = {"cpu": 768}
 # Pads of a batch, in tokens, at which a forward pass more costs less.
 PADS = {"cpu": 48}
@@ -195,11 +196,6 @@ class BatchBudget:
         positions = LOGITS.get(device, LOGITS_ELSEWHERE) // vocabulary
         tokens = min(batch_size * longest, TOKENS.get(device, sys.maxsize))
         return cls(tokens, max(1, positions), PADS.get(device, PADS_ELSEWHERE))
-
-    @classmethod
-    def of_prompts(cls, device: str) -> BatchBudget:
-        """For prompts of one of lm-eval's batches, of which each needs the logits of its last token."""
-        return cls(TOKENS.get(device, sys.maxsize), sys.maxsize, PADS.get(device, PADS_ELSEWHERE))
 
     @classmethod
     def unlimited(cls) -> BatchBudget:
@@ -265,10 +261,10 @@ class Packed:
 
     Attributes:
         tokens: (row, position) token ids, padded on the right.
-        rows: what the intervention is told of them.
+        rows: their lengths, which the intervention needs.
         inputs: attention masks and position ids, if any row branches.
         nodes: (2, node) row and position of each distinct place at which logits are needed.
-        place: (target,) index into `nodes`.
+        node: (target,) index into `nodes`.
         targets: (target,) token ids.
         requests: (number, number of targets), in the order of `targets`.
     """
@@ -277,7 +273,7 @@ class Packed:
     rows: ScoringRows
     inputs: dict[str, Any]
     nodes: torch.Tensor
-    place: torch.Tensor
+    node: torch.Tensor
     targets: torch.Tensor
     requests: tuple[tuple[int, int], ...]
 
@@ -300,21 +296,21 @@ def pack(rows: Sequence[PackedRow], masks: Masks, config: Any, dtype: torch.dtyp
         depths = _padded([row.depths for row in rows], width).to(device)
         ends = _padded([row.ends for row in rows], width).to(device)
         inputs = {"position_ids": depths, "attention_mask": attention(depths, ends, masks, config, dtype)}
-    places: dict[tuple[int, int], int] = {}
-    place: list[int] = []
+    indices: dict[tuple[int, int], int] = {}
+    node_of: list[int] = []
     targets: list[int] = []
     requests: list[tuple[int, int]] = []
     for number, row in enumerate(rows):
-        for request, nodes, wanted in row.scored:
-            place += [places.setdefault((number, node), len(places)) for node in nodes]
-            targets += wanted
-            requests.append((request, len(wanted)))
+        for request, nodes, continuation in row.scored:
+            node_of += [indices.setdefault((number, node), len(indices)) for node in nodes]
+            targets += continuation
+            requests.append((request, len(continuation)))
     return Packed(
         tokens.to(device),
         ScoringRows(real, torch.tensor([row.prompt for row in rows])),
         inputs,
-        torch.tensor(list(places), device=device).T,
-        torch.tensor(place, device=device),
+        torch.tensor(list(indices), device=device).T,
+        torch.tensor(node_of, device=device),
         torch.tensor(targets, device=device),
         tuple(requests),
     )
@@ -358,7 +354,7 @@ def _padded(lists: Sequence[Sequence[int]], width: int) -> torch.Tensor:
 
 # --- Logits only where they are needed, and log-probabilities of the targets without a softmax over all of them
 
-# Logits of a block in which log-sum-exp is taken: 2 MB of them stay in a processor's cache.
+# Logits of a block in which log-sum-exp is taken: 2 MB of them stay in the CPU's cache.
 BLOCK = {"cpu": 2**19}
 BLOCK_ELSEWHERE = 2**24
 
@@ -393,28 +389,14 @@ def head_at(head: nn.Module, nodes: torch.Tensor) -> Iterator[None]:
         raise DidNotHappenError(f"the head ran {calls} times in a forward pass, expected once")
 
 
-@contextmanager
-def with_inputs(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
-    """Inside, the model's forward passes get these arguments too."""
-
-    def add(_module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, given | inputs
-
-    handle = model.register_forward_pre_hook(add, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def log_probabilities(
-    logits: torch.Tensor, place: torch.Tensor, targets: torch.Tensor
+    logits: torch.Tensor, node: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target, and whether it is the most likely token.
 
     Args:
         logits: (node, vocabulary).
-        place: (target,) the node that predicts it.
+        node: (target,) the node that predicts it.
         targets: (target,) token ids.
 
     Returns:
@@ -431,9 +413,9 @@ def log_probabilities(
         peak[start : start + size] = top
         # PyTorch's log-softmax is one pass, its log-sum-exp is several. At the peak no logit is -inf.
         total[start : start + size] = top - torch.log_softmax(block, -1).amax(-1)
-    own = logits[place, targets].to(wide)
-    greedy = own == peak[place]
+    target = logits[node, targets].to(wide)
+    greedy = target == peak[node]
     # Ties are rare, and argmax is slow: it is asked only where the target is a maximum.
-    first = logits[place[greedy]].argmax(-1)
+    first = logits[node[greedy]].argmax(-1)
     greedy[greedy.clone()] = first == targets[greedy]
-    return own - total[place], greedy
+    return target - total[node], greedy

@@ -11,30 +11,14 @@ import logging
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
-from inspect import BoundArguments, signature
 from types import ModuleType, TracebackType
 from typing import Any
 
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
-from lm_eval_steering.lmeval.indexing import answer_from_ours, put_off, read_ours_once
+from lm_eval_steering.lmeval.compat import add_task_folder, score_with_documents
 from lm_eval_steering.resources import tasks_folder
 
 MODELS = {"steered-hf": "lm_eval_steering.lmeval.model:SteeredHFLM"}
-# Name -> where it is, whether more is better, and how the values of the items become one.
-METRICS = {
-    "lfs": ("lm_eval_steering.metrics.registered:lfs", True, "mean"),
-    "lfs_clean": ("lm_eval_steering.metrics.registered:lfs_clean", True, "mean"),
-    "lang_expected": ("lm_eval_steering.metrics.registered:lang_expected", True, "mean"),
-    "output_language": ("lm_eval_steering.metrics.registered:counted_language", True, "language_counts"),
-    "lang_confidence": ("lm_eval_steering.metrics.registered:lang_confidence", True, "mean"),
-    "lang_unknown": ("lm_eval_steering.metrics.registered:lang_unknown", False, "mean"),
-    "lpr": ("lm_eval_steering.metrics.registered:lpr", True, "mean"),
-    "lpr_skipped": ("lm_eval_steering.metrics.registered:lpr_skipped", False, "mean"),
-    "wpr": ("lm_eval_steering.metrics.registered:wpr", True, "mean"),
-    "lcpr": ("lm_eval_steering.metrics.registered:lcpr", True, "lcpr"),
-    "script_share": ("lm_eval_steering.metrics.registered:script_share", True, "mean"),
-    "degenerate": ("lm_eval_steering.metrics.registered:degenerate", False, "mean"),
-}
 AGGREGATIONS = {
     "language_counts": "lm_eval_steering.metrics.output_language:language_counts",
     "lcpr": "lm_eval_steering.metrics.pass_rates:harmonic_mean",
@@ -67,66 +51,24 @@ def _register_models(_module: ModuleType) -> None:
 def _register_metrics(_module: ModuleType) -> None:
     from lm_eval.api import registry
 
+    from lm_eval_steering.metrics.registered import METRICS
+
     for name, value in AGGREGATIONS.items():
         if name not in registry.aggregation_registry:
             # The function itself: lm-eval compares aggregations by identity.
             registry.aggregation_registry.register(name, target=_load(value))
-    for name, (value, higher_is_better, aggregation) in METRICS.items():
+    for name, metric in METRICS.items():
         if name not in registry.metric_registry:
-            registry.metric_registry.register(name, target=_load(value))
-            registry.higher_is_better_registry.register(name, target=higher_is_better)
-            registry.metric_agg_registry.register(name, target=registry.aggregation_registry.get(aggregation))
+            registry.metric_registry.register(name, target=metric)
+            registry.higher_is_better_registry.register(name, target=metric.higher_is_better)
+            registry.metric_agg_registry.register(name, target=registry.aggregation_registry.get(metric.aggregation))
 
 
 def _register_tasks(module: Any) -> None:
-    _score_with_documents()
-    manager = module.TaskManager
-    if getattr(manager.__init__, "_lm_eval_steering", False):
-        return
-    original = manager.__init__
-    try:
-        read_ours_once(importlib.import_module("lm_eval.tasks._index"))
-        answer_from_ours(manager, original)
-        lazy = True
-    except (ImportError, AttributeError):  # another lm-eval indexes as it does, at its own cost
-        lazy = False
+    from lm_eval_steering.lmeval.expected_language import check_task, values_with_document
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            arguments = _with_our_tasks(signature(original).bind(self, *args, **kwargs))
-        except Exception as error:  # whatever lm-eval has become, it works on without our tasks
-            print(f"lm-eval-steering could not add its tasks: {error!r}", file=sys.stderr)
-            arguments = None
-        if arguments is None:
-            original(self, *args, **kwargs)
-        elif lazy and arguments.arguments["include_path"] == [tasks_folder()]:  # tasks of the user may go by any name
-            put_off(self, arguments)
-        else:
-            original(*arguments.args, **arguments.kwargs)
-
-    init._lm_eval_steering = True  # type: ignore[attr-defined]
-    manager.__init__ = init
-
-
-def _score_with_documents() -> None:
-    from lm_eval_steering.lmeval.expected_language import score_ours
-
-    try:
-        from lm_eval.api.task import ConfigurableTask
-
-        score_ours(ConfigurableTask)
-    except (ImportError, AttributeError) as error:  # whatever lm-eval has become, the rest works on
-        print(f"lm-eval-steering could not score by documents: {error!r}", file=sys.stderr)
-
-
-def _with_our_tasks(arguments: BoundArguments) -> BoundArguments | None:
-    """The manager's arguments with our folder before the user's, whose tasks win over ours of the same name."""
-    if not arguments.arguments.get("include_defaults", True):
-        return None
-    users = arguments.arguments.get("include_path") or []
-    users = list(users) if isinstance(users, list | tuple) else [users]
-    arguments.arguments["include_path"] = [tasks_folder(), *users]
-    return arguments
+    add_task_folder(module.TaskManager, tasks_folder())
+    score_with_documents(values_with_document, check_task)
 
 
 _REGISTRARS: dict[str, Callable[[Any], None]] = {

@@ -1,4 +1,4 @@
-"""What lm-eval does not tell its model: which requests the rows of a forward pass are, and where contexts end."""
+"""Log-likelihood requests before scoring: what is refused, what is scored twice, and which row is which request."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.utils import Collator
+from lm_eval.models.utils import has_bos_prefix
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
+from lm_eval_steering.lmeval.compat import another_order, fed_to_model, in_scoring_order, strings_to_encode
 from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN
 
 Request = tuple[Any, list[int], list[int]]  # what keys the cache (None in rolling), context tokens, continuation tokens
 
 
-def wants_twin(request: Instance) -> bool:
+def needs_unsteered_score(request: Instance) -> bool:
     """Whether a request is to be scored a second time, without the intervention."""
     return isinstance(request.doc, dict) and bool(request.doc.get(UNSTEERED_TWIN))
 
@@ -38,8 +40,8 @@ def refuse_stale(requests: Sequence[Instance], targets: Sequence[str]) -> None:
             )
 
 
-def parts(requests: Sequence[Request]) -> list[list[int]]:
-    """Numbers of the requests, in rounds within which equal tokens have equal context lengths.
+def rounds_of(requests: Sequence[Request]) -> list[list[int]]:
+    """Request indices, in rounds within which equal tokens have equal context lengths.
 
     lm-eval scores requests of equal tokens by one row. That is right only if their contexts are equally long: an
     intervention may know the context from the continuation, and lm-eval 0.4.13 itself gives the request with the
@@ -49,10 +51,10 @@ def parts(requests: Sequence[Request]) -> list[list[int]]:
     seen: dict[tuple[int, ...], dict[int, int]] = {}
     for number, (key, context, continuation) in enumerate(requests):
         lengths = seen.setdefault(tuple(context + continuation[:-1]), {})
-        place = lengths.setdefault(0 if key is None else len(context), len(lengths))
-        if place == len(rounds):
+        turn = lengths.setdefault(0 if key is None else len(context), len(lengths))
+        if turn == len(rounds):
             rounds.append([])
-        rounds[place].append(number)
+        rounds[turn].append(number)
     return rounds
 
 
@@ -64,25 +66,18 @@ class ScoringRows:
     prompt: torch.Tensor
 
 
-class RowBook:
-    """The rows of the forward passes to come, in lm-eval's order; each batch is compared with what the model gets."""
+class ExpectedRows:
+    """The rows of lm-eval's own batches, which tell the model neither rows nor lengths; each batch is compared."""
 
     def __init__(self, requests: Sequence[Request], max_length: int, shared: bool) -> None:
         """Note the order.
 
         Args:
-            requests: of one call of `_loglikelihood_tokens`.
+            requests: of one call of lm-eval's scoring.
             max_length: of the model, in tokens.
             shared: whether lm-eval scores requests of equal tokens by one row (`logits_cache`).
         """
-        # The very class that lm-eval sorts and groups with, and the same keys as in HFLM._loglikelihood_tokens.
-        order = Collator(
-            requests,
-            sort_fn=lambda request: (-len(request[1] + request[2]), tuple(request[1] + request[2])),
-            group_by="contexts" if shared else None,
-            group_fn=lambda request: request[1] + request[2][:-1],
-        )
-        self._rest: Iterator[Request] = (request for chunk in order.get_batched(n=1) for request in chunk)
+        self._rest: Iterator[Request] = in_scoring_order(requests, shared)
         self._max_length = max_length
 
     def take(self, tokens: torch.Tensor) -> ScoringRows:
@@ -99,20 +94,47 @@ class RowBook:
             if request is None:
                 raise DidNotHappenError("lm-eval scored more rows than it has requests")
             key, context, continuation = request
-            # Too long ones lose tokens on the left; the last token is predicted and never read.
-            own = (context + continuation)[-(self._max_length + 1) :][:-1]
-            if len(own) > tokens.shape[1]:
-                break  # the comparison says it
-            expected[row, : len(own)] = torch.tensor(own, dtype=tokens.dtype)
-            real[row, : len(own)] = True
+            fed = fed_to_model(context, continuation, self._max_length)
+            if len(fed) > tokens.shape[1]:
+                break  # the comparison below fails
+            expected[row, : len(fed)] = torch.tensor(fed, dtype=tokens.dtype)
+            real[row, : len(fed)] = True
             # In rolling likelihood every token is prompt.
-            prompt[row] = len(own) if key is None else len(own) - len(continuation) + 1
+            prompt[row] = len(fed) if key is None else len(fed) - len(continuation) + 1
         if not torch.equal(torch.where(real, tokens.cpu(), 0), expected) or not real.any(1).all():
-            raise DidNotHappenError(
-                "lm-eval batched its requests in an order that this release of lm-eval-steering does not know, so "
-                "context lengths cannot be told; install the lm-eval that it was tested with"
-            )
+            raise another_order()
         return ScoringRows(real, prompt)
+
+
+def encode_ahead(
+    tokenizer: Any, requests: Sequence[Instance], prefix_token_id: int, add_bos_token: bool | None
+) -> dict[str, list[int]]:
+    """Token ids of every string of log-likelihood requests, in one call of a fast tokenizer.
+
+    lm-eval encodes each option's context again, one string a call. Strings that begin with the text of the beginning
+    token are left to it, and all strings where the tokenizer is slow.
+
+    Args:
+        tokenizer: of the model.
+        requests: of (context, continuation).
+        prefix_token_id: of the model.
+        add_bos_token: the model argument.
+    """
+    bos = tokenizer.decode(prefix_token_id)
+    texts = strings_to_encode(request.args for request in requests)
+    strings = [text for text in texts if not has_bos_prefix(text, bos)]
+    if not strings or not tokenizer.is_fast:
+        return {}
+    special = {} if add_bos_token is None else {"add_special_tokens": add_bos_token}
+    return dict(zip(strings, tokenizer(strings, **special)["input_ids"], strict=True))
+
+
+def windows_of(tokens: list[int], prefix_token_id: int, max_length: int) -> list[Request]:
+    """lm-eval's windows of a text: each token is predicted once, from at most `max_length` tokens before it."""
+    windows = get_rolling_token_windows(
+        token_list=tokens, prefix_token=prefix_token_id, max_seq_len=max_length, context_len=1
+    )
+    return [(None, *make_disjoint_window(window)) for window in windows]
 
 
 class BatchSizes:

@@ -20,11 +20,11 @@ from lm_eval_steering.files import write_text
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.lmeval.aggregation import aggregated
 from lm_eval_steering.lmeval.expected_language import expected_language, options_of
-from lm_eval_steering.lmeval.registration import METRICS, register_all
+from lm_eval_steering.lmeval.registration import register_all
 from lm_eval_steering.metrics import pass_rates
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.metrics.output_language import EXPECTED, IdentifiedText, Value
-from lm_eval_steering.metrics.registered import check_options, value_of
+from lm_eval_steering.metrics.registered import METRICS, check_options, value_of
 from lm_eval_steering.provenance import fingerprint, versions
 
 _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
@@ -235,7 +235,7 @@ def _aggregate(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[
                 items[name, row["filter"]].append(row[name])
     scores: dict[str, Any] = {}
     for (name, of), values in items.items():
-        scores |= aggregated(name, of, aggregation_registry.get(METRICS[name][2]), values)
+        scores |= aggregated(name, of, aggregation_registry.get(METRICS[name].aggregation), values)
     return scores, {f"{name},{of}": len(values) for (name, of), values in items.items()}
 
 

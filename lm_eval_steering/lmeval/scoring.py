@@ -1,4 +1,9 @@
-"""Scores log-likelihood requests in one of our ways, and says in which."""
+"""Log-likelihoods in one go: which method is exact for a model, its check against plain forward passes, and scoring.
+
+`SteeredHFLM.loglikelihood` (model.py) hands tokenised requests to `Scorer.score`. It makes rows and batches of them
+(packing.py), and runs each batch through `ScoringContext.forward`, which is `SteeredHFLM.forward_pass`: there the rows'
+lengths are handed to the intervention, whose hooks (steering/attach.py) edit the activations.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,19 @@ import hashlib
 import logging
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from lm_eval.api.instance import Instance
-from lm_eval.models.utils import has_bos_prefix
 from lm_eval.models.utils_hf import clear_torch_cache
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 from tqdm import tqdm
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.lmeval.compat import attention_implementation
 from lm_eval_steering.lmeval.packing import (
     BatchBudget,
     Cost,
@@ -30,55 +32,14 @@ from lm_eval_steering.lmeval.packing import (
     PackedRow,
     ScoredRequest,
     batches,
-    entries_of,
     head_at,
     log_probabilities,
     pack,
     rows_of,
-    with_inputs,
+    scored_requests,
 )
 from lm_eval_steering.lmeval.requests import Request, ScoringRows
-
-# --- Tokens of all strings of a task at once: lm-eval encodes each option's context again, one string a call
-
-
-class Encoded:
-    """Token ids of strings that `tok_encode` of a `SteeredHFLM` is about to be asked for, the same as it gives."""
-
-    def __init__(self, lm: Any) -> None:
-        self._lm = lm
-        self._ids: dict[str, list[int]] = {}
-
-    def get(self, string: str) -> list[int] | None:
-        """A copy of a string's ids; None where `tok_encode` has to find them."""
-        found = self._ids.get(string)
-        return None if found is None else list(found)
-
-    @contextmanager
-    def ahead(self, requests: Iterable[Instance]) -> Iterator[None]:
-        """Inside, the strings of these log-likelihood requests are known."""
-        lm = self._lm
-        bos = lm.tokenizer.decode(lm.prefix_token_id)
-        strings = [each for each in _strings(requests) if not has_bos_prefix(each, bos)]
-        if strings and lm.tokenizer.is_fast:
-            special = {} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}
-            ids = lm.tokenizer(strings, **special)["input_ids"]
-            self._ids = dict(zip(strings, ids, strict=True))
-        try:
-            yield
-        finally:
-            self._ids = {}
-
-
-def _strings(requests: Iterable[Instance]) -> list[str]:
-    """What `TemplateLM._encode_pair` encodes: each context without its last blanks, and with its continuation."""
-    found: dict[str, None] = {}
-    for request in requests:
-        context, continuation = request.args
-        if context:
-            found[context.rstrip()] = found[context + continuation] = None
-    return list(found)
-
+from lm_eval_steering.steering.attach import Steering
 
 # --- Unsteered answers that are kept for the next intervention on the same requests
 
@@ -129,12 +90,12 @@ class Baseline:
 
 
 def digest_of(batch: Sequence[PackedRow]) -> bytes:
-    """What a batch is: tokens and depths tell the trees."""
-    told = [(row.tokens, row.depths, row.scored) for row in batch]
-    return hashlib.sha256(repr(told).encode()).digest()
+    """Hash of a batch: tokens and depths determine the trees."""
+    trees = [(row.tokens, row.depths, row.scored) for row in batch]
+    return hashlib.sha256(repr(trees).encode()).digest()
 
 
-# --- Which way of scoring is exact for a model and an intervention, told before anything is scored
+# --- Which method is exact for a model and an intervention, known before anything is scored
 
 # Families whose layers take a mask and position ids as given, which the tests compare with lm-eval's own scores.
 PACKABLE = {
@@ -148,13 +109,13 @@ _BY_BATCH = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True)
-class Way:
+class ScoringMethod:
     """How log-likelihoods are computed.
 
     Attributes:
         name: `packed`: one row a common prefix, with the continuations as its branches; `rows`: one row a request;
             both with the head at scored positions alone. `plain`: lm-eval's own batches and forward passes.
-        why: what decides against the ways before it; empty for `packed`.
+        why: what decides against the methods before it; empty for `packed`.
         masks: of the family, for `packed`.
     """
 
@@ -168,8 +129,8 @@ class Way:
         return self.name != "plain"
 
 
-def way_of(model: nn.Module, backend: str, lookahead: bool, needs_rows: bool) -> Way:
-    """The way that does least work among those that are exact.
+def method_of(model: nn.Module, backend: str, lookahead: bool, needs_rows: bool) -> ScoringMethod:
+    """The method that does least work among those that are exact.
 
     Args:
         model: the loaded model.
@@ -178,21 +139,21 @@ def way_of(model: nn.Module, backend: str, lookahead: bool, needs_rows: bool) ->
         needs_rows: whether it depends on where a token stands in its row.
     """
     config: Any = model.config
-    against = _against_ours(model, backend, lookahead)
+    against = _against_sharing(model, backend, lookahead)
     if against:
-        return Way("plain", against)
+        return ScoringMethod("plain", against)
     masks = PACKABLE.get(config.model_type)
-    implementation = getattr(config, "_attn_implementation", "eager")
+    implementation = attention_implementation(config)
     if needs_rows:
-        return Way("rows", "the intervention depends on where a token stands in its row")
+        return ScoringMethod("rows", "the intervention depends on where a token stands in its row")
     if masks is None or getattr(config, "alibi", False):
-        return Way("rows", f"{config.model_type} takes no attention mask of ours")
+        return ScoringMethod("rows", f"{config.model_type} takes no attention mask of ours")
     if implementation not in {"sdpa", "eager"}:
-        return Way("rows", f"attention implementation {implementation} takes no mask of ours")
-    return Way("packed", "", masks)
+        return ScoringMethod("rows", f"attention implementation {implementation} takes no mask of ours")
+    return ScoringMethod("packed", "", masks)
 
 
-def _against_ours(model: Any, backend: str, lookahead: bool) -> str:
+def _against_sharing(model: Any, backend: str, lookahead: bool) -> str:
     """Why only lm-eval's own forward passes are exact; empty where ours are too."""
     if backend != "causal":
         return f"a {backend} model"
@@ -216,19 +177,19 @@ def rope_by_batch(config: Any) -> str:
     return min(kinds & _BY_BATCH, default="")
 
 
-# --- Our way of scoring against the model's plain forward pass, on a few requests of the run itself
+# --- Each method is checked against the model's plain forward pass, on a few requests of the run itself
 
 # Requests that are scored twice for it, and tokens after which no further one is.
 SAMPLE, TOKENS = 4, 512
 # By how much a token's log-probability may differ, in nats, where the softmax rounds more than the logits.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # In units of the last place of the largest logit, for the sum over tokens: what rounding the logits alone can do. In
-# bfloat16 a right way of scoring the demo model stays below 1 % of it, and wrong position ids exceed it.
+# bfloat16 a right method stays, on the demo model, below 1 % of it, and wrong position ids exceed it.
 _ROUNDINGS = 4
 
 
 def sample_of(rows: Iterable[PackedRow]) -> list[int]:
-    """Numbers of a few requests: short ones, on different branches where there are such."""
+    """Indices of a few requests: short ones, on different branches where there are such."""
     numbers: list[int] = []
     tokens = 0
     for row in sorted(rows, key=lambda row: (not row.branches, len(row.tokens))):
@@ -251,202 +212,223 @@ def _spread(row: PackedRow, number: int) -> list[int]:
     return ordered if len(ordered) <= number else ordered[: number - half] + ordered[len(ordered) - half :]
 
 
-def difference(lm: Any, entries: Sequence[ScoredRequest], found: Mapping[int, tuple[float, bool]]) -> str:
+def difference(context: ScoringContext, requests: Sequence[ScoredRequest], answers: Mapping[int, LogLikelihood]) -> str:
     """What differs from plain forward passes over single rows, in a sentence; empty where nothing does.
 
     Args:
-        lm: the `SteeredHFLM`.
-        entries: the requests.
-        found: request number -> our (summed log-probability, greedy match).
+        context: of the model, whose intervention is suspended.
+        requests: the sample.
+        answers: request index -> (summed log-probability, greedy match) by the method that is checked.
     """
-    dtype = lm.mixed_precision_dtype or lm.model.dtype
-    for entry in entries:
-        logits = lm._model_call(torch.tensor([entry.tokens], device=lm.device))[0, -len(entry.targets) :]
-        rounding = _ROUNDINGS * torch.finfo(dtype).eps * float(logits.abs().max()) * len(entry.targets) ** 0.5
+    for request in requests:
+        tokens = torch.tensor([request.tokens], device=context.device)
+        logits = context.forward(tokens, None, {})[0, -len(request.targets) :]
+        rounding = _ROUNDINGS * torch.finfo(context.dtype).eps * float(logits.abs().max()) * len(request.targets) ** 0.5
         logits = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-        own = logits.gather(1, torch.tensor(entry.targets, device=logits.device).unsqueeze(1))
-        expected, ours = float(own.sum()), found[entry.number][0]
-        allowed = max(rounding, _TOLERANCE.get(dtype, 0.0) * max(len(entry.targets), abs(expected)))
+        targets = torch.tensor(request.targets, device=logits.device).unsqueeze(1)
+        expected, ours = float(logits.gather(1, targets).sum()), answers[request.number][0]
+        allowed = max(rounding, _TOLERANCE.get(context.dtype, 0.0) * max(len(request.targets), abs(expected)))
         same = math.isnan(expected) and math.isnan(ours)
         if not same and not abs(expected - ours) <= allowed:
             return f"it gave {ours:.6g} where the plain forward pass gives {expected:.6g}"
     return ""
 
 
-# --- Rolling log-likelihood of whole texts: the windows of all texts are one list of requests, batched like any other
+# --- Scoring
 
-
-def windows_of(lm: Any, text: str) -> list[Request]:
-    """lm-eval's windows of a text: each token is predicted once, from at most `max_length` tokens before it."""
-    windows = get_rolling_token_windows(
-        token_list=lm.tok_encode(text), prefix_token=lm.prefix_token_id, max_seq_len=lm.max_length, context_len=1
-    )
-    return [(None, *make_disjoint_window(window)) for window in windows]
-
-
-def rolling(lm: Any, requests: Sequence[Instance], disable_tqdm: bool) -> list[float]:
-    """Summed log-probability of each text, in nats."""
-    texts = [request.args[0] for request in requests]
-    windows = [windows_of(lm, text) for text in texts]
-    answers = iter(lm._loglikelihood_tokens([window for own in windows for window in own], disable_tqdm))
-    totals = []
-    for text, own in zip(texts, windows, strict=True):
-        totals.append(sum(next(answers)[0] for _ in own))
-        lm.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
-    return totals
-
-
+# (row, position) token ids, the rows' lengths (None where nothing is steered), further arguments of the model -> logits
+# (row, position, vocabulary), under the intervention in force.
+Forward = Callable[[torch.Tensor, ScoringRows | None, dict[str, Any]], torch.Tensor]
 _log = logging.getLogger(__name__)
 
 
-class GivenRows:
-    """Stands where lm-eval's batches are guessed (`RowBook`): here the rows are known."""
+@dataclass(frozen=True)
+class ScoringContext:
+    """What scoring needs to know of a loaded model, at the moment of one call.
 
-    def __init__(self, rows: ScoringRows) -> None:
-        self._rows = rows
+    Attributes:
+        model: of transformers.
+        forward: one forward pass of it.
+        steering: the intervention in force; None where the model is unsteered.
+        backend: lm-eval's, `causal` or `seq2seq`.
+        device: of the model.
+        dtype: in which logits are computed.
+        max_length: of a row, in tokens.
+        batch_size: number of rows of the longest request that one forward pass may hold.
+    """
 
-    def take(self, _tokens: torch.Tensor) -> ScoringRows:
-        """The rows of the batch in hand."""
-        return self._rows
+    model: nn.Module
+    forward: Forward
+    steering: Steering | None
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    max_length: int
+    batch_size: int
+
+    def unsteered(self) -> AbstractContextManager[None]:
+        """Inside, the intervention is suspended."""
+        return self.steering.suspended() if self.steering else nullcontext()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Answers to requests, in their order.
+
+    Attributes:
+        steered: under the intervention in force.
+        unsteered: of the same rows in the same batches without it; None where they were not asked for.
+    """
+
+    steered: list[LogLikelihood]
+    unsteered: list[LogLikelihood] | None = None
 
 
 class Scorer:
-    """Log-likelihoods of a `SteeredHFLM`, in the way that does least work among those that are exact.
+    """Log-likelihoods by the method that does least work among those that are exact.
 
-    The first requests of a model are scored in lm-eval's way too, once for each way of ours; where the answers
-    differ, that way is not used on this model any more.
+    A method's first requests on a model are scored by plain forward passes too; where the answers differ, the method is
+    not used on this model any more.
     """
 
-    def __init__(self, lm: Any, setting: str) -> None:
+    def __init__(self, setting: str) -> None:
         """Nothing is computed yet.
 
         Args:
-            lm: the `SteeredHFLM`.
             setting: `auto`, `shared` (an error where it is not exact) or `plain`.
         """
-        self._lm = lm
         self.setting = setting
-        self._proven: set[tuple[str, bool]] = set()  # ways that were tried, without and with branches
-        self._failed: dict[str, str] = {}  # way -> why it failed
+        self._checked: set[tuple[str, bool]] = set()  # methods that were checked, without and with branches
+        self._failed: dict[str, str] = {}  # method -> why it failed
         self._baseline = Baseline()
-        self._scored: Counter[str] = Counter()
-        self._unsteered: list[LogLikelihood] | None = None  # of the requests that were scored twice last
+        self._requests: Counter[str] = Counter()
+        self._cost: Cost | None = None
 
-    # --- which way ----------------------------------------------------------------------------------------------
+    # --- which method -------------------------------------------------------------------------------------------
 
-    @property
-    def way(self) -> Way:
+    def method(self, context: ScoringContext) -> ScoringMethod:
         """How requests are scored under the intervention in force."""
         if self.setting == "plain":
-            return Way("plain", "scoring=plain")
-        plan = self._lm.steering.plan if self._lm.steering else None
-        way = way_of(self._lm.model, self._lm.backend, bool(plan and plan.lookahead), bool(plan and plan.needs_rows))
-        return Way("plain", self._failed[way.name]) if way.name in self._failed else way
+            return ScoringMethod("plain", "scoring=plain")
+        plan = context.steering.plan if context.steering else None
+        method = method_of(
+            context.model, context.backend, bool(plan and plan.lookahead), bool(plan and plan.needs_rows)
+        )
+        return ScoringMethod("plain", self._failed[method.name]) if method.name in self._failed else method
 
-    def report(self) -> dict[str, Any]:
-        """What was used, as plain data: the setting, the way, why none that does less work, and how many requests."""
-        way = self.way
-        return {"setting": self.setting, "way": way.name, "why": way.why, "requests": dict(self._scored)}
+    def report(self, context: ScoringContext) -> dict[str, Any]:
+        """What was used, as plain data: setting, method, why none that does less work, and how many requests."""
+        method = self.method(context)
+        return {"setting": self.setting, "way": method.name, "why": method.why, "requests": dict(self._requests)}
 
     def count_plain(self, number: int) -> None:
         """Note requests that lm-eval's own code scored."""
-        self._scored["plain"] += number
+        self._requests["plain"] += number
 
-    def shares(self, requests: Sequence[Request]) -> bool:
-        """Whether these requests are scored here; proves the way on some of them where that was not done yet.
+    def shares(self, context: ScoringContext, requests: Sequence[Request]) -> bool:
+        """Whether these requests are scored here; checks the method on some of them where that was not done yet.
 
         Raises:
             SteeringError: if the user asked for `shared` and it is not exact.
         """
-        way = self.way
-        if way.shared and requests and (way.name, True) not in self._proven:
-            self._prove(way, requests)
-            way = self.way
-        if self.setting == "shared" and not way.shared:
-            raise SteeringError(f"scoring=shared: {way.why}; scoring=auto chooses what is exact")
-        return way.shared
+        method = self.method(context)
+        if method.shared and requests and (method.name, True) not in self._checked:
+            self._check(context, method, requests)
+            method = self.method(context)
+        if self.setting == "shared" and not method.shared:
+            raise SteeringError(f"scoring=shared: {method.why}; scoring=auto chooses what is exact")
+        return method.shared
 
-    def _prove(self, way: Way, requests: Sequence[Request]) -> None:
-        """Compare a way with the plain forward pass, once without branches and once with them."""
-        lm = self._lm
-        rows = self._rows(way, entries_of(requests, lm.max_length))
-        proof = way.name, any(row.branches for row in rows)
-        if proof in self._proven:
+    def _check(self, context: ScoringContext, method: ScoringMethod, requests: Sequence[Request]) -> None:
+        """Compare a method with the plain forward pass, once without branches and once with them."""
+        rows = self._rows(context, method, scored_requests(requests, context.max_length))
+        kind = method.name, any(row.branches for row in rows)
+        if kind in self._checked:
             return
-        entries = entries_of([requests[number] for number in sample_of(rows)], lm.max_length)
+        sample = scored_requests([requests[index] for index in sample_of(rows)], context.max_length)
         wrong = ""
-        with lm.steering.suspended() if lm.steering else nullcontext():
+        with context.unsteered():
             try:
-                found: dict[int, LogLikelihood] = {}
-                for batch in batches(self._rows(way, entries), BatchBudget.unlimited()):
-                    found.update(self._answers(self._pack(way, batch)))
-                wrong = difference(lm, entries, found)
+                answers: dict[int, LogLikelihood] = {}
+                for batch in batches(self._rows(context, method, sample), BatchBudget.unlimited()):
+                    answers.update(_answers(context, _packed(context, method, batch)))
+                wrong = difference(context, sample, answers)
             except Exception as error:
                 if should_reduce_batch_size(error):
                     raise
                 wrong = f"{type(error).__name__}: {error}".splitlines()[0]
-        self._proven.add(proof)
+        self._checked.add(kind)
         if wrong:
-            self._failed[way.name] = f"scoring {way.name} is not exact for this model: {wrong}"
-            _log.warning("%s; lm-eval's own way is used", self._failed[way.name])
+            self._failed[method.name] = f"scoring {method.name} is not exact for this model: {wrong}"
+            _log.warning("%s; lm-eval's own way is used", self._failed[method.name])
 
     # --- scoring ------------------------------------------------------------------------------------------------
 
-    def score(self, requests: Sequence[Request], disable_tqdm: bool) -> list[LogLikelihood]:
+    def score(
+        self,
+        context: ScoringContext,
+        requests: Sequence[Request],
+        *,
+        twice: bool = False,
+        progress: bool = False,
+        answered: Callable[[Request, LogLikelihood], None] = lambda _request, _answer: None,
+    ) -> Scores:
         """(summed log-probability, greedy match) of each request.
 
-        While the model scores rows twice (`BatchSizes.twice`), each batch runs a second time without the
-        intervention; `take_unsteered` has those answers.
+        Args:
+            context: of the model.
+            requests: tokenised.
+            twice: run each batch a second time without the intervention.
+            progress: show a bar.
+            answered: called with each request and its steered answer as soon as that is known.
         """
-        lm, way = self._lm, self.way
-        entries = entries_of(requests, lm.max_length)
-        rows = self._rows(way, entries)
-        longest = max((len(entry.tokens) for entry in entries), default=1)
-        size = lm.max_batch_size if lm.batch_size == "auto" else lm.batch_size
-        budget = BatchBudget.like(int(size), longest, lm.model.config.get_text_config().vocab_size, lm.device.type)
-        answers: dict[int, LogLikelihood] = {}
+        method = self.method(context)
+        to_score = scored_requests(requests, context.max_length)
+        rows = self._rows(context, method, to_score)
+        longest = max((len(request.tokens) for request in to_score), default=1)
+        vocabulary = context.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+        budget = BatchBudget.like(context.batch_size, longest, vocabulary, context.device.type)
+        steered: dict[int, LogLikelihood] = {}
         unsteered: dict[int, LogLikelihood] = {}
-        bar = tqdm(total=len(requests), disable=disable_tqdm or lm.rank != 0, desc="Running loglikelihood requests")
-        for found, twins in self._in_batches(way, rows, budget):
-            answers.update(found)
-            unsteered.update(twins)
-            for number, answer in found:
-                if requests[number][0] is not None:
-                    lm.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
-            bar.update(len(found))
+        bar = tqdm(total=len(requests), disable=not progress, desc="Running loglikelihood requests")
+        for answers, without in self._in_batches(context, method, rows, budget, twice):
+            steered.update(answers)
+            unsteered.update(without)
+            for index, answer in answers:
+                answered(requests[index], answer)
+            bar.update(len(answers))
         bar.close()
-        self._scored[way.name] += len(requests)
-        self._unsteered = [unsteered[number] for number in range(len(unsteered))] if lm.sizes.twice else None
-        return [answers[number] for number in range(len(requests))]
-
-    def take_unsteered(self) -> list[LogLikelihood] | None:
-        """Answers of the second pass over the last requests, once; None where there was none."""
-        found, self._unsteered = self._unsteered, None
-        return found
+        self._requests[method.name] += len(requests)
+        indices = range(len(requests))
+        return Scores([steered[index] for index in indices], [unsteered[index] for index in indices] if twice else None)
 
     def forget_baseline(self) -> None:
         """Let go of the unsteered answers that are kept for the next intervention on the same requests."""
         self._baseline.clear()
 
-    def _rows(self, way: Way, entries: Sequence[ScoredRequest]) -> list[PackedRow]:
-        return rows_of(entries, self._cost if way.name == "packed" else None)
-
-    @cached_property
-    def _cost(self) -> Cost:
-        config = self._lm.model.config
-        weights = self._lm.model.num_parameters(exclude_embeddings=True) / config.num_hidden_layers
-        # A pair takes 2 multiplications for each feature, which mask and softmax make 8 times as dear.
-        return Cost(weights, 16 * config.hidden_size)
+    def _rows(
+        self, context: ScoringContext, method: ScoringMethod, requests: Sequence[ScoredRequest]
+    ) -> list[PackedRow]:
+        if method.name != "packed":
+            return rows_of(requests, None)
+        if self._cost is None:
+            model: Any = context.model
+            weights = model.num_parameters(exclude_embeddings=True) / model.config.num_hidden_layers
+            # A pair takes 2 multiplications for each feature, which mask and softmax make 8 times as dear.
+            self._cost = Cost(weights, 16 * model.config.hidden_size)
+        return rows_of(requests, self._cost)
 
     def _in_batches(
-        self, way: Way, rows: list[PackedRow], budget: BatchBudget
+        self, context: ScoringContext, method: ScoringMethod, rows: list[PackedRow], budget: BatchBudget, twice: bool
     ) -> Iterator[tuple[list[Numbered], list[Numbered]]]:
-        """Answers of each batch, steered and, if they are wanted, unsteered. Batches shrink where memory runs out."""
+        """Answers of each batch, steered and, where wanted, unsteered. Batches shrink where memory runs out."""
         todo = batches(rows, budget)[::-1]
         while todo:
             batch = todo.pop()
             try:
-                yield self._both(way, batch)
+                packed = _packed(context, method, batch)
+                steered = _answers(context, packed)
+                yield steered, self._without_steering(context, batch, packed, steered) if twice else []
             except RuntimeError as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
@@ -455,43 +437,38 @@ class Scorer:
                 rest = [row for each in (batch, *todo) for row in each]
                 todo = batches(rest, budget)[::-1]
 
-    def _both(self, way: Way, batch: list[PackedRow]) -> tuple[list[Numbered], list[Numbered]]:
-        packed = self._pack(way, batch)
-        steered = self._answers(packed)
-        if not self._lm.sizes.twice:
-            return steered, []
-        if self._lm.steering is None:
-            return steered, steered
+    def _without_steering(
+        self, context: ScoringContext, batch: list[PackedRow], packed: Packed, steered: list[Numbered]
+    ) -> list[Numbered]:
+        """Answers of the same batch without the intervention, kept for the next intervention on the same requests."""
+        if context.steering is None:
+            return steered
         key = digest_of(batch)
-        unsteered = self._baseline.get(key)
-        if unsteered is None:
-            with self._lm.steering.suspended():
-                unsteered = self._answers(packed)
-            self._baseline.keep(key, unsteered)
-        return steered, unsteered
-
-    def _pack(self, way: Way, batch: list[PackedRow]) -> Packed:
-        model = self._lm.model
-        chooses = model.config._attn_implementation == "sdpa"
-        return pack(batch, way.masks, model.config, torch.bool if chooses else model.dtype, self._lm.device)
-
-    def _answers(self, packed: Packed) -> list[Numbered]:
-        lm = self._lm
-        head = lm.model.get_output_embeddings()
-        lm.book = GivenRows(packed.rows)
-        try:
-            with with_inputs(lm.model, packed.inputs | {"use_cache": False}), head_at(head, packed.nodes):
-                logits = lm._model_call(packed.tokens)
-        finally:
-            lm.book = None
-        with torch.no_grad():
-            found, greedy = log_probabilities(
-                logits[0], packed.place.to(logits.device), packed.targets.to(logits.device)
-            )
-        found_list, greedy_list = found.tolist(), greedy.tolist()
-        answers, start = [], 0
-        for number, length in packed.requests:
-            stop = start + length
-            answers.append((number, (sum(found_list[start:stop]), all(greedy_list[start:stop]))))
-            start = stop
+        answers = self._baseline.get(key)
+        if answers is None:
+            with context.unsteered():
+                answers = _answers(context, packed)
+            self._baseline.keep(key, answers)
         return answers
+
+
+def _packed(context: ScoringContext, method: ScoringMethod, batch: list[PackedRow]) -> Packed:
+    config = context.model.config
+    dtype = torch.bool if attention_implementation(config) == "sdpa" else context.model.dtype
+    return pack(batch, method.masks, config, dtype, context.device)  # type: ignore[arg-type]
+
+
+def _answers(context: ScoringContext, packed: Packed) -> list[Numbered]:
+    """One forward pass, and the answers of its requests."""
+    head = context.model.get_output_embeddings()  # type: ignore[operator]
+    with head_at(head, packed.nodes):
+        logits = context.forward(packed.tokens, packed.rows, packed.inputs | {"use_cache": False})
+    with torch.no_grad():
+        each, greedy = log_probabilities(logits[0], packed.node.to(logits.device), packed.targets.to(logits.device))
+    log_probability, is_greedy = each.tolist(), greedy.tolist()
+    answers, start = [], 0
+    for index, length in packed.requests:
+        stop = start + length
+        answers.append((index, (sum(log_probability[start:stop]), all(is_greedy[start:stop]))))
+        start = stop
+    return answers

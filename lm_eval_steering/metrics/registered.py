@@ -18,7 +18,8 @@ from typing import Any
 from lm_eval_steering.errors import SteeringError, did_you_mean
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
-from lm_eval_steering.metrics.output_language import EXPECTED, METRICS, TARGET, Output, Value, warn_once
+from lm_eval_steering.metrics.output_language import EXPECTED, TARGET, Output, Value, warn_once
+from lm_eval_steering.metrics.output_language import METRICS as DEFINITIONS
 
 _LID = ("lid", "lid_threshold", "lid_letters")
 OPTIONS = ("expected", "about", *_LID)
@@ -53,7 +54,7 @@ def value_of(name: str, text: Any, options: Mapping[str, Any], expected: str | N
     """One metric of one output; None, and a warning, where it is undefined.
 
     Args:
-        name: of `METRICS`.
+        name: of a metric.
         text: what the model wrote, as the task's filter left it.
         options: of the metric in the task's list.
         expected: code of the language that the item expects.
@@ -68,7 +69,7 @@ def value_of(name: str, text: Any, options: Mapping[str, Any], expected: str | N
         identifier=_identifier(options),
         about=options.get("about", EXPECTED),
     )
-    value = METRICS[name](output)
+    value = DEFINITIONS[name](output)
     if value is None and (name in _ABSENT or not output.wanted):
         warn_once(f"{name} is left out: {_ABSENT.get(name, _NO_LANGUAGE)} (see docs/output-language.md)")
     return value
@@ -85,11 +86,18 @@ def _identifier(options: Mapping[str, Any]) -> LanguageIdentifier | None:
 
 
 class Metric:
-    """What lm-eval calls, and `lmeval.expected_language` recognises."""
+    """What lm-eval calls, and `lmeval.expected_language` recognises.
 
-    def __init__(self, name: str) -> None:
+    Attributes:
+        name: of the metric, in a task's list and in results.
+        higher_is_better: whether more of it is.
+        aggregation: name of what makes one value of those of the items.
+    """
+
+    def __init__(self, name: str, higher_is_better: bool, aggregation: str = "mean") -> None:
         self.name = self.__name__ = name
-        self.__doc__ = METRICS[name].__doc__
+        self.higher_is_better, self.aggregation = higher_is_better, aggregation
+        self.__doc__ = DEFINITIONS[name].__doc__
 
     def __call__(self, references: Sequence[Any], predictions: Sequence[Any], **options: Any) -> dict[str, Value]:
         """Value of one output under the metric's name; nothing where it is undefined."""
@@ -97,15 +105,29 @@ class Metric:
         return {} if value is None else {self.name: value}
 
 
-lfs = Metric("lfs")
-lfs_clean = Metric("lfs_clean")
-lang_expected = Metric("lang_expected")
-counted_language = Metric("output_language")
-lang_confidence = Metric("lang_confidence")
-lang_unknown = Metric("lang_unknown")
-lpr = Metric("lpr")
-lpr_skipped = Metric("lpr_skipped")
-wpr = Metric("wpr")
-lcpr = Metric("lcpr")
-script_share = Metric("script_share")
-degenerate = Metric("degenerate")
+# Every metric is declared here and nowhere else: registration reads this table, and a test holds the entry points of
+# `pyproject.toml` and the docs against it.
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("lfs", True),
+        Metric("lfs_clean", True),
+        Metric("lang_expected", True),
+        Metric("output_language", True, "language_counts"),
+        Metric("lang_confidence", True),
+        Metric("lang_unknown", False),
+        Metric("lpr", True),
+        Metric("lpr_skipped", False),
+        Metric("wpr", True),
+        Metric("lcpr", True, "lcpr"),
+        Metric("script_share", True),
+        Metric("degenerate", False),
+    )
+}
+
+
+def __getattr__(name: str) -> Metric:
+    """The metrics by name, for the entry points in `pyproject.toml`."""
+    if name in METRICS:
+        return METRICS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -94,7 +94,9 @@ def select_neurons(recording: Recording, method: Method) -> list[NeuronSet]:
             recording.languages,
             dict(zip(recording.languages, _by_layer(selection.neurons, widths), strict=True)),
             replace(
-                recording.provenance, selection=_with_codes(selection.numbers, recording.languages), versions=versions()
+                recording.provenance,
+                selection=_with_codes(selection.numbers, recording.languages),
+                versions=versions(evaluation=False),
             ),
         )
         for selection in method(_as_one_layer(recording) if widths else recording)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering import resources
+from lm_eval_steering.architectures.loading import commit_of
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.arguments import read_config
 from lm_eval_steering.neurons.corpus import Corpus
@@ -381,12 +382,13 @@ def declared_model(plan: SweepPlan) -> dict[str, Any]:
         SteeringError: if there is no such model.
     """
     arguments = model_arguments(plan)
-    config = read_config(arguments["pretrained"], arguments)
+    read_config(arguments["pretrained"], arguments)
     folder = Path(arguments.pop("pretrained"))
     deciding = {key: value for key, value in arguments.items() if key not in _NO_PART}
     if folder.is_dir():
         return {"name": folder.name, "files": _files_digest(folder), **deciding}
-    return {"name": plan.model.pretrained, "commit": getattr(config, "_commit_hash", None), **deciding}
+    commit = commit_of(plan.model.pretrained, str(arguments.get("revision") or "main"), arguments.get("cache_dir"))
+    return {"name": plan.model.pretrained, "commit": commit or None, **deciding}
 
 
 def _files_digest(folder: Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lm_eval_steering.lmeval.compat import release_requests
 from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
 from lm_eval_steering.sweep.cells import REPORT, Cell, Grid
 from lm_eval_steering.sweep.choice import positions_of
@@ -91,7 +92,7 @@ def items_of(grid: Grid, cell: Cell, template: Template | None) -> dict[int, Ite
             hash_string(document), hash_string(str(task.doc_to_target(instance.doc))), tuple(asked[number]),
             task.config.generation_kwargs if task.OUTPUT_TYPE == "generate_until" else None,
         )  # fmt: skip
-    task._instances = None
+    release_requests(task)
     return found
 
 

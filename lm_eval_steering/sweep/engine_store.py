@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.lmeval.aggregation import aggregated, values_of
-from lm_eval_steering.lmeval.registration import METRICS
 from lm_eval_steering.metrics import pass_rates
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.metrics.output_language import IdentifiedText
+from lm_eval_steering.metrics.registered import METRICS
 from lm_eval_steering.provenance import fingerprint, versions
 from lm_eval_steering.steering.intervention import Intervention
 from lm_eval_steering.sweep.cells import Cell, Grid

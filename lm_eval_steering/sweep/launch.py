@@ -35,7 +35,7 @@ class ShardJob:
     def __call__(self) -> int:
         """Run the part; the exit code of `lm-eval-steering sweep`."""
         self._join_other_processes()
-        from lm_eval_steering.lmeval.repeated import be_quiet
+        from lm_eval_steering.lmeval.compat import be_quiet
         from lm_eval_steering.sweep.cells import spell_out
         from lm_eval_steering.sweep.run import run_sweep
         from lm_eval_steering.sweep.runner import Shard

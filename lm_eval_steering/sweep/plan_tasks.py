@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import UndefinedForLanguageError, did_you_mean
+from lm_eval_steering.lmeval.compat import load_task_file, release_requests
 from lm_eval_steering.lmeval.registration import register_all
 from lm_eval_steering.lmeval.task_families.lss import UNDEFINED
 from lm_eval_steering.metrics.likelihood import MADE_FOR
@@ -53,10 +54,14 @@ def _described(value: Any) -> Any:
 
 
 def _named(function: Any) -> list[str]:
-    """Module and name; of a module beside a task's file, which lm-eval calls by its path, the file's name and hash."""
+    """Names of module and function: what moving a module to another package does not change.
+
+    A module beside a task's file, which lm-eval calls by its path, is known by the file's name and hash.
+    """
     path = Path(f"{function.__module__}.py")
     if not path.is_absolute():
-        return [function.__module__, function.__qualname__]
+        package, _, rest = function.__module__.partition(".")
+        return [package, rest.rpartition(".")[2], function.__qualname__]
     return [path.name, hashlib.sha256(path.read_bytes()).hexdigest(), function.__qualname__]
 
 
@@ -174,7 +179,7 @@ class TaskBook:
         kept = self.task(name, target)
         for task in self._tasks.values():
             if task is not kept:
-                task._instances = None
+                release_requests(task)
 
     def _built(self, name: str, target: str | None) -> Any:
         place = (name, target)
@@ -192,9 +197,7 @@ def _indexed(folders: tuple[str, ...], defaults: bool = False) -> Any:
 
 
 def _members(entry: Any) -> list[Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = entry.cfg or load_yaml(entry.yaml_path, resolve_func=False)
+    config = entry.cfg or load_task_file(entry.yaml_path)
     found = config.get("task", [])
     return found if isinstance(found, list) else [found]
 

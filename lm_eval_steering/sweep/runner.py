@@ -15,7 +15,7 @@ from typing import Any
 
 from lm_eval_steering.architectures.weights import weights_digest
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.lmeval.repeated import be_quiet, look_up_the_machine_once
+from lm_eval_steering.lmeval.compat import be_quiet, describe_machine_once
 from lm_eval_steering.neurons.running import launched
 from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments
 from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves
@@ -122,7 +122,7 @@ class SweepRunner:
             SteeringError: if the folder is another model's, or cannot be written.
         """
         be_quiet()
-        look_up_the_machine_once()
+        describe_machine_once()
         check_choice(self.grid)
         try:
             own = self.shard.of(self.grid.cells)

@@ -11,7 +11,9 @@ import torch
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.aggregation import values_of
+from lm_eval_steering.lmeval.compat import GATHERED
 from lm_eval_steering.lmeval.model import SteeredHFLM
+from lm_eval_steering.lmeval.requests import ScoringRows
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -45,8 +47,6 @@ class SweepModel(SteeredHFLM):
         calls: forward passes and generations on this process, in the evaluation in hand.
     """
 
-    _rank: int
-    _world_size: int
     batch_size_per_gpu: int | str
     batch_sizes: dict[float, int]
     max_batch_size: int
@@ -57,19 +57,16 @@ class SweepModel(SteeredHFLM):
         self.tokens, self.calls = 0, 0
         self.shared_evidence: dict[str, Any] | None = None
         super().__init__(pretrained, **arguments)
-        accelerator = getattr(self, "accelerator", None)
-        if accelerator is not None and self._world_size == 1:
-            # `hf` does this with more than one GPU alone; without it every process would do all the work.
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self._samples: dict[str, list[dict[str, Any]]] = {}
+        self._exchanges: Iterator[str] = iter(())
 
     # --- kept between cells -----------------------------------------------------------------------------------------
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        place = (context, continuation)
-        if place not in self._pairs:
-            self._pairs[place] = super()._encode_pair(context, continuation)
-        return self._pairs[place]
+        pair = (context, continuation)
+        if pair not in self._pairs:
+            self._pairs[pair] = super()._encode_pair(context, continuation)
+        return self._pairs[pair]
 
     def forget_requests(self) -> None:
         """Let go of tokenised requests, when other tasks come."""
@@ -100,25 +97,51 @@ class SweepModel(SteeredHFLM):
 
     # --- counting ---------------------------------------------------------------------------------------------------
 
-    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.tokens, self.calls = self.tokens + inps.numel(), self.calls + 1
-        return super()._model_call(inps, *args, **kwargs)
+    def forward_pass(self, tokens: torch.Tensor, rows: ScoringRows | None, inputs: dict[str, Any]) -> torch.Tensor:
+        """As `SteeredHFLM`, counted."""
+        self._count(tokens)
+        return super().forward_pass(tokens, rows, inputs)
 
-    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        found = super()._model_generate(context, *args, **kwargs)
-        self.tokens, self.calls = self.tokens + found.numel(), self.calls + 1
-        return found
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self._count(inps)
+        return super()._model_call(inps, attn_mask, labels)
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        texts = super()._model_generate(context, max_length, stop, **generation_kwargs)
+        self._count(texts)
+        return texts
+
+    def _count(self, tokens: torch.Tensor) -> None:
+        self.tokens, self.calls = self.tokens + tokens.numel(), self.calls + 1
 
     # --- several processes ------------------------------------------------------------------------------------------
 
+    # `hf` asks accelerate with more than one GPU alone; on CPU every process would do all the work.
+
+    @property
+    def rank(self) -> int:
+        """Index of this process."""
+        accelerator = getattr(self, "accelerator", None)
+        return super().rank if accelerator is None or super().world_size > 1 else int(accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that share the items."""
+        accelerator = getattr(self, "accelerator", None)
+        return super().world_size if accelerator is None else int(accelerator.num_processes)
+
     @contextmanager
     def together(self) -> Iterator[None]:
-        """An evaluation by all processes: where one fails, all do, and none waits for ever.
+        """An evaluation by all processes, with `log_samples=True`: where one fails, all do, and none waits for ever.
 
         Raises:
             RankError: on all of them, for an error on any.
         """
-        self.calls = 0
+        self.calls, self._exchanges = 0, iter(GATHERED)
         try:
             yield
             self._agree()
@@ -194,18 +217,22 @@ class SweepModel(SteeredHFLM):
         """lm-eval's gathering of samples and metric values, put back into the order that one process has.
 
         lm-eval deals documents in turn and strings the processes' shares together. Sums of floating-point numbers
-        depend on their order, so the scores would differ in the last digits.
+        depend on their order, so the scores would differ in the last digits. Which exchange of an evaluation this is,
+        is known from their order (`compat.GATHERED`).
         """
         self._agree()
-        found = super().gather_object(obj, dst)
-        if self.world_size == 1 or found is None:
-            return found
-        if _are_samples(found):
-            self._samples = {task: in_order([part[task] for part in found]) for task in found[0]}
+        gathered = super().gather_object(obj, dst)
+        exchange = next(self._exchanges, "")
+        if self.world_size == 1 or gathered is None:
+            return gathered
+        if exchange == "samples":
+            self._samples = {task: in_order([part[task] for part in gathered]) for task in gathered[0]}
             return [self._samples]
+        if exchange != "values":
+            return gathered
         values = {task: values_of(self._samples[task]) for task in obj}
-        for task, own in values.items():
-            if unseen := own.keys() - obj[task].keys():
+        for task, of_all in values.items():
+            if unseen := of_all.keys() - obj[task].keys():
                 # lm-eval looks for the metrics of its first process alone, and would leave this one out.
                 raise SteeringError(f"{task}: no item of the first process has {min(unseen)[0]}; run one process")
         return [values]
@@ -220,11 +247,6 @@ def _summed(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if "largest_change" in parts[0]:
         found["largest_change"] = max(part["largest_change"] for part in parts)
     return found
-
-
-def _are_samples(parts: Sequence[dict[str, Any]]) -> bool:
-    """Lists of samples, not values by metric."""
-    return all(isinstance(own, list) for part in parts for own in part.values())
 
 
 def in_order(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ from lm_eval_steering.cli.rescore import rescore as verb
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.expected_language import expected_language
 from lm_eval_steering.lmeval.model import SteeredHFLM
-from lm_eval_steering.lmeval.registration import METRICS
 from lm_eval_steering.lmeval.rescore import RescoreOptions, rescore
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
+from lm_eval_steering.metrics.registered import METRICS
 from lm_eval_steering.resources import demo_model
 from tests.commands import run_together
 

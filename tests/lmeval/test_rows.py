@@ -12,6 +12,7 @@ from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator
 from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_steering import steer
@@ -197,9 +198,9 @@ def test_a_search_for_the_batch_size_works_with_rounds(neurons: NeuronSet, monke
 def test_an_order_that_is_not_lm_evals_is_refused(neurons: NeuronSet, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = loaded()
     lm.intervene(neurons, **BOUND[0])
-    monkeypatch.setattr(batches.Collator, "_reorder", lambda self, arr: iter([each[1] for each in arr]))
+    monkeypatch.setattr(Collator, "_reorder", lambda self, arr: iter([each[1] for each in arr]))
     lm.loglikelihood(scoring())  # both in another order: still the rows that the model gets
-    book = batches.RowBook([(("a", "b"), [1, 2], [3])], 64, True)
+    book = batches.ExpectedRows([(("a", "b"), [1, 2], [3])], 64, True)
     with pytest.raises(DidNotHappenError, match="in an order that this release"):
         book.take(torch.tensor([[1, 5]]))
     with pytest.raises(DidNotHappenError, match="more rows than it has requests"):

@@ -18,7 +18,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks.manager import TaskIndex
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.lmeval.repeated import look_up_the_machine_once
+from lm_eval_steering.lmeval.compat import describe_machine_once
 from lm_eval_steering.report.make import read_sweep
 from lm_eval_steering.report.results import compute
 from lm_eval_steering.resources import demo_model
@@ -56,7 +56,7 @@ def obey(out: Path) -> None:
 def _obey(out: Path) -> int:
     build = TaskIndex.build
     TaskIndex.build = staticmethod(lambda paths: build(paths[-1:]))  # an index of 14,000 other tasks takes seconds
-    look_up_the_machine_once()
+    describe_machine_once()
     for command in commands_of(out):
         sys.argv = command
         cli_evaluate()

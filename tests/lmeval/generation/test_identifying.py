@@ -41,7 +41,7 @@ def test_an_error_loses_no_text_and_the_hook_is_given_back(monkeypatch: pytest.M
     lm, kept = loaded(), []
     hook = lm.cache_hook
     monkeypatch.setattr(hook, "add_partial", lambda _kind, _request, answer: kept.append(answer))
-    with pytest.raises(KeyError), Identifying(lm) as identifying:
+    with pytest.raises(KeyError), Identifying(lm.identify, lm.cache_hook) as identifying:
         identifying.add_partial("generate_until", ("", {}), "text")
         raise KeyError
     assert lm.cache_hook is hook and kept == ["text"]

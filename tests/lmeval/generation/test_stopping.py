@@ -70,9 +70,9 @@ def test_texts_are_equal_for_any_stop_strings(rivals: Any, words: list[list[str]
 
 def test_sampling_and_what_is_not_known_is_left_to_lm_eval(rivals: Any) -> None:
     ours = rivals[1]
-    assert not against_early_ends(ours, ["w1"], {"do_sample": False, "temperature": 0.0})
+    assert not against_early_ends(ours._generation_context(), ["w1"], {"do_sample": False, "temperature": 0.0})
     for arguments in ({"do_sample": True}, {"do_sample": False, "num_beams": 2}, {"do_sample": False, "x": 1}, {}):
-        assert against_early_ends(ours, ["w1"], arguments)
+        assert against_early_ends(ours._generation_context(), ["w1"], arguments)
     for changes in ({"do_sample": True, "temperature": 0.9}, {"num_beams": 2}):
         texts = []
         for lm in rivals:
@@ -141,17 +141,23 @@ def test_tokenizers_of_which_the_text_may_change_are_left_to_lm_eval(decoder: An
     lm = SteeredHFLM(tiny_model("llama"), tokenizer=tiny_tokenizer(), batch_size=1)
     lm.tokenizer = pieces_tokenizer(decoder)
     lm.model.generation_config.eos_token_id = lm.eot_token_id
-    assert against_early_ends(lm, ["\n"], {"do_sample": False})
+    assert against_early_ends(lm._generation_context(), ["\n"], {"do_sample": False})
     lm.tokenizer = FUSED
-    assert not against_early_ends(lm, ["\n"], {"do_sample": False})
-    assert against_early_ends(lm, ["/s"], {"do_sample": False})  # lm-eval would find it in the end token
-    assert against_early_ends(lm, [">\n"], {"do_sample": False})  # or at its end
-    assert against_early_ends(lm, ["", "\n"], {"do_sample": False})  # lm-eval stops after one token
+    assert not against_early_ends(lm._generation_context(), ["\n"], {"do_sample": False})
+    assert against_early_ends(
+        lm._generation_context(), ["/s"], {"do_sample": False}
+    )  # lm-eval would find it in the end token
+    assert against_early_ends(lm._generation_context(), [">\n"], {"do_sample": False})  # or at its end
+    assert against_early_ends(
+        lm._generation_context(), ["", "\n"], {"do_sample": False}
+    )  # lm-eval stops after one token
     lm.tokenizer.add_tokens([AddedToken("<turn>", special=True)])
-    assert against_early_ends(lm, ["<turn>"], {"do_sample": False})  # special, and without a name
+    assert against_early_ends(lm._generation_context(), ["<turn>"], {"do_sample": False})  # special, and without a name
     lm.model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
-    assert "longest batch" in against_early_ends(lm, ["\n"], {"do_sample": False})
+    assert "longest batch" in against_early_ends(lm._generation_context(), ["\n"], {"do_sample": False})
     lm.model.config.rope_parameters = {"rope_type": "default"}
-    assert not against_early_ends(lm, ["\n"], {"do_sample": False})
+    assert not against_early_ends(lm._generation_context(), ["\n"], {"do_sample": False})
     lm.model.generation_config.eos_token_id = [0]
-    assert against_early_ends(lm, ["\n"], {"do_sample": False})  # the end token would not end a row
+    assert against_early_ends(
+        lm._generation_context(), ["\n"], {"do_sample": False}
+    )  # the end token would not end a row

@@ -125,7 +125,7 @@ def test_any_requests_in_any_order_and_batches(family: str, items: Any, order: A
     ]
     order.shuffle(requests)
     ours, plain = pair_of(family)
-    assert ours.scorer.way.name == "packed"
+    assert ours.scoring_report()["way"] == "packed"
     ours.batch_size_per_gpu = batch_size
     found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
     same(found, plain._loglikelihood_tokens(requests, disable_tqdm=True))

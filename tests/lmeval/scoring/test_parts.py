@@ -19,10 +19,10 @@ from lm_eval_steering.lmeval.packing import (
     PackedRow,
     attention,
     batches,
-    entries_of,
     log_probabilities,
     pack,
     rows_of,
+    scored_requests,
 )
 
 CHEAP = Cost(token=1.0, pair=0.0)  # every common token pays
@@ -40,7 +40,7 @@ def test_every_request_is_a_path_in_its_row(lists: list[list[int]], length: int,
     cuts = [data.draw(st.integers(max(1, len(tokens) - length), len(tokens) - 1)) for tokens in lists]
     requests = [(("", ""), tokens[:cut], tokens[cut:]) for tokens, cut in zip(lists, cuts, strict=True)]
     for cost in (CHEAP, DEAR, None):
-        rows = rows_of(entries_of(requests, length), cost)
+        rows = rows_of(scored_requests(requests, length), cost)
         assert sorted(number for row in rows for number, *_ in row.scored) == list(range(len(lists)))
         for row in rows:
             assert row.branches is (row.ends != [len(row.tokens)] * len(row.tokens))
@@ -54,7 +54,7 @@ def test_every_request_is_a_path_in_its_row(lists: list[list[int]], length: int,
 
 def test_common_prefixes_are_shared_where_they_pay() -> None:
     requests = [(("", ""), [1, 2, 3], [4, 5, 6]), (("", ""), [1, 2, 3], [4, 7]), (("", ""), [1, 9], [8])]
-    entries = entries_of(requests, 64)
+    entries = scored_requests(requests, 64)
     assert [row.tokens for row in rows_of(entries, CHEAP)] == [[1, 2, 3, 4, 5, 9]]
     assert [row.tokens for row in rows_of(entries, DEAR)] == [[1, 2, 3, 4, 5], [1, 9]]  # a prefix costs nothing
     assert [row.tokens for row in rows_of(entries, None)] == [[1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 9]]
@@ -62,19 +62,19 @@ def test_common_prefixes_are_shared_where_they_pay() -> None:
 
 def test_requests_of_equal_tokens_share_a_plain_row_where_their_contexts_are_equally_long() -> None:
     requests = [(("", ""), [1, 2], [3]), (("", ""), [1, 2], [4]), (("", ""), [1], [2, 5]), (None, [1], [2, 5])]
-    rows = rows_of(entries_of(requests, 64), None)
+    rows = rows_of(scored_requests(requests, 64), None)
     assert [(row.prompt, sorted(number for number, *_ in row.scored)) for row in rows] == [(1, [2]), (2, [0, 1, 3])]
 
 
 @pytest.mark.parametrize(("context", "continuation"), [([], [1]), ([1], []), ([1], [2] * 9)])
 def test_what_cannot_be_scored_is_named(context: list[int], continuation: list[int]) -> None:
     with pytest.raises(SteeringError, match=r"request ' x': .* continuation of at most 8"):
-        entries_of([(("", " x"), context, continuation)], 8)
+        scored_requests([(("", " x"), context, continuation)], 8)
 
 
 @given(lists=st.lists(TOKENS, min_size=1, max_size=6), window=st.sampled_from([None, 1, 3]))
 def test_a_node_sees_what_is_above_it_in_its_window(lists: list[list[int]], window: int | None) -> None:
-    rows = rows_of(entries_of([(("", ""), each[:-1], each[-1:]) for each in lists], 64), CHEAP)
+    rows = rows_of(scored_requests([(("", ""), each[:-1], each[-1:]) for each in lists], 64), CHEAP)
     config = SimpleNamespace(sliding_window=window)
     packed = pack(rows, Masks.LAYERS, config, torch.bool, torch.device("cpu"))
     if not packed.inputs:
@@ -108,7 +108,7 @@ def test_masks_that_are_added_hide_by_the_smallest_number() -> None:
 def test_batches_hold_every_row_once_and_keep_to_the_budget(
     lists: list[list[int]], tokens: int, positions: int, pads: int
 ) -> None:
-    rows = rows_of(entries_of([(("", ""), each[:1], each[1:]) for each in lists], 64), CHEAP)
+    rows = rows_of(scored_requests([(("", ""), each[:1], each[1:]) for each in lists], 64), CHEAP)
     found = batches(rows, BatchBudget(tokens, positions, pads))
     assert sorted(id(row) for batch in found for row in batch) == sorted(map(id, rows))
     for batch in found:

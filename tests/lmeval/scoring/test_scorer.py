@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.packing import Cost
-from lm_eval_steering.lmeval.scoring import way_of
+from lm_eval_steering.lmeval.scoring import method_of
 from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
 from tests.conftest import CONFIGS, tiny_model
 from tests.lmeval.scoring.conftest import FRENCH, PAIRS, instances, loaded, neurons
@@ -26,8 +26,8 @@ DEAR = Cost(1, 1e9)  # only what is nearly equal shares a row
 def calls(lm: Any, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Token ids of the forward passes to come."""
     seen: list[torch.Tensor] = []
-    real = lm._model_call
-    monkeypatch.setattr(lm, "_model_call", lambda inps: (seen.append(inps), real(inps))[1])
+    real = lm.forward_pass
+    monkeypatch.setattr(lm, "forward_pass", lambda inps, *given: (seen.append(inps), real(inps, *given))[1])
     return seen
 
 
@@ -67,7 +67,7 @@ def test_models_that_take_no_mask_of_ours() -> None:
         model = tiny_model(family)
         for name, value in change.items():
             setattr(model.config, name, value)
-        found = way_of(model, backend, False, False)
+        found = method_of(model, backend, False, False)
         assert bool(found.why) is (found.name != "packed")
         return found.name
 
@@ -106,10 +106,10 @@ def test_half_precision_hides_no_fault(kind: type[LlamaForCausalLM], dtype: torc
     torch.manual_seed(0)
     lm = loaded(kind(AutoConfig.for_model("llama", **CONFIGS["llama"])).eval().to(dtype))
     lm.loglikelihood(instances(), disable_tqdm=True)
-    assert lm.scorer.report()["way"] == "plain"
+    assert lm.scoring_report()["way"] == "plain"
     lm = loaded(LlamaForCausalLM(AutoConfig.for_model("llama", **CONFIGS["llama"])).eval().to(dtype))
     lm.loglikelihood(instances(), disable_tqdm=True)
-    assert lm.scorer.report()["way"] == "packed"
+    assert lm.scoring_report()["way"] == "packed"
 
 
 @pytest.mark.parametrize(("kind", "why"), [(Unmasked, "where the plain forward pass gives"), (Narrow, "TypeError")])
@@ -123,7 +123,7 @@ def test_a_model_that_fails_its_proof_is_scored_in_the_plain_way(
         found = lm.loglikelihood(instances(), disable_tqdm=True)
     assert why in caplog.text and "lm-eval's own way is used" in caplog.text
     assert found == loaded(model, scoring="plain").loglikelihood(instances(), disable_tqdm=True)
-    assert lm.scorer.report()["way"] == "plain" and why in lm.scorer.report()["why"]
+    assert lm.scoring_report()["way"] == "plain" and why in lm.scoring_report()["why"]
     with pytest.raises(SteeringError, match="scoring=shared: scoring packed is not exact for this model"):
         loaded(model, scoring="shared").loglikelihood(instances(), disable_tqdm=True)
 
@@ -154,15 +154,15 @@ def test_an_interrupted_run_leaves_whole_answers_in_the_cache(tmp_path: Path, mo
     lm.intervene(neurons(), **FRENCH)
     expected = lm.loglikelihood(instances(pairs))
     cached = CachingLM(lm, str(tmp_path / "cache.db"))
-    real, seen = lm._model_call, []
+    real, seen = lm.forward_pass, []
 
-    def stop_at_the_third(inps: torch.Tensor) -> Any:
+    def stop_at_the_third(inps: torch.Tensor, *given: Any) -> Any:
         seen.append(inps)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return real(inps)
+        return real(inps, *given)
 
-    monkeypatch.setattr(lm, "_model_call", stop_at_the_third)
+    monkeypatch.setattr(lm, "forward_pass", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         cached.loglikelihood(instances(pairs))
     answers = cached.loglikelihood(instances(pairs))
@@ -206,20 +206,20 @@ def test_batches_shrink_where_memory_runs_out(doc: Any, monkeypatch: pytest.Monk
     lm.intervene(neurons(), **FRENCH)
     expected = lm.loglikelihood(instances(pairs, doc))
     lm.scorer.forget_baseline()
-    real, sizes = lm._model_call, []
+    real, sizes = lm.forward_pass, []
 
-    def small(inps: torch.Tensor) -> Any:
+    def small(inps: torch.Tensor, *given: Any) -> Any:
         sizes.append(len(inps))
         if len(inps) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(inps)
+        return real(inps, *given)
 
-    monkeypatch.setattr(lm, "_model_call", small)
+    monkeypatch.setattr(lm, "forward_pass", small)
     found = lm.loglikelihood(instances(pairs, doc))
     assert [score[0] for score in found] == pytest.approx([score[0] for score in expected], abs=1e-5)
     assert [score.unsteered or 0 for score in found] == pytest.approx([s.unsteered or 0 for s in expected], abs=1e-5)
     assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) <= {2}
-    monkeypatch.setattr(lm, "_model_call", lambda inps: small(inps.expand(9, -1)))
+    monkeypatch.setattr(lm, "forward_pass", lambda inps, *given: small(inps.expand(9, -1), *given))
     with pytest.raises(torch.OutOfMemoryError):
         lm.loglikelihood(instances(pairs[:1]))
 
