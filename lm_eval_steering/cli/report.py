@@ -25,11 +25,11 @@ def report(
     max_samples: MaxSamples = 100_000,
 ) -> None:
     """Make a page, figures and tables of a sweep: self against cross, with intervals and tests."""
-    from lm_eval_steering.report.make import make_report, read_sweep
-    from lm_eval_steering.report.read import add_baseline
+    from lm_eval_steering.report.page import make_report
+    from lm_eval_steering.report.read import add_baseline, read_results
 
     check_folder(out)
-    found = read_sweep(sweep, max_samples)
+    found = read_results(sweep, max_samples)
     if baseline is not None:
         add_baseline(found, baseline)
     _say(make_report(found, out, _command()))
@@ -45,16 +45,17 @@ def compare(
     max_samples: MaxSamples = 100_000,
 ) -> None:
     """The same report of two runs or two interventions: what the second does beside the first."""
-    from lm_eval_steering.report.comparison import compare_interventions, compare_runs, read_any
-    from lm_eval_steering.report.make import make_report, read_sweep
+    from lm_eval_steering.report.comparison import compare_interventions, compare_runs
+    from lm_eval_steering.report.page import make_report
+    from lm_eval_steering.report.read import read_results
 
     check_folder(out)
     if second is None:
-        found = compare_interventions(read_sweep(first, max_samples), intervention or ())
+        found = compare_interventions(read_results(first, max_samples), intervention or ())
     elif intervention:
         raise SteeringError("--intervention beside two runs: leave one of the two out")
     else:
-        found = compare_runs(read_any(first, max_samples), read_any(second, max_samples))
+        found = compare_runs(read_results(first, max_samples), read_results(second, max_samples))
     _say(make_report(found, out, _command()))
 
 

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_steering.errors import did_you_mean
-from lm_eval_steering.report.make import read_sweep
-from lm_eval_steering.report.read import MAX_SAMPLES, Facts, ReportError, Samples, Sweep, read_plain
+from lm_eval_steering.report.read import Facts, ReportError, Samples, Sweep
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _FIRST = "first: "
 _PLACE = ["task", "steered", "kind", "factor", "items"]
-
-
-def read_any(path: Path, max_samples: int = MAX_SAMPLES) -> Sweep:
-    """A sweep's folder, merged tables, or the results file of a plain lm-eval run.
-
-    Raises:
-        SteeringError: if it is none of them.
-    """
-    return read_plain(path, max_samples) if path.suffix == ".json" else read_sweep(path, max_samples)
 
 
 def compare_runs(first: Sweep, second: Sweep) -> Sweep:

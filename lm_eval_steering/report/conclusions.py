@@ -10,11 +10,9 @@ import numpy as np
 
 from lm_eval_steering.metrics.statistics import interval_of, over_languages
 from lm_eval_steering.report.effects import ALPHA, Effects
-from lm_eval_steering.report.gallery import SUCCESSES
-from lm_eval_steering.report.naming import CROSS, SELF, SEVERAL, language_name, readable_metric
-from lm_eval_steering.report.results import Results
-from lm_eval_steering.report.table_files import number, with_interval
-from lm_eval_steering.report.tables import CONTROLS_FOR_SD
+from lm_eval_steering.report.figures import SUCCESSES
+from lm_eval_steering.report.naming import CROSS, SELF, SEVERAL, language_name, number, readable_metric, with_interval
+from lm_eval_steering.report.tables import CONTROLS_FOR_SD, Results
 
 if TYPE_CHECKING:
     import pandas as pd
