@@ -39,8 +39,8 @@ from lm_eval_steering.languages import english_name, family_of, same_language
 from lm_eval_steering.metrics.language_id import UNKNOWN
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.report.effects import ALPHA, Effects
-from lm_eval_steering.report.naming import CROSS, SELF, SEVERAL, readable_metric
-from lm_eval_steering.report.read import LABELS, Sweep
+from lm_eval_steering.report.naming import CROSS, DAMAGES, SELF, SEVERAL, SUCCESSES, counted, is_lss, readable_metric
+from lm_eval_steering.report.read import CLEAN, LABELS, Sweep
 from lm_eval_steering.report.tables import Results, ordered, single
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def heat_map(effects: Effects, family: str, metric: str, kind: str, factor: floa
     cell = min(0.36, (width - 1.0) / max(1, len(columns)))
     figure = new_figure(width, 1.0 + max(2, len(rows)) * max(cell, 0.2))
     axes = figure.subplots()
-    sign = 1 if bool(own["higher_is_better"].iloc[0]) else -1
+    sign = -1 if own["higher_is_better"].iloc[0] is False else 1
     _draw_grid(figure, axes, grid["difference"], grid["p_holm"], sign, theme, 72 * cell)
     names = [f"×{column:g}" if factor is None else short(column) for column in columns]
     axes.set_xticks(range(len(columns)), names, rotation=90 if factor is not None and len(columns) > 6 else 0)
@@ -101,7 +101,7 @@ def heat_map(effects: Effects, family: str, metric: str, kind: str, factor: floa
     if factor is not None:
         _separate(axes, columns, axes.axvline, theme)
     at = "" if factor is None else f", ×{factor:g}"
-    axes.set_title(f"{readable_metric(metric)}: difference{at}")
+    axes.set_title(f"{readable_metric(metric)}{'' if is_lss(metric) else ': difference'}{at}")
     return figure
 
 
@@ -176,7 +176,9 @@ def factor_curve(summary: pd.DataFrame, theme: Theme) -> Figure:
     )
     axes.set_title(readable_metric(str(own["metric"].iloc[0])))
     axes.set_xlabel("factor")
-    axes.set_ylabel("difference" if np.isnan(baseline) else f"difference (baseline {baseline:.3g})")
+    metric = str(own["metric"].iloc[0])
+    difference = "difference" if np.isnan(baseline) else f"difference (baseline {baseline:.3g})"
+    axes.set_ylabel(readable_metric(metric) if is_lss(metric) else difference)
     axes.set_xticks(sorted(own["factor"].unique()))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
@@ -202,7 +204,8 @@ def trade_off(damage: pd.DataFrame, theme: Theme) -> Figure:
     axes.set_ylim(-0.04, 1.08)
     axes.set_title("Success against damage")
     axes.set_xlabel(price_label(price, damage))
-    axes.set_ylabel("outputs in the steered language")
+    clean = str(own["success_metric"].iloc[0]) == CLEAN
+    axes.set_ylabel("in the steered language, not degenerate" if clean else "outputs in the steered language")
     axes.grid()
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3)
@@ -337,11 +340,6 @@ def against_random(controls: pd.DataFrame, theme: Theme) -> Figure:
 
 # --- Which figures a report has, with their captions: one list for the files and for the page -----------------------
 
-# Of the many numbers of a task these are drawn: the first success and the first damage that it has.
-SUCCESSES = (
-    "lfs", "lss", "clas_language", "acc", "exact_match", "f1", "bleu", "chrf++", "acc_norm", "lang_expected",
-)  # fmt: skip
-DAMAGES = ("nats_per_token", "token_perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
 MOST = 40  # figures on a page
 
 
@@ -407,14 +405,15 @@ def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[P
     summary = results.summary
     rows = summary[(summary["family"] == family) & (summary["metric"] == metric) & (summary["kind"] == kind)]
     name, what = (family, metric, kind), f"{readable_metric(metric)} on {family}, {kind}"
-    against = results.sweep.against
+    against, lss = results.sweep.against, results.sweep.is_shift(metric)
     pictures = []
     # Where each language has one chosen factor, factors differ in their languages and are no curve.
     factors = int(own.groupby("steered")["factor"].nunique().max())
     if factors > 1:
+        moved = "mean over languages" if lss else f"mean difference from the {against}"
         caption = (
-            f"{what}: mean difference from the {against}, with 95 % bands over languages and items "
-            f"({own['steered'].nunique()} languages; n = {int(own['n'].sum()):,} items in all)."
+            f"{what}: {moved}, with 95 % bands over languages and items "
+            f"({counted(own['steered'].nunique(), 'language')}; n = {int(own['n'].sum()):,} items in all)."
         )
         pictures.append(Picture(_file("curve", *name), caption, _bind(factor_curve, rows)))
     one_column = own["evaluated"].nunique() < 2
@@ -422,10 +421,18 @@ def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[P
         factor = None if one_column else best_overall(rows)
         at = "each factor" if factor is None else f"factor {factor:g}, the best on average"
         n = own if factor is None else own[own["factor"] == factor]
-        caption = (
-            f"{what}: difference from the {against} at {at}. Blue is better; a dot and bold mark p < 0.05 after Holm's "
-            f"correction over {int(own['comparisons'].max())} comparisons; n = {int(n['n'].sum()):,} items."
-        )
+        comparisons = int(own["comparisons"].max())
+        if lss:
+            caption = (
+                f"{what} at {at}: share of items whose preference moved towards the steered language; 0 for the "
+                "unsteered model by definition. No test: what random neurons give is beside it, or was not run"
+            )
+        else:
+            caption = f"{what}: difference from the {against} at {at}."
+            caption += " Blue is better" if own["higher_is_better"].notna().all() else " Blue is more"
+            if comparisons:
+                caption += f"; a dot and bold mark p < 0.05 after Holm's correction over {comparisons} comparisons"
+        caption += f"; n = {int(n['n'].sum()):,} items."
         if factor is None or not np.isnan(factor):
             draw = _bind(heat_map, results.effects, family, metric, kind, factor)
             pictures.append(Picture(_file("matrix", *name), caption, draw))
@@ -435,7 +442,11 @@ def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[P
             (controls["family"] == family) & (controls["metric"] == metric) & (controls["kind"] == kind)
         ]
         if factors > 1 and len(own_controls):
-            caption = f"{what}: mean over languages, beside matched random neurons (band: their lowest and highest)."
+            sets = int(own_controls["sets"].max())
+            beside = (
+                f"beside {counted(sets, 'matched random set')} (band: lowest and highest)" if sets else "no random sets"
+            )
+            caption = f"{what}: mean over languages, {beside}."
             draw = _bind(against_random, own_controls)
             pictures.append(Picture(_file("random", *name), caption, draw))
     return pictures
@@ -443,7 +454,7 @@ def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[P
 
 def best_overall(rows: pd.DataFrame) -> float:
     """The factor at which self (or several, or cross) is best on average, for a figure; nan where there is none."""
-    sign = 1 if bool(rows["higher_is_better"].iloc[0]) else -1
+    sign = -1 if rows["higher_is_better"].iloc[0] is False else 1
     for relation in (SELF, SEVERAL, "cross"):
         values = sign * rows[f"{relation}_difference"]
         if values.notna().any():

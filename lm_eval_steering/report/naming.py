@@ -12,6 +12,13 @@ from lm_eval_steering.lmeval.evaluated_language import evaluated_language, famil
 from lm_eval_steering.steering.intervention import parse
 
 SELF, CROSS, SEVERAL = "self", "cross", "several"
+NATS = "nats_per_token"
+# Of the many numbers of a task the first success and the first damage that it has are drawn and talked about.
+SUCCESSES = (
+    "lfs_clean", "lfs", "lss", "clas_language", "acc", "exact_match", "f1", "bleu", "chrf++", "acc_norm",
+    "lang_expected",
+)  # fmt: skip
+DAMAGES = (NATS, "token_perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")  # one thing, several names
 
 _OUR_CODE = re.compile(r"_[a-z]{3}_[A-Z][a-z]{3}(?=_|$)")
 _OTHERS = "others"

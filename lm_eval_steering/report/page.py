@@ -79,7 +79,10 @@ MOST_ROWS = 20_000  # of a table on the page; all of them are in the files besid
 TABLES = {
     "summary": ("Self and cross", "Means over languages at each factor; the interval is over languages and items."),
     "effects": ("Every cell", "Each steered cell beside its baseline, with interval, test and Holm's correction."),
-    "best-factors": ("Best factors", "Chosen on one half of the items, reported on the other half."),
+    "best-factors": (
+        "Best factors",
+        "Chosen on one half of the items, reported on the other half; only scores of which it is known what is better.",
+    ),
     "controls": ("Random controls", "Language steering beside matched random neurons."),
     "damage": ("Damage", "Success beside its price: perplexity, degenerate outputs, outputs in no known language."),
     "cost": ("Cost", "Seconds and tokens of each cell."),
@@ -146,7 +149,7 @@ def _tables(results: Results) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "title": title,
-                "about": about,
+                "about": " ".join([about, *(f"Note: {warning}." for warning in results.sweep.facts.warnings)]),
                 "columns": [column.replace("_", " ") for column in columns],
                 "rows": [[plain(value) for value in row] for row in shown[columns].itertuples(index=False, name=None)],
                 "total": len(frame),
@@ -188,6 +191,7 @@ STEERED, OTHER, NONE = "s", "o", "u"
 def explorer_data(sweep: Sweep) -> list[dict[str, Any]]:
     """One group a task, steered language and intervention.
 
+    Groups whose outputs were identified come first.
     Each has `task`, `steered`, `kind`, `factors` (the columns, the baseline first) and `items`: [document, prompt,
     [output or null for each column]], an output being [text, language, verdict]; the verdict is `s` for the steered
     language, `u` for none that is known, `o` for any other.
@@ -214,7 +218,12 @@ def explorer_data(sweep: Sweep) -> list[dict[str, Any]]:
                 ],
             }
         )
-    return sorted(groups, key=lambda group: (group["task"], order[group["steered"]], group["kind"]))
+
+    def rank(group: dict[str, Any]) -> tuple[Any, ...]:
+        identified = any(output and output[1] for item in group["items"] for output in item[2])
+        return (not identified, group["task"], order[group["steered"]], group["kind"])
+
+    return sorted(groups, key=rank)
 
 
 def language_names(groups: list[dict[str, Any]]) -> dict[str, str]:

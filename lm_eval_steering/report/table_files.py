@@ -27,7 +27,12 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
         paths += [folder / f"{name}.csv", folder / f"{name}.parquet"]
         frame.to_csv(paths[-2], index=False, lineterminator="\n")
         frame.to_parquet(paths[-1], index=False)
-    for name, (frame, caption) in printed(results).items():
+    warnings = results.sweep.facts.warnings
+    if warnings:
+        paths.append(folder / "WARNINGS.txt")
+        paths[-1].write_text("".join(f"{warning}.\n" for warning in warnings), encoding="utf-8")
+    for name, (frame, about) in printed(results).items():
+        caption = " ".join([about, *(f"Note: {warning}." for warning in warnings)])
         paths += [folder / f"{name}.md", folder / f"{name}.tex"]
         paths[-2].write_text(markdown(frame, caption), encoding="utf-8")
         paths[-1].write_text(latex(frame, caption, name), encoding="utf-8")
