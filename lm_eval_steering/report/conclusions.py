@@ -187,6 +187,11 @@ def _settings(frame: pd.DataFrame) -> list[tuple[str, str, float]]:
     return list(zip(frame["steered"], frame["kind"], factors, strict=True))
 
 
+def _metrics(frame: pd.DataFrame) -> np.ndarray:
+    """(rows,) metrics without lm-eval's filter."""
+    return np.array([str(metric).partition("@")[0] for metric in frame["metric"]], dtype=object)
+
+
 def _at(frame: pd.DataFrame, settings: set[tuple[str, str, float]]) -> pd.DataFrame:
     return frame[[setting in settings for setting in _settings(frame)]] if len(frame) else frame
 
@@ -197,7 +202,7 @@ def _headline(results: Results) -> Headline | None:
     frame = frame[~frame["deactivation"] & frame["score"].notna() & frame["higher_is_better"].notna()]
     chosen = set(_settings(frame[frame["stage"] == 2]))
     for metric in [*SUCCESSES, *dict.fromkeys(frame["metric"])]:
-        rows = frame[frame["metric"].str.partition("@")[0] == metric]
+        rows = frame[_metrics(frame) == metric]
         if chosen:
             rows = _at(rows, chosen)
             rows = rows[rows["stage"] == 2] if (rows["stage"] == 2).any() else rows
@@ -249,7 +254,7 @@ def _at_best(results: Results, rows: pd.DataFrame) -> Headline:
 def _with_damage(results: Results, rows: pd.DataFrame, effects: Effects, how: str, half: bool) -> Headline:
     """The rows beside the damage at the very same language, intervention and factor."""
     frame, damage = effects.frame, results.damage
-    degenerate = frame[(frame["metric"].str.partition("@")[0] == DEGENERATE) & frame["cell"].isin(rows["cell"])]
+    degenerate = frame[(_metrics(frame) == DEGENERATE) & frame["cell"].isin(rows["cell"])]
     by_cell = degenerate.set_index("cell")["difference"].to_dict()
     beside = dict(zip(_settings(damage), damage.to_dict("records"), strict=True)) if len(damage) else {}
     records: list[dict[str, Any]] = [beside.get(setting, {}) for setting in _settings(rows)]
@@ -435,7 +440,7 @@ def _chance(headline: Headline, evidence: Evidence, null: dict[int, float]) -> s
 def _contradictions(results: Results, headline: Headline) -> list[str]:
     """A high LSS beside outputs that are not in the language, or are garbage, at the same settings."""
     frame = results.effects.frame
-    names = frame["metric"].str.partition("@")[0]
+    names = _metrics(frame)
     means = {
         metric: frame[names == metric].groupby(["steered", "kind", frame["factor"].fillna(0.0)])["score"].mean()
         for metric in ("lss", CLEAN, FORCED, DEGENERATE)

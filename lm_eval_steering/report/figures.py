@@ -39,7 +39,17 @@ from lm_eval_steering.languages import english_name, family_of, same_language
 from lm_eval_steering.metrics.language_id import UNKNOWN
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.report.effects import ALPHA, Effects
-from lm_eval_steering.report.naming import CROSS, DAMAGES, SELF, SEVERAL, SUCCESSES, counted, is_lss, readable_metric
+from lm_eval_steering.report.naming import (
+    CROSS,
+    DAMAGES,
+    SELF,
+    SEVERAL,
+    SUCCESSES,
+    counted,
+    is_lss,
+    readable_metric,
+    sign_of,
+)
 from lm_eval_steering.report.read import CLEAN, LABELS, Sweep
 from lm_eval_steering.report.tables import Results, ordered, single
 
@@ -88,7 +98,7 @@ def heat_map(effects: Effects, family: str, metric: str, kind: str, factor: floa
     cell = min(0.36, (width - 1.0) / max(1, len(columns)))
     figure = new_figure(width, 1.0 + max(2, len(rows)) * max(cell, 0.2))
     axes = figure.subplots()
-    sign = -1 if own["higher_is_better"].iloc[0] is False else 1
+    sign = sign_of(own["higher_is_better"].iloc[0]) or 1
     _draw_grid(figure, axes, grid["difference"], grid["p_holm"], sign, theme, 72 * cell)
     names = [f"×{column:g}" if factor is None else short(column) for column in columns]
     axes.set_xticks(range(len(columns)), names, rotation=90 if factor is not None and len(columns) > 6 else 0)
@@ -454,7 +464,7 @@ def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[P
 
 def best_overall(rows: pd.DataFrame) -> float:
     """The factor at which self (or several, or cross) is best on average, for a figure; nan where there is none."""
-    sign = -1 if rows["higher_is_better"].iloc[0] is False else 1
+    sign = sign_of(rows["higher_is_better"].iloc[0]) or 1
     for relation in (SELF, SEVERAL, "cross"):
         values = sign * rows[f"{relation}_difference"]
         if values.notna().any():

@@ -47,6 +47,13 @@ def is_lss(metric: str) -> bool:
     return metric.startswith("lss")
 
 
+def sign_of(higher_is_better: Any) -> int:
+    """1 where more is better, -1 where less is, 0 where nobody says."""
+    if higher_is_better is None or higher_is_better != higher_is_better:  # noqa: PLR0124  (nan)
+        return 0
+    return 1 if higher_is_better else -1
+
+
 def family_of_task(task: str) -> str:
     """The task without its language: `xcopa` for `steering_xcopa_ita_Latn` and for `xcopa_it`."""
     if task.startswith("steering_"):

@@ -27,7 +27,7 @@ from lm_eval_steering.report.conclusions import answer
 from lm_eval_steering.report.figures import Figured, draw, gallery, neuron_set_of
 from lm_eval_steering.report.read import ItemOutput, Sweep
 from lm_eval_steering.report.table_files import write_tables
-from lm_eval_steering.report.tables import Results, compute
+from lm_eval_steering.report.tables import Results, by_relation, compute
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +77,11 @@ _PARTS = Path(__file__).parent / "page_parts"
 _CHUNK = 2000  # samples that are unpacked at once
 MOST_ROWS = 20_000  # of a table on the page; all of them are in the files beside it
 TABLES = {
-    "summary": ("Self and cross", "Means over languages at each factor; the interval is over languages and items."),
+    "summary": (
+        "Self and cross",
+        "Means over languages at each factor, of items in the steered language (self), in another one (cross) or in "
+        "several; the interval is over languages and items.",
+    ),
     "effects": ("Every cell", "Each steered cell beside its baseline, with interval, test and Holm's correction."),
     "best-factors": (
         "Best factors",
@@ -141,8 +145,9 @@ def packed(data: Any) -> str:
 
 def _tables(results: Results) -> list[dict[str, Any]]:
     found = []
-    for name, frame in results.frames().items():
+    for name, table in results.frames().items():
         title, about = TABLES[name]
+        frame = by_relation(table) if name == "summary" else table
         shown = frame.head(MOST_ROWS)
         columns = [column for column in shown.columns if _is_shown(name, column, shown)]
         found.append(
@@ -164,9 +169,6 @@ def _is_shown(name: str, column: str, frame: pd.DataFrame) -> bool:
         return True
     if column in _HIDDEN:
         return False
-    relation = column.split("_", maxsplit=1)[0]
-    if name == "summary" and relation in ("self", "cross", "several"):
-        return bool((frame[f"{relation}_cells"] > 0).any())
     return bool(frame[column].notna().any())
 
 

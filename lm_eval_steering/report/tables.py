@@ -16,7 +16,7 @@ from lm_eval_steering.languages import family_order
 from lm_eval_steering.metrics.statistics import Array, against_random, interval_of, over_languages
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.report.effects import ALPHA, Effects, arms_of, effects_of, scores_by_cell
-from lm_eval_steering.report.naming import CROSS, DAMAGES, SELF, SEVERAL, SUCCESSES
+from lm_eval_steering.report.naming import CROSS, DAMAGES, SELF, SEVERAL, SUCCESSES, sign_of
 from lm_eval_steering.report.read import CLEAN, FORCED, Sweep, check_pairs
 
 if TYPE_CHECKING:
@@ -88,6 +88,21 @@ def _readable_order(table: pd.DataFrame) -> pd.DataFrame:
     return order.drop(columns=["_zero", "_rank"])
 
 
+def by_relation(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary with one row for self, cross or several, so that every row has data; `gap` stands beside self."""
+    import pandas as pd
+
+    parts = []
+    for relation in RELATIONS:
+        names = {name: name.removeprefix(f"{relation}_") for name in summary if name.startswith(f"{relation}_")}
+        part = summary[[*GROUP, "languages", *names]].rename(columns=names)
+        part.insert(len(GROUP), "items_in", relation)
+        if relation == SELF:
+            part = part.assign(**{name: summary[name] for name in ("gap", "gap_low", "gap_high")})
+        parts.append(part[summary[f"{relation}_score"].notna()])
+    return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
+
+
 def _expected(own: pd.DataFrame) -> dict[str, int]:
     """Cells of each relation that the grid of steered and evaluated languages would have.
 
@@ -104,7 +119,7 @@ def _summary_row(group: pd.DataFrame, effects: Effects, expected: dict[str, int]
     row["higher_is_better"] = first["higher_is_better"]
     row["languages"] = group["steered"].nunique()
     ends = intervals(group, effects)
-    sign = {True: 1, False: -1}.get(row["higher_is_better"], 0)  # 0 where nobody says what is better
+    sign = sign_of(row["higher_is_better"])
     for relation in RELATIONS:
         own = group[group["relation"] == relation]
         differences = own["difference"]
