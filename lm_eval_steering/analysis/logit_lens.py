@@ -15,16 +15,20 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import nn
 
 from lm_eval_steering.analysis.checks import tolerance
 from lm_eval_steering.analysis.prompts import PromptBatch, Prompts, batches, placed
-from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv
+from lm_eval_steering.analysis.run_record import fingerprint_of, made_with, signature_of, write_csv
+from lm_eval_steering.analysis.style import BLUE, GREEN, PAGE, VERMILION, new_figure, write_figure
 from lm_eval_steering.architectures import ModelSites, sites_of, text_config_of
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, SteeringError
@@ -449,13 +453,11 @@ def table(found: Lens) -> str:
 
 
 def write(found: Lens, folder: Path) -> list[Path]:
-    """`lens.csv` (classes), `lens-labels.csv` (every language and script), `logit-lens.json` and the picture.
+    """`lens.csv` (classes), `lens-labels.csv` (every language and script), `logit-lens.json` and the figure.
 
     Returns:
         The files.
     """
-    from lm_eval_steering.analysis.figures import lens_lines, write_figure
-
     classes = {run.name: [by_class(masses, found.targets) for masses in run.languages] for run in found.runs}
     kinds = list(classes["unsteered"][0])
     wide = [
@@ -478,8 +480,8 @@ def write(found: Lens, folder: Path) -> list[Path]:
     names = {"target": "+".join(found.targets), "English": "eng_Latn", "other": "other languages", "unknown": "unknown"}
     what = _axis(found.provenance["settings"])
     signed = "" if len(found.runs) == 1 else f"steered: {found.runs[-1].signature}"
-    pictures = write_figure(folder, "logit-lens", lambda: lens_lines(panels, names, what, signed))
-    return [folder / "lens.csv", folder / "lens-labels.csv", folder / "logit-lens.json", *pictures]
+    figures = write_figure(folder, "logit-lens", lambda: lens_lines(panels, names, what, signed))
+    return [folder / "lens.csv", folder / "lens-labels.csv", folder / "logit-lens.json", *figures]
 
 
 def _axis(settings: Mapping[str, Any]) -> str:
@@ -490,3 +492,49 @@ def _axis(settings: Mapping[str, Any]) -> str:
         if settings["top_p"] == 1
         else f"probability of the top-{settings['top_p']:g} tokens"
     )
+
+
+# --- the figure -----------------------------------------------------------------------------------------------------
+
+_LINES = {  # of each line: dashes, mark
+    "target": ("-", "o"), "English": ("--", "s"), "other": ("-.", "^"), "unknown": (":", "x"),
+}  # fmt: skip
+_LINE_COLOURS = {"target": VERMILION, "English": BLUE, "other": GREEN, "unknown": "0.45"}
+
+
+def lens_lines(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], names: Mapping[str, str], what: str, signed: str = ""
+) -> Figure:
+    """One panel a run, one line a class of languages over the layers, on one scale.
+
+    Args:
+        panels: title -> class -> mass after each layer.
+        names: class -> what the legend calls it.
+        what: the axis' label: which mass.
+        signed: the intervention, above the panels.
+    """
+    layers = max(len(line) for lines in panels.values() for line in lines.values())
+    figure = new_figure(PAGE if len(panels) > 1 else 4.4, 3.0)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+        for kind, line in lines.items():
+            dashes, mark = _LINES[kind]
+            axes.plot(
+                range(len(line)), line, dashes, marker=mark, markersize=3.2, markevery=max(1, layers // 16),
+                color=_LINE_COLOURS[kind], linewidth=1.5, label=names[kind], clip_on=False,
+            )  # fmt: skip
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("after layer")
+        axes.set_xlim(-0.02 * layers, layers - 1 + 0.02 * layers)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+        axes.grid(axis="y", color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    if signed:
+        figure.suptitle("\n".join(wrap(signed, 115)), fontsize=6.5, x=0.01, ha="left", color="0.3")
+    highest = max(max(line) for lines in panels.values() for line in lines.values())
+    all_axes[0].set_ylim(0, min(1.0, 1.08 * highest) or 1.0)
+    all_axes[0].set_ylabel(what)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3)
+    return figure

@@ -1,6 +1,6 @@
-"""The pictures of a neuron set: neurons by layer, overlap of the languages, and entropy with its threshold.
+"""The figures of a neuron set: neurons by layer, overlap of the languages, and entropy with its threshold.
 
-A picture is at most as wide as the text of a printed page (7.2 inches), so that it goes into a paper without being
+A figure is at most as wide as the text of a printed page (7.2 inches), so that it goes into a paper without being
 scaled. Lengths here are inches, sizes of letters are points.
 """
 
@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
@@ -24,32 +22,22 @@ from numpy.typing import NDArray
 
 from lm_eval_steering.analysis.inspect import (
     EntropyDistribution,
-    distinct_by_layer,
     entropy_distribution,
     jaccard,
     layer_counts,
 )
+from lm_eval_steering.analysis.style import LIGHT, PAGE, Theme, ink_on, new_figure, write_figure
 from lm_eval_steering.languages import family_of, family_order
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 
-_DPI = 200
-_WIDTH = 7.2
 _LEFT, _BOTTOM, _TOP = 0.64, 0.64, 0.36  # room for codes, for codes that stand upright, and for a title
-_COLOURS = "Blues"  # light to dark, so it survives colour blindness and black-and-white print
-_GREY = "0.87"
 _LETTERS = 6.5  # codes and families; 5 where the rows are lower than that
 _SMALLEST = 3.9  # digits smaller than this are not drawn; a colour bar stands for them
 _SIDE_BY_SIDE = 16  # languages; more than these and the two matrices stand one above the other
-_STYLE = {
-    "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
-    "font.family": "DejaVu Sans",  # travels with matplotlib: the same letters on every machine
-    "svg.hashsalt": "lm-eval-steering",  # with no date in the file, the same set gives the same bytes
-}  # fmt: skip
 
 
 def draw(neuron_set: NeuronSet, folder: str | Path) -> list[Path]:
-    """Write each picture as PNG and as SVG; the same set gives the same SVG bytes.
+    """Write each figure as PNG and as SVG; the same set gives the same SVG bytes.
 
     Returns:
         The files: `neurons-by-layer`, `overlap` and, where the set holds entropies, `entropy`.
@@ -59,32 +47,33 @@ def draw(neuron_set: NeuronSet, folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     distribution = entropy_distribution(neuron_set)
-    written = []
-    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE}):
-        figures = {"neurons-by-layer": by_layer(neuron_set), "overlap": overlap(neuron_set)}
-        if distribution is not None:
-            figures["entropy"] = entropy(distribution, len(neuron_set.languages))
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-                written.append(folder / f"{name}.{suffix}")
-                figure.savefig(written[-1], dpi=_DPI, metadata=metadata)
+    written = write_figure(folder, "neurons-by-layer", lambda: by_layer(neuron_set))
+    written += write_figure(folder, "overlap", lambda: overlap(neuron_set))
+    if distribution is not None:
+        written += write_figure(folder, "entropy", lambda: entropy(distribution, len(neuron_set.languages)))
     return written
 
 
-def by_layer(neuron_set: NeuronSet) -> Figure:
-    """Heat map of the neurons of each language in each layer, under bars of the distinct neurons of each layer."""
-    codes = family_order(neuron_set.languages)
+def by_layer(neuron_set: NeuronSet, languages: Sequence[str] | None = None, theme: Theme = LIGHT) -> Figure:
+    """Heat map of the neurons of each language in each layer, under bars of the distinct neurons of each layer.
+
+    Args:
+        neuron_set: any.
+        languages: of the set, all by default.
+        theme: colours.
+    """
+    codes = family_order(neuron_set.languages if languages is None else languages)
     counts = layer_counts(neuron_set)[_places(neuron_set, codes)]
-    languages, layers = counts.shape
-    row = 0.2 if languages <= 16 else 0.14
+    rows, layers = counts.shape
+    row = 0.2 if rows <= 16 else 0.14
     relatives = _Relatives.of(codes, _letters(row))
-    width, right = (_WIDTH if layers > 16 else 4.8), max(1.2, relatives.width)
-    inner, height, bars_height = width - _LEFT - right, row * languages, 0.6
-    figure = _figure(width, height + bars_height + 0.82)
+    width, right = (PAGE if layers > 16 else 4.8), max(1.2, relatives.width)
+    distinct = np.bincount(neuron_set.union(codes)[:, 0], minlength=layers)
+    inner, height, bars_height = width - _LEFT - right, row * rows, 0.6
+    figure = new_figure(width, height + bars_height + 0.82, None)
     heat = _axes(figure, _LEFT, 0.45, inner, height)
     bars = _axes(figure, _LEFT, 0.45 + height + 0.1, inner, bars_height)
-    bars.bar(range(layers), distinct_by_layer(neuron_set), width=0.8, color="0.35")
+    bars.bar(range(layers), distinct, width=0.8, color=theme.ink)
     bars.set_ylabel("distinct")
     bars.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
     bars.spines[["top", "right"]].set_visible(False)
@@ -93,13 +82,13 @@ def by_layer(neuron_set: NeuronSet) -> Figure:
     # The square root, because the last layers hold most and would hide all others.
     highest = max(1, counts.max())
     image = heat.imshow(
-        counts, cmap=_COLOURS, norm=PowerNorm(0.5, vmin=0, vmax=highest), aspect="auto", interpolation="nearest"
+        counts, cmap=theme.sequential, norm=PowerNorm(0.5, vmin=0, vmax=highest), aspect="auto", interpolation="nearest"
     )  # fmt: skip
     heat.set_xlabel("layer")
     for axes in (heat, bars):
         axes.set_xlim(-0.5, layers - 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
-    heat.set_yticks(range(languages), codes, fontsize=relatives.size)
+    heat.set_yticks(range(rows), codes, fontsize=relatives.size)
     if layers <= 16:
         _numbers(heat, image.to_rgba(counts), counts.astype(float), 72 * inner / layers)
     relatives.separate(heat, columns=False)
@@ -115,9 +104,9 @@ def overlap(neuron_set: NeuronSet) -> Figure:
     shared = neuron_set.overlap()[np.ix_(places, places)]
     columns = 2 if len(codes) <= _SIDE_BY_SIDE else 1
     relatives = _Relatives.of(codes, _LETTERS if len(codes) <= 40 else 5)
-    side = (_WIDTH - relatives.width) / columns - _LEFT
+    side = (PAGE - relatives.width) / columns - _LEFT
     side = min(side, 4.4, max(1.9, 0.4 * len(codes)))
-    figure = _figure(columns * (_LEFT + side) + relatives.width, (_BOTTOM + side + _TOP) * 2 / columns)
+    figure = new_figure(columns * (_LEFT + side) + relatives.width, (_BOTTOM + side + _TOP) * 2 / columns, None)
     panels = ((shared.astype(float), "Shared neurons (diagonal: total)"), (jaccard(shared), "Jaccard index"))
     for place, (values, title) in enumerate(panels):
         left, up = (place, 0) if columns == 2 else (0, 1 - place)
@@ -132,13 +121,13 @@ def overlap(neuron_set: NeuronSet) -> Figure:
 
 def entropy(distribution: EntropyDistribution, languages: int) -> Figure:
     """Histogram of the entropies of the eligible neurons, with the threshold below which they were selected."""
-    figure = _figure(5.0, 2.9, layout="constrained")
+    figure = new_figure(5.0, 2.9)
     axes = figure.subplots()
     edges, counts = distribution.edges, distribution.counts
     axes.stairs(counts, edges, fill=True, color="0.75", label=f"eligible: {counts.sum():,}")
     if distribution.threshold is not None:
         inside = np.minimum(edges, distribution.threshold)
-        axes.stairs(counts, inside, fill=True, color="#08519c", label=f"selected: {distribution.selected:,}")
+        axes.stairs(counts, inside, fill=True, color=LIGHT.better, label=f"selected: {distribution.selected:,}")
         label = f"threshold: {distribution.threshold:.3f} nats"
         axes.axvline(distribution.threshold, color="black", linestyle="--", linewidth=1, label=label)
     axes.set_yscale("symlog", linthresh=1)  # a logarithm on which an empty bin still has a place
@@ -157,12 +146,6 @@ def entropy(distribution: EntropyDistribution, languages: int) -> Figure:
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
-    figure = Figure(figsize=(width, height), layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> mpl.axes.Axes:
@@ -191,8 +174,8 @@ def _matrix(
     codes = relatives.codes
     others = np.where(np.eye(len(codes), dtype=bool), np.nan, values)
     highest = float(np.nanmax(others, initial=0.0)) or 1.0
-    axes.set_facecolor(_GREY)
-    image = axes.imshow(others, cmap=_COLOURS, vmin=0, vmax=highest, interpolation="nearest")
+    axes.set_facecolor(LIGHT.absent)
+    image = axes.imshow(others, cmap=LIGHT.sequential, vmin=0, vmax=highest, interpolation="nearest")
     cell = 72 * side / len(codes)
     axes.set_xticks(range(len(codes)), codes, rotation=90, fontsize=relatives.size)
     axes.set_yticks(range(len(codes)), codes, fontsize=relatives.size)
@@ -216,10 +199,8 @@ def _numbers(axes: mpl.axes.Axes, shades: NDArray[np.float64], values: NDArray[n
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
-        red, green, blue, alpha = shades[row, column]
-        dark = alpha > 0 and 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         text = f"{value:.2f}".removeprefix("0") if 0 < value < 1 else f"{value:.0f}"
-        colour = "white" if dark else "0.5" if value == 0 else "black"
+        colour = "0.5" if value == 0 else ink_on(tuple(shades[row, column])) if shades[row, column][3] else LIGHT.ink
         axes.text(column, row, text, ha="center", va="center", fontsize=_fitting(cell, text), color=colour)
 
 
@@ -269,7 +250,7 @@ class _Relatives:
         for depth, width in ((2, 0.3), (1, 0.8)):
             for first, _, _ in _runs(self.codes, depth)[1:]:
                 for line in (axes.axhline, axes.axvline)[: 1 + columns]:
-                    line(first - 0.5, color="0.3", linewidth=width)
+                    line(first - 0.5, color=_line_colour(), linewidth=width)
 
     def bracket(self, figure: Figure, axes: mpl.axes.Axes) -> None:
         """On the right of the axes: the branches, and farther out the families."""
@@ -278,7 +259,9 @@ class _Relatives:
             after = offset_copy(beside, fig=figure, x=3, units="points")
             for first, last, text in runs:
                 rows = [first - 0.35, last + 0.35]
-                axes.plot([1, 1], rows, transform=beside, color="0.3", linewidth=0.8, clip_on=False)
+                axes.plot(
+                    [1, 1], rows, transform=beside, color=mpl.rcParams["axes.edgecolor"], linewidth=0.8, clip_on=False
+                )
                 axes.text(1, (first + last) / 2, text, transform=after, va="center", fontsize=self.size)
 
 
@@ -294,3 +277,8 @@ def _runs(codes: Sequence[str], depth: int) -> list[tuple[int, int, str]]:
 def _longest(runs: Sequence[tuple[int, int, str]], size: float) -> float:
     """Points that the longest text takes."""
     return max((TextPath((0, 0), text, size=size).get_extents().width for _, _, text in runs), default=0.0)
+
+
+def _line_colour() -> str:
+    """Of the theme that is being drawn in."""
+    return str(mpl.rcParams["axes.edgecolor"])

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lm_eval_steering import languages
 from lm_eval_steering.analysis.prompts import PromptBatch, Prompts, batches, pad_token
-from lm_eval_steering.analysis.provenance import fingerprint_of, made_with, signature_of, write_csv
+from lm_eval_steering.analysis.run_record import fingerprint_of, made_with, signature_of, write_csv
+from lm_eval_steering.analysis.style import CYCLE, PAGE, new_figure, write_figure
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import DidNotHappenError, NeuronSetError, SteeringError
 from lm_eval_steering.files import write_json
@@ -228,13 +233,11 @@ def table(found: Fallback) -> str:
 
 
 def write(found: Fallback, folder: Path) -> list[Path]:
-    """`steps.csv` (a row a step and language), `stepwise.json` (outputs, evidence, provenance) and the picture.
+    """`steps.csv` (a row a step and language), `stepwise.json` (outputs, evidence, provenance) and the figure.
 
     Returns:
         The files.
     """
-    from lm_eval_steering.analysis.figures import stacked_steps, write_figure
-
     header = ("step", "deactivated_last", "languages_off", "neurons", "language", "outputs", "share", "fingerprint")
     rows = [
         (
@@ -257,5 +260,100 @@ def write(found: Fallback, folder: Path) -> list[Path]:
         for number, step in enumerate(found.steps)
     ]
     write_json(folder / "stepwise.json", {"made_with": found.provenance, "steps": steps})
-    pictures = write_figure(folder, "stepwise", lambda: stacked_steps(found.steps))
-    return [folder / "steps.csv", folder / "stepwise.json", *pictures]
+    figures = write_figure(folder, "stepwise", lambda: stacked_steps(found.steps))
+    return [folder / "steps.csv", folder / "stepwise.json", *figures]
+
+
+# --- the figure -----------------------------------------------------------------------------------------------------
+
+_OTHER, _UNKNOWN = "0.62", "0.88"  # greys
+
+
+def stacked_steps(steps: Sequence[DeactivationStep]) -> Figure:
+    """One bar a step: shares of the outputs' languages, stacked in the order in which they are deactivated.
+
+    Up to fourteen languages have a look of their own, seven colours plain and seven hatched; the rest are `other`, and
+    `unknown` and `empty` are on top. A black line in a bar parts the languages that are off, below it, from the others.
+    """
+    looks = _looks(steps)
+    width = min(PAGE, 2.4 + 0.5 * len(steps))
+    figure = new_figure(width, 3.5)
+    axes = figure.subplots()
+    bottoms, off = np.zeros(len(steps)), np.zeros(len(steps))
+    letters = min(6.5, 72 * (width - 1.8) / len(steps) / 2.3)  # three of them fit in a bar
+    for look in looks:
+        axes.bar(
+            range(len(steps)), look.shares, bottom=bottoms, width=0.86, color=look.colour, hatch=look.hatch,
+            label=look.name, edgecolor="white" if look.colour != "white" else "0.75", linewidth=0.4,
+        )  # fmt: skip
+        for place, (share, bottom) in enumerate(zip(look.shares, bottoms, strict=True)):
+            if share >= 0.055:
+                _code(axes, place, bottom + share / 2, look, letters)
+        bottoms += look.shares
+        off += [share * _is_off(look.name, step) for share, step in zip(look.shares, steps, strict=True)]
+    places = np.arange(len(steps))[1:]
+    axes.hlines(off[1:], places - 0.47, places + 0.47, color="black", linewidth=1.6, label="off below the line")
+    axes.set_xticks(range(len(steps)), [_step_name(step) for step in steps], rotation=60, ha="right", fontsize=6.5)
+    for tick in axes.get_xticklabels():
+        tick.set_rotation_mode("anchor")
+    axes.set_xlabel("deactivated, one language more at each step")
+    axes.set_ylabel("share of the outputs")
+    axes.set_ylim(0, 1)
+    axes.set_xlim(-0.5, len(steps) - 0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("Language of the outputs after each step", loc="left")
+    handles, labels = axes.get_legend_handles_labels()
+    # In the order in which they are stacked.
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=6.5, handlelength=1.4)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One language's part of the bars: (step,) shares."""
+
+    name: str
+    shares: NDArray[np.float64]
+    colour: str
+    hatch: str = ""
+
+
+def _looks(steps: Sequence[DeactivationStep]) -> list[_Look]:
+    """Bottom to top: languages that are deactivated, in their order, languages that are not, other, unknown, empty."""
+    totals: dict[str, float] = {}
+    for step in steps:
+        for code, share in step.shares.items():
+            totals[code] = totals.get(code, 0.0) + share
+    frequent = sorted(totals.keys() - {"unknown", "empty"}, key=lambda code: (-totals[code], code))[: 2 * len(CYCLE)]
+    order = steps[-1].deactivated
+    own = [code for code in order if code in frequent] + [code for code in frequent if code not in order]
+    looks = [
+        _Look(code, _shares(steps, [code]), CYCLE[n % len(CYCLE)], "" if n < len(CYCLE) else "//////")
+        for n, code in enumerate(own)
+    ]
+    looks.append(_Look("other", _shares(steps, totals.keys() - {"unknown", "empty", *own}), _OTHER))
+    looks.append(_Look("unknown", _shares(steps, ["unknown"]), _UNKNOWN))
+    looks.append(_Look("empty", _shares(steps, ["empty"]), "white"))
+    return [look for look in looks if look.shares.any()]
+
+
+def _shares(steps: Sequence[DeactivationStep], codes: Collection[str]) -> NDArray[np.float64]:
+    return np.array([sum(step.shares.get(code, 0.0) for code in codes) for step in steps], dtype=np.float64)
+
+
+def _code(axes: mpl.axes.Axes, place: float, height: float, look: _Look, size: float) -> None:
+    red, green, blue = mpl.colors.to_rgb(look.colour)
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+    text = {"unknown": "?", "empty": "–"}.get(look.name, look.name.split("_", maxsplit=1)[0])
+    # A patch of the colour behind it, so that it can be read on hatching.
+    patch = {"facecolor": look.colour, "edgecolor": "none", "pad": 0.6} if look.hatch else None
+    colour = "white" if dark else "black"
+    axes.text(place, height, text, ha="center", va="center", fontsize=size, color=colour, bbox=patch)
+
+
+def _is_off(name: str, step: DeactivationStep) -> bool:
+    return "_" in name and any(in_language(name, code) for code in step.deactivated)
+
+
+def _step_name(step: DeactivationStep) -> str:
+    return f"+ {step.deactivated[-1]}" if step.deactivated else "nothing"

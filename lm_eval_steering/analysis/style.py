@@ -1,18 +1,16 @@
-"""How the report's figures look: one style in two themes, colours that survive colour blindness and print."""
+"""How figures look: one style in two themes, colours that survive colour blindness and print, sizes of a paper."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -53,6 +51,11 @@ class Theme:
     better: str
 
     @property
+    def sequential(self) -> Colormap:
+        """From none to most."""
+        return LinearSegmentedColormap.from_list("counts", [self.middle, self.better])
+
+    @property
     def diverging(self) -> Colormap:
         """From worse through no difference to better."""
         return LinearSegmentedColormap.from_list("steering", [self.worse, self.middle, self.better])
@@ -63,44 +66,6 @@ DARK = Theme("#e4e7ec", "#444b57", "#2a2f38", "#171b21", "#e8713a", "#20252d", "
 THEMES = {"light": LIGHT, "dark": DARK}
 
 
-_FONT = "DejaVu Sans"  # travels with matplotlib: the same letters on every machine
-SLIM = "DejaVu Sans Figures"  # alone where there are only numbers: a list of fonts is searched for each text
-_LETTERS = (*range(0x20, 0x7F), *range(0xA0, 0x180), *range(0x2010, 0x2027), 0x2212)  # Latin, dashes, quotes, minus
-
-
-@cache
-def _slim_fonts() -> TemporaryDirectory[str]:
-    """Copies of the font with the letters that figures use, known to matplotlib; the folder lives as the process does.
-
-    A PDF embeds the letters that it uses. To find them in the whole font takes half a second a figure, in these
-    copies nothing that one would notice.
-    """
-    from fontTools import subset  # type: ignore[import-untyped]
-    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
-
-    folder = TemporaryDirectory(prefix="lm-eval-steering-fonts-")
-    for weight in ("normal", "bold"):
-        found = font_manager.findfont(font_manager.FontProperties(family=_FONT, weight=weight))
-        font = TTFont(found, recalcTimestamp=False)
-        for table in {"GDEF", "GPOS", "GSUB", "FFTM", "MATH"} & set(font.keys()):
-            del font[table]  # for layout of scripts that are not here; kerning has a table of its own
-        cutter = subset.Subsetter(subset.Options(glyph_names=True, legacy_kern=True, name_IDs=["*"]))
-        cutter.populate(unicodes=_LETTERS)
-        cutter.subset(font)
-        for record in font["name"].names:
-            record.string = record.toUnicode().replace(_FONT, SLIM).replace("DejaVuSans", "DejaVuSansFigures")
-        path = Path(folder.name) / f"{weight}.ttf"
-        font.save(path)
-        font_manager.fontManager.addfont(path)
-    return folder
-
-
-def _font_families() -> list[str]:
-    """The small copy, and the whole font for letters that are not in it."""
-    _slim_fonts()
-    return [SLIM, _FONT]
-
-
 @contextmanager
 def themed(theme: Theme) -> Iterator[None]:
     """matplotlib in our style, whatever the user's own configuration is."""
@@ -108,7 +73,7 @@ def themed(theme: Theme) -> Iterator[None]:
         "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "axes.linewidth": 0.6, "legend.fontsize": 7,
         "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
         "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.titlelocation": "left", "axes.titleweight": "bold",
-        "font.family": _font_families(),
+        "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
         "svg.hashsalt": "lm-eval-steering",  # with no date in the file, the same sweep gives the same bytes
         "pdf.fonttype": 42,  # letters stay letters: publishers refuse type 3
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -120,9 +85,9 @@ def themed(theme: Theme) -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches, laid out by constraints."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """A figure of so many inches; without a layout its axes are placed by hand."""
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -146,17 +111,28 @@ def svg_of(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def save(figure: Figure, folder: Path, name: str, svg: bytes) -> list[Path]:
-    """Write SVG (as `svg_of` gave it), PDF and PNG; no file holds a date.
+def save(figure: Figure, folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """Write a figure that `laid_out` gave, once for each suffix (svg, pdf, png); no file holds a date.
 
     By the canvases and not by `savefig`, which draws everything twice to solve a layout that is solved already.
     """
-    paths = [folder / f"{name}.{suffix}" for suffix in SUFFIXES]
-    paths[0].write_bytes(svg)
-    FigureCanvasPdf(figure).print_pdf(paths[1], metadata={"CreationDate": None})
-    figure.set_dpi(DPI)
-    FigureCanvasAgg(figure).print_png(paths[2], metadata={"Software": None})
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{suffix}" for suffix in suffixes]
+    for suffix, path in zip(suffixes, paths, strict=True):
+        if suffix == "svg":
+            path.write_bytes(svg_of(figure))
+        elif suffix == "pdf":
+            FigureCanvasPdf(figure).print_pdf(path, metadata={"CreationDate": None})
+        else:
+            figure.set_dpi(DPI)
+            FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
     return paths
+
+
+def write_figure(folder: Path, name: str, draw: Callable[[], Figure]) -> list[Path]:
+    """Draw in the light theme and write NAME.png and NAME.svg; the same numbers give the same SVG bytes."""
+    with themed(LIGHT):
+        return save(laid_out(draw()), folder, name, ("svg", "png"))
 
 
 def ink_on(colour: tuple[float, ...]) -> str:

@@ -90,7 +90,7 @@ def stepwise(
 ) -> None:
     """Deactivate languages one after another, and see which language the model answers in after each step."""
     from lm_eval_steering.analysis.prompts import read_prompts
-    from lm_eval_steering.analysis.provenance import signature_of
+    from lm_eval_steering.analysis.run_record import signature_of
     from lm_eval_steering.analysis.stepwise import Decoding, deactivate_stepwise, order_of, table, write
     from lm_eval_steering.progress import Log
 
@@ -138,7 +138,7 @@ def logit_lens(
     """How much probability each layer gives to each language, unsteered and, with an intervention, steered."""
     from lm_eval_steering.analysis.logit_lens import Looking, look, table, write
     from lm_eval_steering.analysis.prompts import read_prompts
-    from lm_eval_steering.analysis.provenance import signature_of
+    from lm_eval_steering.analysis.run_record import signature_of
     from lm_eval_steering.progress import Log
 
     _check_folder(out)

@@ -1,18 +1,31 @@
-"""Verbs that turn sweeps into answers: report, compare."""
+"""Commands that turn results into answers: report, compare."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lm_eval_steering.cli.options import check_folder
 from lm_eval_steering.errors import SteeringError
 
-Input = Annotated[Path, typer.Argument(help="Folder of a sweep, or of merged tables (merge --items).")]
+if TYPE_CHECKING:
+    from lm_eval_steering.report.page import Report
+
+Input = Annotated[
+    Path,
+    typer.Argument(help="A sweep's folder, merged tables (merge --items), or lm-eval's results (file or folder)."),
+]
 Out = Annotated[Path, typer.Option(help="Folder for the page, figures/ and tables/.")]
+Evaluated = Annotated[
+    list[str] | None,
+    typer.Option(help="TASK=CODE: the language of a task's items where its name does not say it. Repeat it."),
+]
+AllowDifferentPrompts = Annotated[
+    bool, typer.Option("--allow-different-prompts", help="Pair other prompts or models too; every table says so.")
+]
 MaxSamples = Annotated[int, typer.Option(min=0, help="Outputs on the page.")]
 
 
@@ -20,49 +33,70 @@ def report(
     sweep: Input,
     out: Out,
     baseline: Annotated[
-        Path | None, typer.Option(help="results_*.json of a plain lm-eval run, for tasks that have no baseline here.")
+        Path | None,
+        typer.Option(help="Unsteered results of lm-eval (file or folder), for tasks that have no baseline here."),
     ] = None,
+    evaluated: Evaluated = None,
+    allow_different_prompts: AllowDifferentPrompts = False,
     max_samples: MaxSamples = 100_000,
 ) -> None:
     """Make a page, figures and tables of a sweep: self against cross, with intervals and tests."""
-    from lm_eval_steering.report.make import make_report, read_sweep
-    from lm_eval_steering.report.read import add_baseline
+    from lm_eval_steering.report.page import make_report
+    from lm_eval_steering.report.read import add_baseline, read_results
 
     check_folder(out)
-    found = read_sweep(sweep, max_samples)
+    results = read_results(sweep, max_samples, _codes(evaluated))
+    results.allow_different_prompts = allow_different_prompts
     if baseline is not None:
-        add_baseline(found, baseline)
-    _say(make_report(found, out, _command()))
+        add_baseline(results, baseline, max_samples)
+    _print(make_report(results, out, _command()))
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="Folder of a sweep or of merged tables, or results_*.json of lm-eval.")],
+    first: Input,
     second: Annotated[Path | None, typer.Argument(help="Another one; leave it out to compare interventions.")] = None,
     out: Out = Path("comparison"),
     intervention: Annotated[
         list[str] | None, typer.Option(help="A kind of intervention, as the report names it; give two.")
     ] = None,
+    evaluated: Evaluated = None,
+    allow_different_prompts: AllowDifferentPrompts = False,
     max_samples: MaxSamples = 100_000,
 ) -> None:
     """The same report of two runs or two interventions: what the second does beside the first."""
-    from lm_eval_steering.report.comparison import compare_interventions, compare_runs, read_any
-    from lm_eval_steering.report.make import make_report, read_sweep
+    from lm_eval_steering.report.comparison import compare_interventions, compare_runs
+    from lm_eval_steering.report.page import make_report
+    from lm_eval_steering.report.read import read_results
 
     check_folder(out)
+    codes = _codes(evaluated)
     if second is None:
-        found = compare_interventions(read_sweep(first, max_samples), intervention or ())
+        results = compare_interventions(read_results(first, max_samples, codes), intervention or ())
     elif intervention:
-        raise SteeringError("--intervention beside two runs: leave one of the two out")
+        raise SteeringError("--intervention conflicts with a second run: leave one of the two out")
     else:
-        found = compare_runs(read_any(first, max_samples), read_any(second, max_samples))
-    _say(make_report(found, out, _command()))
+        runs = [read_results(path, max_samples, codes) for path in (first, second)]
+        results = compare_runs(runs[0], runs[1], allow_different_prompts)
+    _print(make_report(results, out, _command()))
+
+
+def _codes(given: list[str] | None) -> dict[str, str]:
+    """Task -> code from `task=code`.
+
+    Raises:
+        SteeringError: for what is not of this form.
+    """
+    pairs = [text.split("=", 1) for text in given or ()]
+    if wrong := ["=".join(pair) for pair in pairs if len(pair) != 2 or not all(pair)]:
+        raise SteeringError(f"--evaluated {wrong[0]}: expected TASK=CODE, such as arc_easy=eng_Latn")
+    return {task: code for task, code in pairs}
 
 
 def _command() -> list[str]:
     return ["lm-eval-steering", *sys.argv[1:]]
 
 
-def _say(made: Any) -> None:
+def _print(made: Report) -> None:
     for sentence in made.sentences:
         typer.echo(sentence)
     typer.echo(f"wrote {made.page} and {len(made.files) - 1} figures and tables beside it")

@@ -3,49 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_steering.errors import did_you_mean
-from lm_eval_steering.report.make import read_sweep
-from lm_eval_steering.report.read import MAX_SAMPLES, Facts, ReportError, Samples, Sweep, read_plain
+from lm_eval_steering.report.read import Facts, ReportError, Samples, Sweep
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_FIRST = "first: "
+_FIRST, _UNSTEERED = "first: ", "unsteered"
 _PLACE = ["task", "steered", "kind", "factor", "items"]
 
 
-def read_any(path: Path, max_samples: int = MAX_SAMPLES) -> Sweep:
-    """A sweep's folder, merged tables, or the results file of a plain lm-eval run.
-
-    Raises:
-        SteeringError: if it is none of them.
-    """
-    return read_plain(path, max_samples) if path.suffix == ".json" else read_sweep(path, max_samples)
-
-
-def compare_runs(first: Sweep, second: Sweep) -> Sweep:
+def compare_runs(first: Sweep, second: Sweep, allow_different_prompts: bool = False) -> Sweep:
     """Cells of the second run, each with the same cell of the first in the place of its baseline.
 
-    The same cell has the same task, steered language, intervention and factor. Where the first run is not steered at
-    all (a plain lm-eval run), its tasks stand against every steered cell of the second.
+    The same cell has the same task, steered language, intervention and factor. Where the two have no such cell in
+    common, runs are paired by task alone: an unsteered run with every cell of the other one, and two runs that have one
+    cell of each task with one another, whatever was done to the model. Whether a pair was asked the same is checked
+    when the results are computed (`read.check_pairs`).
+
+    Args:
+        first: in the place of the baseline.
+        second: what is compared with it.
+        allow_different_prompts: compare other prompts and models too, and state it beside every table.
 
     Raises:
         ReportError: if no cell is in both.
     """
+    base, after = _compared(first), _compared(second)
+    pairs = _paired(base, after, _PLACE)
     unsteered = bool(first.cells["is_baseline"].all())
-    place = ["task"] if unsteered else _PLACE
-    base = first.cells if unsteered else first.steered_cells()
-    after = second.steered_cells()
-    found = _paired(base, after, place)
-    if found.empty:
+    if pairs.empty and not base["task"].duplicated().any() and (unsteered or not after["task"].duplicated().any()):
+        pairs = _paired(base, after, ["task"])
+    if pairs.empty:
         raise ReportError(
-            f"{first.facts.title} and {second.facts.title} have no cell in common (same {', '.join(place)}); the first "
-            f"has {_some(base)}, the second {_some(after)}"
+            f"{first.facts.title} and {second.facts.title} have no cell in common (same {', '.join(_PLACE)}); the "
+            f"first has {_some(base)}, the second {_some(after)}"
         )
-    return _comparison(first, second, found, base, first.facts.title)
+    comparison = _comparison(first, second, pairs, base, first.facts.title)
+    comparison.allow_different_prompts = allow_different_prompts
+    return comparison
+
+
+def _compared(run: Sweep) -> pd.DataFrame:
+    """The steered cells of a run; all of them where none is steered."""
+    steered = run.steered_cells()
+    return steered if len(steered) else run.cells
 
 
 def compare_interventions(sweep: Sweep, kinds: Sequence[str]) -> Sweep:
@@ -86,17 +90,19 @@ def _comparison(first: Sweep, second: Sweep, found: pd.DataFrame, base: pd.DataF
 
     used = base[base["cell"].isin(found["baseline_cell"])]
     old = used.assign(cell=_FIRST + used["cell"], is_baseline=True, baseline_cell="", steered="", relation="several")
-    cells = pd.concat([old, found.assign(baseline_cell=_FIRST + found["baseline_cell"])], ignore_index=True)
+    new = found.assign(baseline_cell=_FIRST + found["baseline_cell"], is_baseline=False, control=pd.NA)
+    new["kind"] = new["kind"].where(new["kind"] != "", _UNSTEERED)
+    cells = pd.concat([old, new], ignore_index=True).astype({"control": "Int64"})
     before = first.scores[first.scores["cell"].isin(used["cell"])]
     after = second.scores[second.scores["cell"].isin(found["cell"])]
     scores = pd.concat([before.assign(cell=_FIRST + before["cell"]), after], ignore_index=True)
     items = {_FIRST + cell: first.items[cell] for cell in used["cell"] if cell in first.items}
     items |= {cell: second.items[cell] for cell in found["cell"] if cell in second.items}
     outputs = {_FIRST + cell: own for cell, own in first.samples.outputs.items()} | second.samples.outputs
-    left_out = len(second.steered_cells()) - len(found)
+    left_out = len(_compared(second)) - len(found)
     notes = list(dict.fromkeys([*first.facts.notes, *second.facts.notes]))
     if left_out:
-        notes.append(f"{left_out} steered cells of {second.facts.title} have no counterpart and are left out.")
+        notes.append(f"{left_out} cells of {second.facts.title} have no counterpart and are left out.")
     title = (
         f"{second.facts.title} against {against}"
         if first is not second
@@ -107,9 +113,10 @@ def _comparison(first: Sweep, second: Sweep, found: pd.DataFrame, base: pd.DataF
         second.facts.versions, second.facts.neurons, [], notes,
     )  # fmt: skip
     samples = Samples(second.samples.prompts | first.samples.prompts, outputs)
+    facts.warnings = list(dict.fromkeys([*first.facts.warnings, *second.facts.warnings]))
     return Sweep(cells, scores, items, second.timings, second.missing.iloc[:0], samples, facts, against)
 
 
 def _some(cells: pd.DataFrame) -> str:
-    found = [f"{row.task} {row.steered} {row.kind} ×{row.factor:g}" for row in cells.head(2).itertuples()]
-    return "; ".join(found) or "none"
+    shown = [f"{row.task} {row.steered} {row.kind or _UNSTEERED} ×{row.factor:g}" for row in cells.head(2).itertuples()]
+    return "; ".join(shown).replace(" ×nan", "") or "none"

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_eval_steering.metrics.language_id import in_language
 from lm_eval_steering.metrics.statistics import (
     MEAN,
     OF_PAIRS,
@@ -28,7 +27,7 @@ from lm_eval_steering.metrics.statistics import (
     holm,
     interval_of_items,
 )
-from lm_eval_steering.report.read import Items, Sweep, align, check_same_documents
+from lm_eval_steering.report.read import CLEAN, DEGENERATE, FORCED, LANG_UNKNOWN, Items, Sweep, align, forced
 from lm_eval_steering.sweep.choice import REPORT, half_of
 
 if TYPE_CHECKING:
@@ -76,7 +75,6 @@ def rows(
         whole = []
         for cell in own:
             after = sweep.items[cell["cell"]]
-            check_same_documents(before, after, cell["task"])
             if np.array_equal(before.docs, after.docs):
                 whole.append(cell)
         systems = {cell["cell"]: [item[2] for item in sweep.items[cell["cell"]].values[metric]] for cell in whole}
@@ -96,12 +94,23 @@ def rows(
 
 ALPHA = 0.05  # after Holm's correction
 _PAIR = 2
-FACTS = ("cell", "task", "family", "evaluated", "steered", "relation", "kind", "factor", "items", "stage")
+FACTS = (
+    "cell",
+    "task",
+    "family",
+    "evaluated",
+    "steered",
+    "relation",
+    "kind",
+    "factor",
+    "items",
+    "stage",
+    "deactivation",
+)
 COLUMNS = (
     *FACTS, "metric", "higher_is_better", "n", "baseline", "score", "difference", "low", "high", "p", "p_holm", "test",
     "comparisons",
 )  # fmt: skip
-_LABELS, _FORCED = "output_language", "lfs"
 
 
 @dataclass
@@ -230,16 +239,18 @@ def _by_scores(
     before = np.nan if sweep.is_shift(metric) else scores.get(cell["baseline_cell"], {}).get(metric, (np.nan,))[0]
     yield {
         **{name: cell[name] for name in FACTS},
-        "metric": metric, "higher_is_better": own[1], "n": own[2], "baseline": before, "score": own[0],
+        "metric": metric, "higher_is_better": _better(scores, cell["cell"], metric), "n": own[2],
+        "baseline": before, "score": own[0],
         "difference": own[0] - before, "low": np.nan, "high": np.nan, "p": np.nan, "test": "",
     }  # fmt: skip
 
 
-def _better(scores: dict[str, Any], cell: str, metric: str) -> bool:
-    found = scores.get(cell, {}).get(metric)
-    if found is None or found[1] is None or found[1] != found[1]:
-        return metric.partition("@")[0] not in ("degenerate", "lang_unknown")
-    return bool(found[1])
+def _better(scores: dict[str, Any], cell: str, metric: str) -> bool | None:
+    """Whether higher is better; None where neither lm-eval nor we say so."""
+    score = scores.get(cell, {}).get(metric)
+    if score is None or score[1] is None or score[1] != score[1]:
+        return {DEGENERATE: False, LANG_UNKNOWN: False, CLEAN: True}.get(metric.partition("@")[0])
+    return bool(score[1])
 
 
 # --- from items to arms ----------------------------------------------------------------------------------------------
@@ -258,8 +269,6 @@ def arms_of(
     base_values = _baseline_values(before, metric, cell["steered"])
     if aggregate is None or base_values is None:
         return None
-    if before is not after:
-        check_same_documents(before, after, cell["task"])
     _, (first, second) = align([Items(before.docs, {metric: base_values}), after], metric)
     assert first is not None and second is not None
     if half is not None:
@@ -282,21 +291,12 @@ def _halves(docs: bytes) -> NDArray[np.bool_]:
 
 
 def _baseline_values(before: Items, metric: str, steered: str) -> NDArray[Any] | None:
-    """The baseline's items; its `lfs` for the steered language comes from its stored labels."""
-    found = before.values.get(metric)
-    if found is not None or metric.partition("@")[0] != _FORCED:
-        return found
-    labels = before.values.get(metric.replace(_FORCED, _LABELS, 1))
-    return None if labels is None else forced(labels, steered)
-
-
-def forced(labels: NDArray[Any], steered: str) -> Array:
-    """1 where an output is in a steered language, else 0 (`unknown` too); nan where there is no label."""
-    verdict = {
-        label: float(any(in_language(label, code) for code in steered.split("+")))
-        for label in {label for label in labels if label is not None}
-    }
-    return np.array([verdict.get(label, np.nan) for label in labels], dtype=np.float64)
+    """The baseline's items; its `lfs` and `lfs_clean` for the steered language come from its stored labels."""
+    if metric.partition("@")[0] in (FORCED, CLEAN):
+        counted = forced(before, metric, steered)
+        if counted is not None:
+            return counted
+    return before.values.get(metric)
 
 
 def aggregate_of(values: NDArray[Any], said: float | None) -> Aggregate | None:

@@ -1,34 +1,57 @@
-"""Figures of differences: the heat map with marks, the curve over factors, and the trade-off."""
+"""The figures of a report and their captions; each is drawn once for papers and for both themes of the page."""
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from lm_eval_steering.analysis.style import (  # fmt: skip
+from lm_eval_steering import resources
+from lm_eval_steering.analysis.neuron_figures import by_layer
+from lm_eval_steering.analysis.style import (
     BLUE,
     COLUMN,
     CYCLE,
+    DARK,
     GREEN,
+    LIGHT,
     MARKERS,
     PAGE,
-    SLIM,
     VERMILION,
     Theme,
     ink_on,
+    laid_out,
     new_figure,
+    save,
     signed,
-)
+    svg_of,
+    themed,
+)  # fmt: skip
+from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.languages import english_name, family_of, same_language
 from lm_eval_steering.metrics.language_id import UNKNOWN
+from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.report.effects import ALPHA, Effects
-from lm_eval_steering.report.naming import CROSS, SELF, SEVERAL, readable_metric
-from lm_eval_steering.report.read import Sweep
-from lm_eval_steering.report.tables import ordered, single
+from lm_eval_steering.report.naming import (
+    CROSS,
+    DAMAGES,
+    SELF,
+    SEVERAL,
+    SUCCESSES,
+    counted,
+    is_lss,
+    readable_metric,
+    sign_of,
+)
+from lm_eval_steering.report.read import CLEAN, LABELS, Sweep
+from lm_eval_steering.report.tables import Results, ordered, single
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +98,7 @@ def heat_map(effects: Effects, family: str, metric: str, kind: str, factor: floa
     cell = min(0.36, (width - 1.0) / max(1, len(columns)))
     figure = new_figure(width, 1.0 + max(2, len(rows)) * max(cell, 0.2))
     axes = figure.subplots()
-    sign = 1 if bool(own["higher_is_better"].iloc[0]) else -1
+    sign = sign_of(own["higher_is_better"].iloc[0]) or 1
     _draw_grid(figure, axes, grid["difference"], grid["p_holm"], sign, theme, 72 * cell)
     names = [f"×{column:g}" if factor is None else short(column) for column in columns]
     axes.set_xticks(range(len(columns)), names, rotation=90 if factor is not None and len(columns) > 6 else 0)
@@ -88,7 +111,7 @@ def heat_map(effects: Effects, family: str, metric: str, kind: str, factor: floa
     if factor is not None:
         _separate(axes, columns, axes.axvline, theme)
     at = "" if factor is None else f", ×{factor:g}"
-    axes.set_title(f"{readable_metric(metric)}: difference{at}")
+    axes.set_title(f"{readable_metric(metric)}{'' if is_lss(metric) else ': difference'}{at}")
     return figure
 
 
@@ -113,7 +136,7 @@ def _draw_grid(
         sure = p_holm[row, column] < ALPHA
         if differences.shape[1] <= _CROWDED and size >= 4:
             axes.text(
-                column, row, signed(value), ha="center", va="center", fontsize=size, color=colour, family=SLIM,
+                column, row, signed(value), ha="center", va="center", fontsize=size, color=colour,
                 fontweight="bold" if sure else "normal",
             ).set_in_layout(False)  # fmt: skip
         if sure:
@@ -163,7 +186,9 @@ def factor_curve(summary: pd.DataFrame, theme: Theme) -> Figure:
     )
     axes.set_title(readable_metric(str(own["metric"].iloc[0])))
     axes.set_xlabel("factor")
-    axes.set_ylabel("difference" if np.isnan(baseline) else f"difference (baseline {baseline:.3g})")
+    metric = str(own["metric"].iloc[0])
+    difference = "difference" if np.isnan(baseline) else f"difference (baseline {baseline:.3g})"
+    axes.set_ylabel(readable_metric(metric) if is_lss(metric) else difference)
     axes.set_xticks(sorted(own["factor"].unique()))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
@@ -189,7 +214,8 @@ def trade_off(damage: pd.DataFrame, theme: Theme) -> Figure:
     axes.set_ylim(-0.04, 1.08)
     axes.set_title("Success against damage")
     axes.set_xlabel(price_label(price, damage))
-    axes.set_ylabel("outputs in the steered language")
+    clean = str(own["success_metric"].iloc[0]) == CLEAN
+    axes.set_ylabel("in the steered language, not degenerate" if clean else "outputs in the steered language")
     axes.grid()
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3)
@@ -216,12 +242,8 @@ def price_label(price: str, damage: pd.DataFrame) -> str:
     }[price]
 
 
-# --- Figures of what was put out: languages over factors, LSS and LFS beside random neurons, neurons by layer
+# --- Figures of outputs: languages over factors, LSS and LFS beside random neurons
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-_LANGUAGE_LABELS = "output_language"
 _NAMED, _PANELS = 4, 12  # languages with a colour of their own; panels on one page
 _PER_ROW = 4
 Shares = dict[str, dict[float, Counter[str]]]
@@ -235,8 +257,8 @@ def language_counts(sweep: Sweep, kind: str) -> Shares:
     for row in cells.itertuples():
         for factor, cell in ((row.factor, row.cell), (0.0, row.baseline_cell)):
             items = sweep.items.get(cell)
-            if items is not None and _LANGUAGE_LABELS in items.values:
-                labels = [str(label) for label in items.values[_LANGUAGE_LABELS] if label is not None]
+            if items is not None and LABELS in items.values:
+                labels = [str(label) for label in items.values[LABELS] if label is not None]
                 found.setdefault(row.steered, {}).setdefault(factor, Counter()).update(labels)
     return found
 
@@ -326,25 +348,185 @@ def against_random(controls: pd.DataFrame, theme: Theme) -> Figure:
     return figure
 
 
-def neurons_by_layer(counts: dict[str, list[int]], theme: Theme) -> Figure:
-    """Neurons of each steered language in each layer.
+# --- Which figures a report has, with their captions: one list for the files and for the page -----------------------
 
-    Args:
-        counts: language -> (layers,).
-        theme: colours.
+MOST = 40  # figures on a page
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that can be drawn in any theme.
+
+    Attributes:
+        name: of the file.
+        caption: what it shows, with n.
+        draw: theme -> figure.
     """
-    grid = np.array(list(counts.values()), dtype=float)
-    figure = new_figure(COLUMN if grid.shape[1] <= 32 else PAGE, 0.9 + 0.2 * len(counts))
-    axes = figure.subplots()
-    image = axes.imshow(np.sqrt(grid), cmap="cividis", aspect="auto", interpolation="nearest")
-    if grid.shape[1] <= 16:
-        shades = image.to_rgba(np.sqrt(grid))
-        for (row, column), value in np.ndenumerate(grid):
-            colour = ink_on(tuple(shades[row, column]))
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)
-    axes.set_yticks(range(len(counts)), [code.split("_")[0] for code in counts])
-    axes.set_xlabel("layer")
-    axes.set_title("Neurons by layer")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    return figure
+
+    name: str
+    caption: str
+    draw: Callable[[Theme], Figure]
+
+
+def drawn_metrics(effects: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """(family, metric, kind) of what is drawn, successes first."""
+    found: list[tuple[str, str, str]] = []
+    for wanted in (SUCCESSES, DAMAGES):
+        for (family, kind), own in effects.groupby(["family", "kind"], sort=False):
+            names = {name.partition("@")[0]: name for name in own["metric"].unique()}
+            first = next((names[name] for name in wanted if name in names), None)
+            if first is not None:
+                found.append((family, first, kind))
+    return found
+
+
+def gallery(results: Results) -> list[Picture]:
+    """All figures, in the order of the page."""
+    effects, sweep = results.effects, results.sweep
+    pictures: list[Picture] = []
+    for family, metric, kind in drawn_metrics(effects.frame):
+        pictures += _of_setting(results, family, metric, kind)
+    kinds = list(dict.fromkeys(effects.frame["kind"]))
+    for kind in kinds:
+        counts = language_counts(sweep, kind)
+        if counts:
+            n = sum(sum(own.values()) for factors in counts.values() for own in factors.values())
+            caption = f"Languages of the outputs against the factor, {kind}; n = {n:,} outputs."
+            pictures.append(Picture(_file("languages", kind), caption, _bind(output_languages, counts)))
+        damage = results.damage[results.damage["kind"] == kind] if len(results.damage) else results.damage
+        if len(damage) and price_of(damage):
+            caption = f"Success of the steered language against damage, {kind}; each point is a factor."
+            pictures.append(Picture(_file("trade-off", kind), caption, _bind(trade_off, damage)))
+    neurons = results.neurons
+    steered = {part for code in sweep.cells["steered"] for part in code.split("+")}
+    codes = [code for code in neurons.languages if code in steered] if neurons else []
+    if neurons and codes:
+        caption = (
+            f"Neurons of the steered languages by layer (square-root shades), and distinct ones; "
+            f"n = {len(neurons.union(codes)):,} distinct neurons."
+        )
+        pictures.append(Picture("neurons-by-layer", caption, _bind(by_layer, neurons, codes)))
+    return pictures[:MOST]
+
+
+def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[Picture]:
+    frame = single(results.effects)
+    own = frame[(frame["family"] == family) & (frame["metric"] == metric) & (frame["kind"] == kind)]
+    summary = results.summary
+    rows = summary[(summary["family"] == family) & (summary["metric"] == metric) & (summary["kind"] == kind)]
+    name, what = (family, metric, kind), f"{readable_metric(metric)} on {family}, {kind}"
+    against, lss = results.sweep.against, results.sweep.is_shift(metric)
+    pictures = []
+    # Where each language has one chosen factor, factors differ in their languages and are no curve.
+    factors = int(own.groupby("steered")["factor"].nunique().max())
+    if factors > 1:
+        moved = "mean over languages" if lss else f"mean difference from the {against}"
+        caption = (
+            f"{what}: {moved}, with 95 % bands over languages and items "
+            f"({counted(own['steered'].nunique(), 'language')}; n = {int(own['n'].sum()):,} items in all)."
+        )
+        pictures.append(Picture(_file("curve", *name), caption, _bind(factor_curve, rows)))
+    one_column = own["evaluated"].nunique() < 2
+    if own["difference"].notna().any() and (factors > 1 or not one_column):
+        factor = None if one_column else best_overall(rows)
+        at = "each factor" if factor is None else f"factor {factor:g}, the best on average"
+        n = own if factor is None else own[own["factor"] == factor]
+        comparisons = int(own["comparisons"].max())
+        if lss:
+            caption = (
+                f"{what} at {at}: share of items whose preference moved towards the steered language; 0 for the "
+                "unsteered model by definition. No test: what random neurons give is beside it, or was not run"
+            )
+        else:
+            caption = f"{what}: difference from the {against} at {at}."
+            caption += " Blue is better" if own["higher_is_better"].notna().all() else " Blue is more"
+            if comparisons:
+                caption += f"; a dot and bold mark p < 0.05 after Holm's correction over {comparisons} comparisons"
+        caption += f"; n = {int(n['n'].sum()):,} items."
+        if factor is None or not np.isnan(factor):
+            draw = _bind(heat_map, results.effects, family, metric, kind, factor)
+            pictures.append(Picture(_file("matrix", *name), caption, draw))
+    controls = results.controls
+    if len(controls):
+        own_controls = controls[
+            (controls["family"] == family) & (controls["metric"] == metric) & (controls["kind"] == kind)
+        ]
+        if factors > 1 and len(own_controls):
+            sets = int(own_controls["sets"].max())
+            beside = (
+                f"beside {counted(sets, 'matched random set')} (band: lowest and highest)" if sets else "no random sets"
+            )
+            caption = f"{what}: mean over languages, {beside}."
+            draw = _bind(against_random, own_controls)
+            pictures.append(Picture(_file("random", *name), caption, draw))
+    return pictures
+
+
+def best_overall(rows: pd.DataFrame) -> float:
+    """The factor at which self (or several, or cross) is best on average, for a figure; nan where there is none."""
+    sign = sign_of(rows["higher_is_better"].iloc[0]) or 1
+    for relation in (SELF, SEVERAL, "cross"):
+        values = sign * rows[f"{relation}_difference"]
+        if values.notna().any():
+            return float(rows.loc[values.idxmax(), "factor"])
+    return float("nan")
+
+
+def neuron_set_of(neurons: str) -> NeuronSet | None:
+    """The neuron set that a plan names, None where it is not at hand."""
+    try:
+        return NeuronSet.load(resources.find_neuron_set(neurons)) if neurons else None
+    except (SteeringError, OSError):
+        return None
+
+
+def _bind(draw: Callable[..., Figure], *arguments: object) -> Callable[[Theme], Figure]:
+    return lambda theme: draw(*arguments, theme)
+
+
+def _file(*parts: str) -> str:
+    text = "-".join(part for part in parts if part)
+    kept = "".join(letter if letter.isalnum() or letter in "-_+." else "-" for letter in text)
+    return kept.replace("--", "-")[:110]
+
+
+# --- drawing: each figure once a theme, as files for papers and as SVG for the page
+
+
+@dataclass(frozen=True)
+class Figured:
+    """A figure of the page.
+
+    Attributes:
+        caption: under it.
+        light: SVG in base64.
+        dark: SVG in base64.
+        width: CSS pixels at which its letters have the size that they have in print.
+        height: CSS pixels.
+        wide: whether it takes the width of a page.
+    """
+
+    caption: str
+    light: str
+    dark: str
+    width: int
+    height: int
+    wide: bool
+
+
+def draw(pictures: list[Picture], folder: Path) -> tuple[list[Figured], list[Path]]:
+    """Figures for the page, and the files that were written for papers (in the light theme)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found, paths = [], []
+    for picture in pictures:
+        with themed(LIGHT):
+            figure = laid_out(picture.draw(LIGHT))
+            light = svg_of(figure)
+            paths += save(figure, folder, picture.name)
+        with themed(DARK):
+            dark = svg_of(laid_out(picture.draw(DARK), like=figure))
+        width, height = (round(96 * float(side)) for side in figure.get_size_inches())
+        wide = figure.get_size_inches()[0] > COLUMN
+        light_text, dark_text = (base64.b64encode(svg).decode() for svg in (light, dark))
+        found.append(Figured(picture.caption, light_text, dark_text, width, height, wide))
+    return found, paths

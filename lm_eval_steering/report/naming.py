@@ -1,21 +1,32 @@
-"""How cells are named and grouped: kinds of intervention, families of tasks, self and cross."""
+"""How cells are named and grouped (kinds of intervention, families of tasks, self and cross), and numbers as text."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from lm_eval_steering.languages import english_name, same_language
 from lm_eval_steering.lmeval.evaluated_language import evaluated_language, family_prefixes
 from lm_eval_steering.steering.intervention import parse
 
 SELF, CROSS, SEVERAL = "self", "cross", "several"
+NATS = "nats_per_token"
+# Of the many numbers of a task the first success and the first damage that it has are drawn and talked about.
+SUCCESSES = (
+    "lfs_clean", "lfs", "lss", "clas_language", "acc", "exact_match", "f1", "bleu", "chrf++", "acc_norm",
+    "lang_expected",
+)  # fmt: skip
+DAMAGES = (NATS, "token_perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")  # one thing, several names
 
 _OUR_CODE = re.compile(r"_[a-z]{3}_[A-Z][a-z]{3}(?=_|$)")
 _OTHERS = "others"
 METRIC_NAMES = {
-    "lfs": "LFS", "lfs_clean": "clean LFS", "lss": "LSS", "acc": "accuracy", "acc_norm": "accuracy (normalised)",
-    "bleu": "BLEU", "chrf++": "chrF++", "nats_per_token": "nats a token", "token_perplexity": "perplexity a token",
-    "bits_per_byte": "bits a byte", "exact_match": "exact match", "f1": "F1", "lang_unknown": "language unknown",
+    "lfs": "LFS", "lfs_clean": "clean LFS", "lss": "LSS", "acc": "accuracy",
+    "acc_norm": "accuracy (normalised)", "bleu": "BLEU",
+    "chrf++": "chrF++", "nats_per_token": "nats per token", "token_perplexity": "perplexity per token",
+    "bits_per_byte": "bits per byte", "exact_match": "exact match", "f1": "F1", "lang_unknown": "language unknown",
     "degenerate": "degenerate outputs", "lang_expected": "in the expected language",
 }  # fmt: skip
 
@@ -29,6 +40,18 @@ def readable_metric(metric: str) -> str:
     """For figures and sentences."""
     name, at, filter_ = metric.partition("@")
     return f"{METRIC_NAMES.get(name, name.replace('_', ' '))}{f' ({filter_})' if at else ''}"
+
+
+def is_lss(metric: str) -> bool:
+    """Whether a metric is LSS: a share of items, compared with the unsteered model in itself."""
+    return metric.startswith("lss")
+
+
+def sign_of(higher_is_better: Any) -> int:
+    """1 where more is better, -1 where less is, 0 where nobody says."""
+    if higher_is_better is None or higher_is_better != higher_is_better:  # noqa: PLR0124  (nan)
+        return 0
+    return 1 if higher_is_better else -1
 
 
 def family_of_task(task: str) -> str:
@@ -102,3 +125,31 @@ def silenced(languages: list[str], off: list[str]) -> list[str]:
 def language_name(code: str) -> str:
     """English name; of several languages their names, of none a word for it."""
     return " + ".join(english_name(part) for part in code.split("+")) if code else "several languages"
+
+
+def number(value: Any, signed: bool = False) -> str:
+    """Three significant digits; nothing for nan."""
+    if value is None or math.isnan(value):
+        return ""
+    text = f"{value:+.3g}" if signed else f"{value:.3g}"
+    return f"{value:+,.0f}" if signed and "e" in text and abs(value) >= 1 else text
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """`+0.12 [+0.03, +0.21]`; nothing for nan."""
+    if math.isnan(value):
+        return ""
+    ends = "" if math.isnan(low) else f" [{number(low, True)}, {number(high, True)}]"
+    return f"{number(value, True)}{ends}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 task`, `1,200 tasks`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(parts: Sequence[str], most: int = 12) -> str:
+    """`a, b and c`; of very many the first ones and how many more."""
+    if len(parts) > most:
+        return f"{', '.join(parts[: most - 1])} and {len(parts) - most + 1} more"
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it, safe to open although it holds what a model wrote.
+"""Write a report: figures, tables, and a page that is one HTML file, safe to open although it holds model output.
 
 Nothing is fetched, and nothing from the data becomes HTML: tables and samples travel as compressed JSON and are put in
 place as text. The content security policy names the one script and the one style sheet by their hashes and forbids
@@ -12,94 +12,81 @@ import gzip
 import hashlib
 import json
 import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from lm_eval_steering.files import write_bytes
 from lm_eval_steering.languages import english_name, family_order, same_language
 from lm_eval_steering.metrics.language_id import UNKNOWN
-from lm_eval_steering.report.gallery import Figured
+from lm_eval_steering.report.conclusions import answer
+from lm_eval_steering.report.figures import Figured, draw, gallery, neuron_set_of
 from lm_eval_steering.report.read import ItemOutput, Sweep
-from lm_eval_steering.report.results import Results
-from lm_eval_steering.report.sentences import answer
-
-# --- Samples for the page: every prompt once, and under it the baseline's output and the steered ones by factor
-
-STEERED, OTHER, NONE = "s", "o", "u"
-
-
-def explorer_data(sweep: Sweep) -> list[dict[str, Any]]:
-    """One group a task, steered language and intervention.
-
-    Each has `task`, `steered`, `kind`, `factors` (the columns, the baseline first) and `items`: [document, prompt,
-    [output or null for each column]], an output being [text, language, verdict]; the verdict is `s` for the steered
-    language, `u` for none that is known, `o` for any other.
-    """
-    outputs = {cell: {output.doc: output for output in own} for cell, own in sweep.samples.outputs.items()}
-    cells = sweep.steered_cells()
-    cells = cells[cells["cell"].isin(outputs)]
-    order = {code: place for place, code in enumerate(family_order(sorted(cells["steered"].unique())))}
-    groups = []
-    for (task, steered, kind), own in cells.sort_values("factor").groupby(["task", "steered", "kind"]):
-        base = own["baseline_cell"].iloc[0]
-        columns = [outputs.get(base, {}), *(outputs[cell] for cell in own["cell"])]
-        prompts = _prompts(sweep, task, own["target"].iloc[0])
-        docs = sorted({doc for column in columns for doc in column})
-        groups.append(
-            {
-                "task": task,
-                "steered": steered,
-                "kind": kind,
-                "factors": [sweep.against, *(_factor(factor) for factor in own["factor"])],
-                "items": [
-                    [doc, prompts.get(doc, ""), [_output(column.get(doc), steered) for column in columns]]
-                    for doc in docs
-                ],
-            }
-        )
-    return sorted(groups, key=lambda group: (group["task"], order[group["steered"]], group["kind"]))
-
-
-def language_names(groups: list[dict[str, Any]]) -> dict[str, str]:
-    """Code -> English name, of every language that an output or a choice has."""
-    codes = {part for group in groups for part in group["steered"].split("+")}
-    codes |= {output[1] for group in groups for item in group["items"] for output in item[2] if output and output[1]}
-    return {code: english_name(code) if code != UNKNOWN else "unknown" for code in sorted(codes)}
-
-
-def _prompts(sweep: Sweep, task: str, target: str) -> dict[int, str]:
-    found = sweep.samples.prompts.get((task, target))
-    return found if found else sweep.samples.prompts.get((task, ""), {})
-
-
-def _factor(factor: float) -> str:
-    return f"×{factor:g}" if not math.isnan(factor) else "steered"
-
-
-def _output(output: ItemOutput | None, steered: str) -> list[str] | None:
-    if output is None:
-        return None
-    return [output.text, output.language, verdict(output.language, steered)]
-
-
-def verdict(language: str, steered: str) -> str:
-    """Whether an output is in a steered language, in none that is known, or in another."""
-    if language in ("", UNKNOWN):
-        return NONE
-    return STEERED if any(same_language(language, code) for code in steered.split("+")) else OTHER
-
+from lm_eval_steering.report.table_files import write_tables
+from lm_eval_steering.report.tables import Results, by_relation, compute
 
 if TYPE_CHECKING:
     import pandas as pd
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        results: the data frames.
+        page: the HTML file.
+        files: everything, the page first.
+        sentences: the answer.
+    """
+
+    results: Results
+    page: Path
+    files: tuple[Path, ...]
+    sentences: tuple[str, ...]
+
+
+def make_report(sweep: Sweep, out: Path, command: Sequence[str] = ()) -> Report:
+    """Write the page, `figures/` (SVG, PDF, PNG) and `tables/` (CSV, parquet, Markdown, LaTeX).
+
+    Args:
+        sweep: as `read_results` or `comparison` gave it.
+        out: folder; files of an earlier report of that name are replaced.
+        command: that asked for it, to be printed.
+    """
+    out = Path(out)
+    sweep.facts.command = shlex.join(command)
+    results = compute(sweep)
+    results.neurons = neuron_set_of(sweep.facts.neurons)
+    figured, files = draw(gallery(results), out / "figures")
+    files += write_tables(results, out / "tables")
+    page = out / PAGE
+    write_bytes(page, render(results, figured).encode("utf-8", "replace"))
+    return Report(results, page, (page, *files), answer(results).sentences)
+
+
+# --- The page -------------------------------------------------------------------------------------------------------
 
 _PARTS = Path(__file__).parent / "page_parts"
 _CHUNK = 2000  # samples that are unpacked at once
 MOST_ROWS = 20_000  # of a table on the page; all of them are in the files beside it
 TABLES = {
-    "summary": ("Self and cross", "Means over languages at each factor; the interval is over languages and items."),
+    "summary": (
+        "Self and cross",
+        "Means over languages at each factor, of items in the steered language (self), in another one (cross) or in "
+        "several; the interval is over languages and items.",
+    ),
     "effects": ("Every cell", "Each steered cell beside its baseline, with interval, test and Holm's correction."),
-    "best-factors": ("Best factors", "Chosen on one half of the items, reported on the other half."),
+    "best-factors": (
+        "Best factors",
+        "Chosen on one half of the items, reported on the other half; only scores of which it is known what is better.",
+    ),
     "controls": ("Random controls", "Language steering beside matched random neurons."),
     "damage": ("Damage", "Success beside its price: perplexity, degenerate outputs, outputs in no known language."),
     "cost": ("Cost", "Seconds and tokens of each cell."),
@@ -158,15 +145,16 @@ def packed(data: Any) -> str:
 
 def _tables(results: Results) -> list[dict[str, Any]]:
     found = []
-    for name, frame in results.frames().items():
+    for name, table in results.frames().items():
         title, about = TABLES[name]
+        frame = by_relation(table) if name == "summary" else table
         shown = frame.head(MOST_ROWS)
         columns = [column for column in shown.columns if _is_shown(name, column, shown)]
         found.append(
             {
                 "name": name,
                 "title": title,
-                "about": about,
+                "about": " ".join([about, *(f"Note: {warning}." for warning in results.sweep.facts.warnings)]),
                 "columns": [column.replace("_", " ") for column in columns],
                 "rows": [[plain(value) for value in row] for row in shown[columns].itertuples(index=False, name=None)],
                 "total": len(frame),
@@ -181,9 +169,6 @@ def _is_shown(name: str, column: str, frame: pd.DataFrame) -> bool:
         return True
     if column in _HIDDEN:
         return False
-    relation = column.split("_", maxsplit=1)[0]
-    if name == "summary" and relation in ("self", "cross", "several"):
-        return bool((frame[f"{relation}_cells"] > 0).any())
     return bool(frame[column].notna().any())
 
 
@@ -198,3 +183,75 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, int | float | bool) else str(value)
+
+
+# --- Samples for the page: every prompt once, and under it the baseline's output and the steered ones by factor
+
+STEERED, OTHER, NONE = "s", "o", "u"
+
+
+def explorer_data(sweep: Sweep) -> list[dict[str, Any]]:
+    """One group a task, steered language and intervention.
+
+    Groups whose outputs were identified come first.
+    Each has `task`, `steered`, `kind`, `factors` (the columns, the baseline first) and `items`: [document, prompt,
+    [output or null for each column]], an output being [text, language, verdict]; the verdict is `s` for the steered
+    language, `u` for none that is known, `o` for any other.
+    """
+    outputs = {cell: {output.doc: output for output in own} for cell, own in sweep.samples.outputs.items()}
+    cells = sweep.steered_cells()
+    cells = cells[cells["cell"].isin(outputs)]
+    order = {code: place for place, code in enumerate(family_order(sorted(cells["steered"].unique())))}
+    groups = []
+    for (task, steered, kind), own in cells.sort_values("factor").groupby(["task", "steered", "kind"]):
+        base = own["baseline_cell"].iloc[0]
+        columns = [outputs.get(base, {}), *(outputs[cell] for cell in own["cell"])]
+        prompts = _prompts(sweep, task, own["target"].iloc[0])
+        docs = sorted({doc for column in columns for doc in column})
+        groups.append(
+            {
+                "task": task,
+                "steered": steered,
+                "kind": kind,
+                "factors": [sweep.against, *(_factor(factor) for factor in own["factor"])],
+                "items": [
+                    [doc, prompts.get(doc, ""), [_output(column.get(doc), steered) for column in columns]]
+                    for doc in docs
+                ],
+            }
+        )
+
+    def rank(group: dict[str, Any]) -> tuple[Any, ...]:
+        identified = any(output and output[1] for item in group["items"] for output in item[2])
+        return (not identified, group["task"], order[group["steered"]], group["kind"])
+
+    return sorted(groups, key=rank)
+
+
+def language_names(groups: list[dict[str, Any]]) -> dict[str, str]:
+    """Code -> English name, of every language that an output or a choice has."""
+    codes = {part for group in groups for part in group["steered"].split("+")}
+    codes |= {output[1] for group in groups for item in group["items"] for output in item[2] if output and output[1]}
+    return {code: english_name(code) if code != UNKNOWN else "unknown" for code in sorted(codes)}
+
+
+def _prompts(sweep: Sweep, task: str, target: str) -> dict[int, str]:
+    found = sweep.samples.prompts.get((task, target))
+    return found if found else sweep.samples.prompts.get((task, ""), {})
+
+
+def _factor(factor: float) -> str:
+    return f"×{factor:g}" if not math.isnan(factor) else "steered"
+
+
+def _output(output: ItemOutput | None, steered: str) -> list[str] | None:
+    if output is None:
+        return None
+    return [output.text, output.language, verdict(output.language, steered)]
+
+
+def verdict(language: str, steered: str) -> str:
+    """Whether an output is in a steered language, in none that is known, or in another."""
+    if language in ("", UNKNOWN):
+        return NONE
+    return STEERED if any(same_language(language, code) for code in steered.split("+")) else OTHER

@@ -1,10 +1,10 @@
-"""Read a sweep's folder for a report."""
+"""Read results for a report: a sweep's folder, merged tables, or result files of lm-eval, steered or not."""
 
 from __future__ import annotations
 
-import gc
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,20 +17,15 @@ import yaml
 from numpy.typing import NDArray
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.files import read_json_lines
+from lm_eval_steering.languages import normalise, same_language
 from lm_eval_steering.lmeval.evaluated_language import evaluated_language
+from lm_eval_steering.lmeval.expected_language import EVALUATED_LANGUAGE
 from lm_eval_steering.metrics.degenerate import degenerate
-from lm_eval_steering.metrics.language_id import UNKNOWN
+from lm_eval_steering.metrics.language_id import UNKNOWN, in_language
 from lm_eval_steering.provenance import versions
 from lm_eval_steering.report import naming
-from lm_eval_steering.report.naming import SEVERAL
 from lm_eval_steering.sweep.choice import REPORT, half_of, item_of
 from lm_eval_steering.sweep.store import Store
-
-# --- What a report is made of, wherever it was read from: cells, their scores, their items
-#
-# `read.py` makes it from a sweep's folder, `read_merged.py` from merged tables, `read_plain.py` from a plain lm-eval
-# run. Everything behind it (effects, tables, figures, page) knows these classes and no file.
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,13 +33,18 @@ if TYPE_CHECKING:
 BASELINE = "baseline"
 CELL_COLUMNS = (
     "cell", "model", "task", "family", "evaluated", "steered", "relation", "kind", "factor", "control", "is_baseline",
-    "target", "items", "stage", "signature", "fingerprint", "baseline_cell",
+    "deactivation", "target", "items", "stage", "signature", "fingerprint", "baseline_cell", "model_id", "asked",
 )  # fmt: skip
 SCORE_COLUMNS = ("cell", "metric", "value", "text", "n", "higher_is_better")
+MAX_SAMPLES = 100_000
+LABELS, FORCED, CLEAN, DEGENERATE, LANG_UNKNOWN = "output_language", "lfs", "lfs_clean", "degenerate", "lang_unknown"
 
 
 class ReportError(SteeringError):
     """A report that cannot be made from what was given."""
+
+
+# --- What a report is made of, wherever it was read from ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,15 @@ class Items:
         values: metric -> (items,) numbers, (items, 2) pairs of a sum and its size, or objects (labels, texts); nan or
             None where an item has none.
         reported: (items,) whether the item is in the half that nothing was chosen on; None where nothing was split.
-        digests: (items,) of the documents, to see that two runs had the same ones; None where they are not known.
+        documents: (items,) hashes of the documents, to see that two runs had the same ones; None where unknown.
+        prompts: (items,) hashes of what the model was asked (prompt and continuations); None where unknown.
     """
 
     docs: NDArray[np.int64]
     values: dict[str, NDArray[Any]]
     reported: NDArray[np.bool_] | None = None
-    digests: NDArray[np.uint64] | None = None
+    documents: NDArray[np.uint64] | None = None
+    prompts: NDArray[np.uint64] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Facts:
         neurons: name or path of the neuron set, as the plan has it.
         choices: what the sweep itself chose, one mapping a group.
         notes: what a reader should know: cells left out, halves, baselines that are missing.
+        warnings: pairs that do not agree in what was asked or of which model, which `allow_different_prompts` let
+            pass; they stand beside every table.
     """
 
     title: str
@@ -117,15 +121,18 @@ class Facts:
     neurons: str = ""
     choices: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Sweep:
-    """A sweep, or a comparison of two.
+    """The results of a report: of a sweep, of lm-eval runs, or of a comparison of two.
 
     Attributes:
         cells: CELL_COLUMNS. `steered` is empty for a baseline; `evaluated` is empty where the items are in several
-            languages; `control` is the seed of a random control; `baseline_cell` is what the cell is compared with.
+            languages; `control` is the seed of a random control; `deactivation` says that nothing is amplified;
+            `baseline_cell` is what the cell is compared with; `model_id` and `asked` (JSON) are what a pair must have
+            in common, empty where unknown.
         scores: SCORE_COLUMNS, one row a cell and metric.
         items: cell -> items; a cell without items has scores and no intervals.
         timings: cell, seconds, tokens.
@@ -133,6 +140,7 @@ class Sweep:
         samples: generated text.
         facts: the rest.
         against: what a difference is to: `baseline`, or the name of the other run.
+        allow_different_prompts: whether pairs may differ in what was asked and of which model.
     """
 
     cells: pd.DataFrame
@@ -143,70 +151,166 @@ class Sweep:
     samples: Samples
     facts: Facts
     against: str = BASELINE
+    allow_different_prompts: bool = False
 
     def is_shift(self, metric: str) -> bool:
         """Whether a score is itself a comparison with the unsteered model (LSS), whose null is random sets."""
-        return self.against == BASELINE and metric.startswith("lss")
+        return self.against == BASELINE and naming.is_lss(metric)
 
     def steered_cells(self) -> pd.DataFrame:
         """Interventions on a language's own neurons: neither baselines nor controls."""
         return self.cells[~self.cells["is_baseline"] & self.cells["control"].isna()]
 
 
-def align(found: Sequence[Items], metric: str) -> tuple[NDArray[np.int64], list[NDArray[Any] | None]]:
+def read_results(path: Path | str, max_samples: int = MAX_SAMPLES, evaluated: Mapping[str, str] | None = None) -> Sweep:
+    """Results of any kind.
+
+    Args:
+        path: a sweep's folder, a folder of merged tables (or its `metrics.parquet`), a `results_*.json` of lm-eval, or
+            a folder with such files at any depth.
+        max_samples: outputs to keep for the page.
+        evaluated: task -> language of its items, for tasks whose name and metadata do not say it.
+
+    Raises:
+        SteeringError: if it is none of them, is damaged, or holds nothing finished.
+    """
+    path, evaluated = Path(path), evaluated or {}
+    if (path / "sweep.json").is_file():
+        return _read_store(path, max_samples, evaluated)
+    folder = path.parent if path.name == "metrics.parquet" else path
+    if (folder / "metrics.parquet").is_file():
+        return _read_merged(folder, max_samples, evaluated)
+    if path.suffix == ".json":
+        return _read_lm_eval(path, [path], max_samples, evaluated)
+    files = sorted(path.rglob("results_*.json")) if path.is_dir() else []
+    if files:
+        return _read_lm_eval(path, files, max_samples, evaluated)
+    problem = "is no folder" if not path.is_dir() else (
+        "holds neither sweep.json (a sweep) nor metrics.parquet (merged tables) nor results_*.json (lm-eval)"
+    )  # fmt: skip
+    raise ReportError(f"{path} {problem}; run lm-eval-steering sweep PLAN --out {path} first")
+
+
+# --- Pairs of cells -------------------------------------------------------------------------------------------------
+
+
+def align(sides: Sequence[Items], metric: str) -> tuple[NDArray[np.int64], list[NDArray[Any] | None]]:
     """Documents that any of these items has, and for each its values over them, nan where it has none.
 
     Returns:
         (documents,), and arrays (documents,) or (documents, 2); None for items without the metric.
     """
-    docs = found[0].docs
-    if any(own.docs is not docs and not np.array_equal(own.docs, docs) for own in found):
-        docs = np.unique(np.concatenate([own.docs for own in found]))
+    docs = sides[0].docs
+    if any(side.docs is not docs and not np.array_equal(side.docs, docs) for side in sides):
+        docs = np.unique(np.concatenate([side.docs for side in sides]))
     aligned: list[NDArray[Any] | None] = []
-    for own in found:
-        values = own.values.get(metric)
-        if values is None or len(own.docs) == len(docs):
+    for side in sides:
+        values = side.values.get(metric)
+        if values is None or len(side.docs) == len(docs):
             aligned.append(values)
             continue
         empty = None if values.dtype == object else np.nan
         spread = np.full((len(docs), *values.shape[1:]), empty, dtype=values.dtype)
-        spread[np.searchsorted(docs, own.docs)] = values
+        spread[np.searchsorted(docs, side.docs)] = values
         aligned.append(spread)
     return docs, aligned
 
 
-def check_same_documents(first: Items, second: Items, task: str) -> None:
-    """Refuse to pair items that are not the same documents.
+def check_pairs(sweep: Sweep) -> None:
+    """Refuse pairs of a cell and its baseline that differ in documents, in what was asked, or in the model.
+
+    Where the results allow it (`allow_different_prompts`), other prompts and models become warnings; other documents
+    are never paired.
 
     Raises:
-        ReportError: naming the task.
+        ReportError: naming the task, what differs and the way out.
     """
-    if first.digests is None or second.digests is None:
-        return
+    by_cell = {row["cell"]: row for row in sweep.cells.to_dict("records")}
+    unknown: set[str] = set()
+    warnings: dict[str, None] = {}
+    for cell in by_cell.values():
+        baseline = by_cell.get(cell["baseline_cell"])
+        if baseline is None:
+            continue
+        first, second = sweep.items.get(baseline["cell"]), sweep.items.get(cell["cell"])
+        problem = _difference_of_settings(baseline, cell)
+        if first is not None and second is not None:
+            _check_documents(first, second, cell["task"])
+            problem = problem or _difference_of_prompts(first, second, cell["task"])
+            if first.prompts is None or second.prompts is None:
+                unknown.add(cell["task"])
+        if problem and not sweep.allow_different_prompts:
+            raise ReportError(
+                f"{problem}; evaluate both in the same way, or pass --allow-different-prompts to compare them all the "
+                "same, with this stated beside every table"
+            )
+        if problem:
+            warnings[problem] = None
+    sweep.facts.warnings = list(dict.fromkeys([*sweep.facts.warnings, *warnings]))
+    if unknown and sweep.cells["asked"].ne("").any():
+        sweep.facts.notes.append(
+            f"Whether the same prompts were asked is not known for {', '.join(sorted(unknown))}: no hashes were kept."
+        )
+
+
+def _check_documents(first: Items, second: Items, task: str) -> None:
     _, ours, theirs = np.intersect1d(first.docs, second.docs, return_indices=True)
     if not len(ours):
         raise ReportError(f"{task}: the two runs have no document in common; they cannot be paired")
-    if differ := int((first.digests[ours] != second.digests[theirs]).sum()):
+    if first.documents is None or second.documents is None:
+        return
+    if differ := int((first.documents[ours] != second.documents[theirs]).sum()):
         raise ReportError(
             f"{task}: {differ} of {len(ours)} documents differ between a cell and its baseline; they cannot be paired: "
             "evaluate both on the same data"
         )
 
 
-if TYPE_CHECKING:
-    import pandas as pd
+def _difference_of_prompts(first: Items, second: Items, task: str) -> str:
+    if first.prompts is None or second.prompts is None:
+        return ""
+    _, ours, theirs = np.intersect1d(first.docs, second.docs, return_indices=True)
+    differ = int((first.prompts[ours] != second.prompts[theirs]).sum())
+    return f"{task}: {differ} of {len(ours)} prompts differ between the two sides" if differ else ""
 
-MAX_SAMPLES = 100_000
-_PAIR = 2
+
+def _difference_of_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """How a cell differs from its baseline in model, few-shot examples, template, system text or decoding."""
+    ids = [str(side["model_id"]) for side in (first, second)]
+    if all(ids) and not same_model(*ids):
+        return f"{second['task']}: the two sides are of different models: {_of_model(ids[0])} and {_of_model(ids[1])}"
+    asked = [json.loads(side["asked"] or "{}") for side in (first, second)]
+    for key in asked[0].keys() & asked[1].keys():
+        if asked[0][key] != asked[1][key]:
+            return f"{second['task']}: the two sides differ in {key}: {asked[0][key]!r} and {asked[1][key]!r}"
+    for side in asked:
+        if str(side.get("few-shot", "")).startswith("per rank"):
+            return f"{second['task']}: few-shot examples were drawn per rank, so the prompts of two runs differ"
+    return ""
 
 
-def read_store(path: Path, max_samples: int = MAX_SAMPLES) -> Sweep:
-    """The sweep in a folder.
+def same_model(first: str, second: str) -> bool:
+    """Whether two `model_id`s name one model and revision; local folders are compared by their last name."""
+    one, other = json.loads(first), json.loads(second)
+    if one["parts"] != other["parts"]:
+        return False
+    if one["sha"] and other["sha"]:
+        return bool(one["sha"] == other["sha"])
+    local = any(Path(side["name"]).is_absolute() or side["name"].startswith((".", "~")) for side in (one, other))
+    names = [Path(side["name"]).name if local else side["name"] for side in (one, other)]
+    return names[0] == names[1] and one["revision"] == other["revision"]
 
-    Raises:
-        StoreError: if a finished cell is damaged.
-        ReportError: if nothing is finished.
-    """
+
+def _of_model(model_id: str) -> str:
+    model = json.loads(model_id)
+    extra = "".join(f", {key}={value}" for key, value in model["parts"].items())
+    return f"{model['name']} (revision {model['revision']}{extra})"
+
+
+# --- From a sweep's folder ------------------------------------------------------------------------------------------
+
+
+def _read_store(path: Path, max_samples: int, evaluated: Mapping[str, str]) -> Sweep:
     import pandas as pd
 
     store = Store(path)
@@ -214,24 +318,24 @@ def read_store(path: Path, max_samples: int = MAX_SAMPLES) -> Sweep:
     if frame.empty:
         raise ReportError(f"{path}: no cell is done yet; `lm-eval-steering status {path}` says what is missing")
     facts = Facts(title=path.resolve().name, sources=[str(path)], versions=versions())
-    cells, scores = from_frame(frame, facts)
+    plan = json.loads((path / "plan.json").read_text("utf-8"))["plan"] if (path / "plan.json").is_file() else {}
+    results = {stored.cell["name"]: stored.results for stored in store.stored()}
+    frame["model_id"] = [_model_id(results[cell]) for cell in frame["cell"]]
+    frame["asked"] = [_asked(results[cell], task) for cell, task in zip(frame["cell"], frame["task"], strict=True)]
+    configs = {task: config for found in results.values() for task, config in found.get("configs", {}).items()}
+    stated = _evaluated_languages(frame["task"].unique(), configs, {**(plan.get("evaluated") or {}), **evaluated})
+    cells, scores = _from_frame(frame, facts, stated)
     items, samples, rule = {}, Samples(), store.rule()
     for row in cells.itertuples():
-        found = store.samples(row.cell)
+        logged = store.samples(row.cell)
         split = store.read(row.cell.rsplit("--", 1)[-1]).facts.get("split") or rule
-        items[row.cell] = items_of(found, split)
+        items[row.cell] = items_of(logged, split)
         if pd.isna(row.control):
-            keep_outputs(samples, row, found, max_samples)
-    _plan_of(path, facts)
+            _keep_outputs(samples, row.cell, (row.task, row.target), logged, max_samples)
+    facts.plan = yaml.safe_dump(_without_defaults(plan), sort_keys=False, allow_unicode=True) if plan else ""
+    facts.neurons = str(plan.get("neurons", ""))
+    facts.choices = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((path / "then").glob("*.json"))]
     return Sweep(cells, scores, items, store.timings(), store.missing(), samples, facts)
-
-
-def _plan_of(path: Path, facts: Facts) -> None:
-    if (path / "plan.json").is_file():
-        plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))["plan"]
-        facts.plan = yaml.safe_dump(_without_defaults(plan), sort_keys=False, allow_unicode=True)
-        facts.neurons = str(plan.get("neurons", ""))
-    facts.choices = [json.loads(found.read_text(encoding="utf-8")) for found in sorted((path / "then").glob("*.json"))]
 
 
 def _without_defaults(plan: Any) -> Any:
@@ -242,10 +346,216 @@ def _without_defaults(plan: Any) -> Any:
     return [_without_defaults(part) for part in plan] if isinstance(plan, list) else plan
 
 
-# --- cells and scores -----------------------------------------------------------------------------------------------
+# --- From result files of lm-eval -----------------------------------------------------------------------------------
+
+_MODEL_PARTS = ("peft", "delta", "gguf_file", "subfolder")  # that make another model of the same checkpoint
 
 
-def from_frame(frame: pd.DataFrame, facts: Facts) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _read_lm_eval(path: Path, files: Sequence[Path], max_samples: int, evaluated: Mapping[str, str]) -> Sweep:
+    """One cell a task and result file: a baseline where the model was not steered.
+
+    Of several files with the same task, intervention and model the newest is taken.
+    """
+    import pandas as pd
+
+    results = {file: _load_results(file) for file in files}
+    facts = Facts(title=path.resolve().stem if path.suffix == ".json" else path.resolve().name, sources=[str(path)])
+    facts.versions = versions()
+    newest: dict[tuple[str, ...], tuple[Path, str]] = {}
+    replaced = 0
+    for file in sorted(files, key=lambda file: (float(results[file].get("date") or 0), file.name)):
+        for task in _tasks_of(results[file]):
+            steering = _steering_of(results[file])
+            key = (task, _model_id(results[file]), str(steering.get("fingerprint", "")), _asked(results[file], task))
+            replaced += key in newest
+            newest[key] = (file, task)
+    if replaced:
+        facts.notes.append(f"{replaced} older results of the same task, model and intervention are left out.")
+    rows = [row for file, task in newest.values() for row in _lm_eval_rows(path, file, results[file], task)]
+    if not rows:
+        raise ReportError(f"{path}: lm-eval's results hold no score of a task")
+    configs = {task: config for file in files for task, config in results[file].get("configs", {}).items()}
+    frame = pd.DataFrame(rows)
+    stated = _evaluated_languages(frame["task"].unique(), configs, evaluated)
+    cells, scores = _from_frame(frame, facts, stated)
+    items, samples = {}, Samples()
+    names = {_cell_name(path, file, task): (file, task) for file, task in newest.values()}
+    for row in cells.itertuples():
+        file, task = names[row.cell]
+        logged = _load_samples(file, task)
+        if logged:
+            items[row.cell] = items_of(logged)
+            _keep_outputs(samples, row.cell, (row.task, row.target), logged, max_samples)
+    if not items:
+        facts.notes.append(f"{path} has no samples beside it (--log_samples): its scores cannot be paired by item.")
+    return Sweep(cells, scores, items, pd.DataFrame(), pd.DataFrame(columns=["cell"]), samples, facts)
+
+
+def _load_results(file: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{file}: not a results file of lm-eval ({error})") from None
+    if not isinstance(results, dict) or not isinstance(results.get("results"), dict):
+        raise ReportError(f"{file}: not a results file of lm-eval (no key 'results')")
+    return results
+
+
+def _load_samples(file: Path, task: str) -> list[dict[str, Any]]:
+    date = file.stem.removeprefix("results_")
+    logged = file.parent / f"samples_{task}_{date}.jsonl"
+    if not logged.is_file():
+        return []
+    text = logged.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]  # not splitlines(): text may hold U+2028
+
+
+def _tasks_of(results: Mapping[str, Any]) -> list[str]:
+    """Tasks with scores; a group is none of them."""
+    return [task for task in results["results"] if task in results.get("configs", results["results"])]
+
+
+def _steering_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.steering`, empty for an unsteered run of any engine."""
+    steering = (results.get("config") or {}).get("steering") or {}
+    return steering if (steering.get("intervention") or {}).get("steps") else {}
+
+
+def _cell_name(path: Path, file: Path, task: str) -> str:
+    place = file.relative_to(path).with_suffix("") if path.is_dir() else Path(file.stem)
+    return f"{'-'.join(place.parts)}--{task}"
+
+
+def _lm_eval_rows(path: Path, file: Path, results: Mapping[str, Any], task: str) -> Iterator[dict[str, Any]]:
+    """As of `Store.frame()`, one row a metric."""
+    steering = _steering_of(results)
+    steps = steering.get("intervention", {}).get("steps", [])
+    last = next((step for step in reversed(steps) if not step["deactivation"]), steps[-1] if steps else {})
+    codes = {off: [code for step in steps if step["deactivation"] is off for code in step["languages"]]
+             for off in (False, True)}  # fmt: skip
+    arguments = _arguments(results)
+    targets = ((results.get("config") or {}).get("steering") or {}).get("target_languages") or []
+    identity = {
+        "cell": _cell_name(path, file, task), "model": _model_name(results, file), "task": task,
+        "languages": "+".join(dict.fromkeys(codes[False])), "deactivated": "+".join(dict.fromkeys(codes[True])),
+        "preset": arguments.get("preset"), "factor": last.get("factor"), "control": None,
+        "target": "+".join(targets) if steps else "", "items": "all", "stage": 1, "planned": True,
+        "fingerprint": steering.get("fingerprint", ""), "signature": steering.get("signature", "none"),
+        "model_id": _model_id(results), "asked": _asked(results, task),
+    }  # fmt: skip
+    n = ((results.get("n-samples") or {}).get(task) or {}).get("effective") or 0
+    better = (results.get("higher_is_better") or {}).get(task) or {}
+    for key, value in results["results"][task].items():
+        metric, comma, filter_ = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        yield identity | {
+            "metric": metric, "filter": filter_, "n": int(n), "higher_is_better": better.get(metric),
+            "value": float(value) if isinstance(value, int | float) else None,
+            "text": value if isinstance(value, str) else None,
+        }  # fmt: skip
+
+
+def _arguments(results: Mapping[str, Any]) -> dict[str, Any]:
+    """lm-eval's model arguments, which are a mapping or `name=value,name=value`."""
+    given = (results.get("config") or {}).get("model_args") or {}
+    if isinstance(given, str):
+        return dict(part.split("=", 1) for part in given.split(",") if "=" in part)
+    return dict(given)
+
+
+def _model_name(results: Mapping[str, Any], file: Path) -> str:
+    arguments = _arguments(results)
+    return str(results.get("model_name") or arguments.get("pretrained") or file.stem)
+
+
+def _model_id(results: Mapping[str, Any]) -> str:
+    """Name, revision, commit and adapters of the model that was evaluated, as JSON; empty where it is not stated."""
+    arguments, config = _arguments(results), results.get("config") or {}
+    name = arguments.get("pretrained") or arguments.get("model") or results.get("model_name")
+    if not name:
+        return ""
+    parts = {key: str(arguments[key]) for key in _MODEL_PARTS if arguments.get(key)}
+    revision = arguments.get("revision") or config.get("model_revision") or "main"
+    return json.dumps({"name": str(name).rstrip("/"), "revision": str(revision), "sha": config.get("model_sha") or "",
+                       "parts": parts})  # fmt: skip
+
+
+def _asked(results: Mapping[str, Any], task: str) -> str:
+    """What else decides a prompt or an answer, as JSON: few-shot examples, template, system text, decoding."""
+    config = (results.get("configs") or {}).get(task) or {}
+    steering = (results.get("config") or {}).get("steering") or {}
+    known = {
+        "number of few-shot examples": (results.get("n-shot") or {}).get(task),
+        "few-shot": steering.get("few_shot"),
+        "chat template (SHA-256)": results.get("chat_template_sha"),
+        "system instruction (SHA-256)": results.get("system_instruction_sha"),
+        "generation arguments": config.get("generation_kwargs"),
+    }
+    whole = {key: value for key, value in known.items() if value is not None}
+    # A template or a system text that only one side has is a difference, so its absence is kept too.
+    if "chat_template_sha" in results:
+        whole["chat template (SHA-256)"] = results["chat_template_sha"] or ""
+    if "system_instruction_sha" in results:
+        whole["system instruction (SHA-256)"] = results["system_instruction_sha"] or ""
+    return json.dumps(whole, sort_keys=True) if whole else ""
+
+
+def add_baseline(sweep: Sweep, path: Path, max_samples: int = MAX_SAMPLES) -> None:
+    """Give results the tasks of an unsteered lm-eval run as baselines, where they have none of their own.
+
+    Raises:
+        ReportError: if the run is steered, or has none of the tasks.
+    """
+    import pandas as pd
+
+    plain = read_results(path, max_samples)
+    steered = plain.cells[~plain.cells["is_baseline"]]
+    if len(steered):
+        raise ReportError(
+            f"--baseline {path}: steered ({steered['signature'].iloc[0]}); a baseline is a run without an intervention"
+        )
+    present = set(sweep.cells.loc[sweep.cells["is_baseline"], "task"])
+    added = plain.cells[plain.cells["task"].isin(set(sweep.cells["task"]) - present)]
+    if added.empty:
+        shared = sorted(set(plain.cells["task"]) & present)
+        why = f"there are baselines of {', '.join(shared)} already" if shared else "it has none of these tasks"
+        raise ReportError(f"--baseline {path}: nothing to add, {why}")
+    sweep.cells = pd.concat([sweep.cells, added], ignore_index=True)
+    sweep.scores = pd.concat([sweep.scores, plain.scores[plain.scores["cell"].isin(added["cell"])]], ignore_index=True)
+    sweep.items |= plain.items
+    sweep.samples.outputs |= plain.samples.outputs
+    sweep.facts.sources += plain.facts.sources
+    sweep.facts.notes = [note for note in sweep.facts.notes if "no finished baseline" not in note] + plain.facts.notes
+    sweep.facts.notes.append(f"Baselines of {', '.join(added['task'])} are from {path}.")
+    _link_baselines(sweep.cells, sweep.facts)
+
+
+# --- Cells, scores and items ----------------------------------------------------------------------------------------
+
+
+def _evaluated_languages(tasks: Sequence[str], configs: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """Task -> language of its items, empty where unknown: its metadata first, then its name, then what the user says.
+
+    Raises:
+        SteeringError: if two of them disagree, or the user names a task that is not here.
+    """
+    if unknown := [task for task in given if task not in tasks]:
+        raise ReportError(f"--evaluated {unknown[0]}=...: no such task here; tasks: {', '.join(sorted(tasks))}")
+    languages = {}
+    for task in tasks:
+        stated = ((configs.get(task) or {}).get("metadata") or {}).get(EVALUATED_LANGUAGE)
+        codes = stated if isinstance(stated, list) else str(stated).split("+") if stated else []
+        if len(codes) == 1:
+            languages[task] = normalise(str(codes[0]))
+            if task in given and not same_language(normalise(given[task]), languages[task]):
+                raise ReportError(f"--evaluated {task}={given[task]}: the task's metadata say {languages[task]}")
+        else:
+            languages[task] = "" if codes else evaluated_language(task, given) or ""
+    return languages
+
+
+def _from_frame(frame: pd.DataFrame, facts: Facts, evaluated: Mapping[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Cells and scores from `Store.frame()`; what was left out is noted.
 
     Raises:
@@ -261,40 +571,40 @@ def from_frame(frame: pd.DataFrame, facts: Facts) -> tuple[pd.DataFrame, pd.Data
     scores = frame.assign(
         metric=[naming.metric_label(*pair) for pair in zip(frame["metric"], frame["filter"].fillna(""), strict=True)]
     )
-    cells = cells_of(frame.drop_duplicates("cell"))
-    link_baselines(cells, facts)
+    cells = _cells_of(frame.drop_duplicates("cell"), evaluated)
+    _link_baselines(cells, facts)
     return cells, scores.reindex(columns=list(SCORE_COLUMNS)).reset_index(drop=True)
 
 
-def cells_of(rows: pd.DataFrame) -> pd.DataFrame:
+def _cells_of(rows: pd.DataFrame, evaluated: Mapping[str, str]) -> pd.DataFrame:
     """CELL_COLUMNS of one row a cell of `Store.frame()`."""
     import pandas as pd
 
     rows = rows.reset_index(drop=True)
     languages, off = rows["languages"].fillna("").astype(str), rows["deactivated"].fillna("").astype(str)
     family = naming.families(sorted(rows["task"].astype(str).unique()))
-    evaluated = {task: evaluated_language(task) or "" for task in family}
-    off_beside = naming.silenced(list(languages), list(off))
     presets = [None if pd.isna(preset) else str(preset) for preset in rows["preset"]]
-    asked = list(zip(rows["signature"].astype(str), presets, off_beside, strict=True))
+    asked = list(zip(rows["signature"].astype(str), presets, naming.silenced(list(languages), list(off)), strict=True))
     kinds = {one: naming.kind_of(*one) for one in set(asked)}
     # An intervention that only silences is about the languages that it silences.
     cells = rows.assign(steered=languages.where(languages != "", off), kind=[kinds[one] for one in asked])
+    cells["deactivation"] = (languages == "") & (off != "")
     cells["family"] = cells["task"].map(family)
-    cells["evaluated"] = cells["task"].map(evaluated)
+    cells["evaluated"] = cells["task"].map(dict(evaluated))
     relations = {
         pair: naming.relation_of(*pair) for pair in set(zip(cells["steered"], cells["evaluated"], strict=True))
     }
     cells["relation"] = [relations[pair] for pair in zip(cells["steered"], cells["evaluated"], strict=True)]
     cells["is_baseline"] = cells["steered"] == ""
-    cells["target"] = cells["target"].fillna("").astype(str)
+    for name in ("target", "model_id", "asked"):
+        cells[name] = cells[name].fillna("").astype(str) if name in cells else ""
     cells["items"] = cells["items"].fillna("all")
     cells["factor"] = cells["factor"].astype(float)
     cells["control"] = cells["control"].astype("Int64")
     return cells.reindex(columns=list(CELL_COLUMNS))
 
 
-def link_baselines(cells: pd.DataFrame, facts: Facts) -> None:
+def _link_baselines(cells: pd.DataFrame, facts: Facts) -> None:
     """Set `baseline_cell`: same task and items; made for the same target where the task is another for each."""
     baselines = {(row.task, row.items, row.target): row.cell for row in cells[cells["is_baseline"]].itertuples()}
     cells["baseline_cell"] = [
@@ -307,7 +617,10 @@ def link_baselines(cells: pd.DataFrame, facts: Facts) -> None:
         facts.notes.append(f"{alone} steered cells have no finished baseline: their differences are left blank.")
 
 
-# --- items ----------------------------------------------------------------------------------------------------------
+_NO_METRICS = frozenset(
+    ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics", "doc_hash", "prompt_hash",
+     "target_hash")
+)  # fmt: skip
 
 
 def items_of(samples: Sequence[Mapping[str, Any]], split: Mapping[str, Any] | None = None) -> Items:
@@ -319,45 +632,101 @@ def items_of(samples: Sequence[Mapping[str, Any]], split: Mapping[str, Any] | No
             item is not halved.
     """
     docs = sorted({int(sample["doc_id"]) for sample in samples})
-    place = {doc: number for number, doc in enumerate(docs)}
+    row_of = {doc: number for number, doc in enumerate(docs)}
     columns: dict[str, list[Any]] = {}
-    digests, reported = np.zeros(len(docs), dtype=np.uint64), np.zeros(len(docs), dtype=bool)
+    documents, prompts = np.zeros(len(docs), dtype=np.uint64), np.zeros(len(docs), dtype=np.uint64)
+    reported = np.zeros(len(docs), dtype=bool)
     for sample in samples:
-        row = place[int(sample["doc_id"])]
-        digests[row] = int(str(sample.get("doc_hash") or "0")[:16], 16)
+        row = row_of[int(sample["doc_id"])]
+        documents[row] = int(str(sample.get("doc_hash") or "0")[:16], 16)
+        prompts[row] = _prompt_digest(sample)
         item = item_of(sample["doc"], sample["doc_id"], split["item"]) if split else None
         if split and item is not None:
             reported[row] = half_of(item, split["seed"]) == REPORT
         else:
             split = None
-        for metric, value in values_of(sample).items():
+        for metric, value in _values_of(sample).items():
             label = naming.metric_label(metric, str(sample.get("filter", "")))
             columns.setdefault(label, [None] * len(docs))[row] = value
-    values = {metric: as_array(column) for metric, column in columns.items()}
-    known = digests if digests.any() else None
-    return Items(np.array(docs, dtype=np.int64), values, reported if split else None, known)
+    values = {metric: _as_array(column) for metric, column in columns.items()}
+    add_clean(values)
+    return Items(
+        np.array(docs, dtype=np.int64), values, reported if split else None,
+        documents if documents.any() else None, prompts if prompts.any() else None,
+    )  # fmt: skip
 
 
-def values_of(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _texts_asked(sample: Mapping[str, Any]) -> list[str]:
+    """Prompts and continuations of a sample, in the order of its requests; decoding settings are no text."""
+    arguments = sample.get("arguments") or {}
+    requests = list(arguments.values()) if isinstance(arguments, Mapping) else list(arguments)
+    parts = [list(request.values()) if isinstance(request, Mapping) else request for request in requests]
+    return [text for request in parts for text in request if isinstance(text, str)]
+
+
+def _prompt_digest(sample: Mapping[str, Any]) -> int:
+    """64 bits over what was asked; 0 where the sample does not hold it."""
+    texts = _texts_asked(sample)
+    if not texts:
+        return int(str(sample.get("prompt_hash") or "0")[:16], 16)
+    return int(hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16], 16)
+
+
+def _values_of(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Metric -> value of one sample, with `lang_unknown` and `degenerate` of generated text where it has none."""
-    found = {metric: sample.get(metric) for metric in sample["metrics"]}
-    if "output_language" in found:
-        found.setdefault("lang_unknown", float(found["output_language"] == UNKNOWN))
+    names = sample["metrics"] if "metrics" in sample else [name for name in sample if name not in _NO_METRICS]
+    values = {metric: sample.get(metric) for metric in names}
+    if LABELS in values:
+        values.setdefault(LANG_UNKNOWN, float(values[LABELS] == UNKNOWN))
         text = text_of(sample)
         if text is not None:
-            found.setdefault("degenerate", float(degenerate(text)))
-    return found
+            values.setdefault(DEGENERATE, float(degenerate(text)))
+    return values
+
+
+def add_clean(values: dict[str, NDArray[Any]]) -> None:
+    """Add `lfs_clean` (in the target language and not degenerate) where its two parts are there and it is not."""
+    for name in [name for name in values if name.partition("@")[0] == FORCED]:
+        clean, garbage = (name.replace(FORCED, other, 1) for other in (CLEAN, DEGENERATE))
+        if clean not in values and garbage in values:
+            values[clean] = values[name] * (1.0 - values[garbage])
+
+
+def forced(items: Items, metric: str, steered: str) -> NDArray[np.float64] | None:
+    """`lfs` or `lfs_clean` of a cell for a steered language, counted from the stored labels; nan where there is none.
+
+    `unknown` is in no language. None where the cell has no labels, or for `lfs_clean` no degenerate flags.
+    """
+    name = metric.partition("@")[0]
+    labels = items.values.get(metric.replace(name, LABELS, 1))
+    if labels is None:
+        return None
+    hits = {
+        label: float(any(in_language(label, code) for code in steered.split("+")))
+        for label in {label for label in labels if label is not None}
+    }
+    shares = np.array([hits.get(label, np.nan) for label in labels], dtype=np.float64)
+    if name == FORCED:
+        return shares
+    garbage = items.values.get(metric.replace(name, DEGENERATE, 1))
+    return None if garbage is None else shares * (1.0 - garbage)
 
 
 def text_of(sample: Mapping[str, Any]) -> str | None:
-    """What the model wrote; None for likelihoods."""
+    """What the model wrote; None for likelihoods, which lm-eval logs as text too."""
+    arguments = sample.get("arguments") or {}
+    requests = list(arguments.values()) if isinstance(arguments, Mapping) else list(arguments)
+    first = requests[0] if requests else {}
+    decoding = first.get("arg_1") if isinstance(first, Mapping) else first[1] if len(first) > 1 else None
+    if not isinstance(decoding, Mapping) and LABELS not in sample:
+        return None
     answer = sample["filtered_resps"]
     while isinstance(answer, list) and answer:
         answer = answer[0]
     return answer if isinstance(answer, str) else None
 
 
-def as_array(column: Sequence[Any]) -> NDArray[Any]:
+def _as_array(column: Sequence[Any]) -> NDArray[Any]:
     """Numbers as (items,), pairs of numbers as (items, 2), everything else as objects."""
     first = next((value for value in column if value is not None), None)
     blank = [np.nan] * _PAIR if isinstance(first, list | tuple) else np.nan
@@ -367,148 +736,34 @@ def as_array(column: Sequence[Any]) -> NDArray[Any]:
         numbers = np.empty(0, dtype=object)
     if numbers.dtype.kind in "biuf" and (numbers.ndim == 1 or numbers.shape[1:] == (_PAIR,)):
         return numbers.astype(np.float64)
-    found = np.empty(len(column), dtype=object)
-    found[:] = [tuple(value) if isinstance(value, list) else value for value in column]
-    return found
+    objects = np.empty(len(column), dtype=object)
+    objects[:] = [tuple(value) if isinstance(value, list) else value for value in column]
+    return objects
 
 
-# --- samples --------------------------------------------------------------------------------------------------------
+_PAIR = 2
 
 
-def keep_outputs(samples: Samples, cell: Any, found: Iterable[Mapping[str, Any]], limit: int) -> None:
+def _keep_outputs(
+    samples: Samples, cell: str, prompts_of: tuple[str, str], logged: Sequence[Mapping[str, Any]], limit: int
+) -> None:
     """Put a cell's generated text where the explorer finds it, as long as there is room."""
-    own: dict[int, ItemOutput] = {}
-    prompts = samples.prompts.setdefault((cell.task, cell.target), {})
+    outputs: dict[int, ItemOutput] = {}
     room = limit - samples.count
-    for sample in found:
-        text = text_of(sample)
-        if text is None or int(sample["doc_id"]) in own:  # a second filter reads the same output
+    for sample in logged:
+        text, doc = text_of(sample), int(sample["doc_id"])
+        if text is None or doc in outputs:  # a second filter reads the same output
             continue
-        if len(own) >= room:
+        if len(outputs) >= room:
             samples.left_out += 1
             continue
-        own[int(sample["doc_id"])] = ItemOutput(int(sample["doc_id"]), text, str(sample.get("output_language") or ""))
-        prompts.setdefault(int(sample["doc_id"]), _prompt_of(sample))
-    if own:
-        samples.outputs[cell.cell] = list(own.values())
+        outputs[doc] = ItemOutput(doc, text, str(sample.get(LABELS) or ""))
+        samples.prompts.setdefault(prompts_of, {}).setdefault(doc, next(iter(_texts_asked(sample)), ""))
+    if outputs:
+        samples.outputs[cell] = list(outputs.values())
 
 
-def _prompt_of(sample: Mapping[str, Any]) -> str:
-    arguments = sample.get("arguments") or {}
-    first = next(iter(arguments.values()), {}) if isinstance(arguments, Mapping) else arguments[0]
-    return str(first.get("arg_0", "") if isinstance(first, Mapping) else first[0])
-
-
-# --- Read a plain lm-eval run (`results_*.json`, with `samples_*.jsonl` beside it where they were logged) as baselines
-
-
-def read_plain(path: Path, max_samples: int = MAX_SAMPLES) -> Sweep:
-    """One baseline cell a task of an lm-eval run.
-
-    Raises:
-        ReportError: if the file is not lm-eval's results.
-    """
-    import pandas as pd
-
-    results = _results(path)
-    facts = Facts(title=path.stem, sources=[str(path)])
-    counts, better = results.get("n-samples", {}), results.get("higher_is_better", {})
-    tasks = [task for task in results["results"] if task in results.get("configs", results["results"])]
-    rows, scores, items, samples = [], [], {}, Samples()
-    model = str((results.get("config") or {}).get("model_args") or results.get("model_name") or path.stem)
-    families = naming.families(tasks)
-    for task in tasks:
-        cell = f"{path.stem}--{task}"
-        rows.append(
-            dict.fromkeys(CELL_COLUMNS, "")
-            | {"cell": cell, "model": model, "task": task, "family": families[task], "relation": SEVERAL}
-            | {"evaluated": evaluated_language(task) or "", "items": "all", "factor": float("nan"), "is_baseline": True}
-            | {"stage": 1, "control": None, "signature": "plain lm-eval run"}
-        )
-        scores += _scores(cell, results["results"][task], counts.get(task) or {}, better.get(task) or {})
-        found = _samples(path, task)
-        if found:
-            items[cell] = items_of(found)
-            keep_outputs(samples, _Row(cell, task), found, max_samples)
-    cells = pd.DataFrame(rows, columns=list(CELL_COLUMNS)).astype({"control": "Int64", "is_baseline": bool})
-    if not items:
-        facts.notes.append(f"{path.name} has no samples beside it (--log_samples): its scores cannot be paired.")
-    frame = pd.DataFrame(scores, columns=list(SCORE_COLUMNS))
-    return Sweep(cells, frame, items, pd.DataFrame(), pd.DataFrame(columns=["cell"]), samples, facts)
-
-
-class _Row:
-    """What `keep_outputs` asks of a cell."""
-
-    target = ""
-
-    def __init__(self, cell: str, task: str) -> None:
-        self.cell, self.task = cell, task
-
-
-def add_baseline(sweep: Sweep, path: Path) -> None:
-    """Give a sweep the tasks of a plain run as baselines, where it has none of its own.
-
-    Raises:
-        ReportError: if the run has none of the sweep's tasks.
-    """
-    import pandas as pd
-
-    plain = read_plain(path)
-    own = set(sweep.cells.loc[sweep.cells["is_baseline"], "task"])
-    added = plain.cells[plain.cells["task"].isin(set(sweep.cells["task"]) - own)]
-    if added.empty:
-        shared = sorted(set(plain.cells["task"]) & own)
-        why = (
-            f"the sweep has its own baselines of {', '.join(shared)}" if shared else "it has none of the sweep's tasks"
-        )
-        raise ReportError(f"{path}: nothing to add, {why}")
-    sweep.cells = pd.concat([sweep.cells, added], ignore_index=True)
-    sweep.scores = pd.concat([sweep.scores, plain.scores[plain.scores["cell"].isin(added["cell"])]], ignore_index=True)
-    sweep.items |= plain.items
-    sweep.samples.outputs |= plain.samples.outputs
-    sweep.facts.sources += plain.facts.sources
-    sweep.facts.notes = [note for note in sweep.facts.notes if "no finished baseline" not in note] + plain.facts.notes
-    sweep.facts.notes.append(f"Baselines of {', '.join(added['task'])} are of the plain run {path.name}.")
-    link_baselines(sweep.cells, sweep.facts)
-
-
-def _results(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: not a results file of lm-eval ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("results"), dict):
-        raise ReportError(f"{path}: not a results file of lm-eval (no key 'results')")
-    return found
-
-
-def _scores(cell: str, own: dict[str, Any], counts: dict[str, Any], better: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for key, value in own.items():
-        metric, comma, filter_ = key.partition(",")
-        if not comma or metric.endswith("_stderr"):
-            continue
-        number = float(value) if isinstance(value, int | float) else None
-        rows.append(
-            {
-                "cell": cell, "metric": naming.metric_label(metric, filter_), "value": number,
-                "text": value if isinstance(value, str) else None, "n": int(counts.get("effective") or 0),
-                "higher_is_better": better.get(metric),
-            }
-        )  # fmt: skip
-    return rows
-
-
-def _samples(path: Path, task: str) -> list[dict[str, Any]]:
-    date = path.stem.removeprefix("results_")
-    found = path.parent / f"samples_{task}_{date}.jsonl"
-    if not found.is_file():
-        return []
-    return list(read_json_lines(found))
-
-
-# --- Read merged tables (`lm-eval-steering merge --items`) for a report: the way for sweeps of thousands of cells
+# --- From merged tables (`lm-eval-steering merge --items`), for sweeps of thousands of cells
 #
 # `metrics.parquet` gives cells and scores; `items.parquet`, where it is there, the items. It is read in batches, and
 # each distinct text of values is parsed once, because right and wrong have two spellings in millions of rows.
@@ -518,27 +773,20 @@ _COLUMNS = ["cell", "doc_id", "half", "filter", "metrics"]
 Part = tuple[NDArray[np.int64], NDArray[Any] | None, dict[str, NDArray[Any]]]
 
 
-def read_merged(folder: Path, max_samples: int = MAX_SAMPLES) -> Sweep:
-    """The sweeps that were merged into a folder.
-
-    Raises:
-        ReportError: if there is no `metrics.parquet`, or nothing in it.
-    """
+def _read_merged(folder: Path, max_samples: int, evaluated: Mapping[str, str]) -> Sweep:
     import pandas as pd
 
     path = folder / "metrics.parquet"
-    if not path.is_file():
-        raise ReportError(f"{folder}: neither a sweep (sweep.json) nor merged tables (metrics.parquet) are here")
     frame = pd.read_parquet(path)
     if frame.empty:
         raise ReportError(f"{path}: no cell is in it")
     facts = Facts(title=folder.resolve().name, sources=[str(folder)], versions=versions())
-    cells, scores = from_frame(frame, facts)
+    cells, scores = _from_frame(frame, facts, _evaluated_languages(frame["task"].unique(), {}, evaluated))
     items: dict[str, Items] = {}
     samples = Samples()
     if (folder / "items.parquet").is_file():
         wanted = set(cells["cell"])
-        items = read_items(folder / "items.parquet", wanted)
+        items = _read_items(folder / "items.parquet", wanted)
         samples = _outputs(folder / "items.parquet", cells, items, max_samples)
     else:
         facts.notes.append("There is no items.parquet (merge --items): scores have no intervals and no tests.")
@@ -547,7 +795,7 @@ def read_merged(folder: Path, max_samples: int = MAX_SAMPLES) -> Sweep:
     return Sweep(cells, scores, items, timings, missing, samples, facts)
 
 
-def read_items(path: Path, wanted: set[str]) -> dict[str, Items]:
+def _read_items(path: Path, wanted: set[str]) -> dict[str, Items]:
     """Items of each wanted cell of `items.parquet`, whose rows are sorted by cell."""
     parts: dict[str, dict[str, list[Part]]] = {}
     for cell, filter_, part in _parts(path):
@@ -589,13 +837,9 @@ def _places(texts: list[str], wanted: str) -> list[int]:
 
 def _by_metric(texts: list[str]) -> dict[str, NDArray[Any]]:
     """Metric -> value in each distinct text."""
-    gc.disable()  # a million small lists at once: the collector would look at each again and again
-    try:
-        parsed: list[dict[str, Any]] = json.loads(f"[{','.join(texts)}]")
-    finally:
-        gc.enable()
+    parsed: list[dict[str, Any]] = json.loads(f"[{','.join(texts)}]")
     names = dict.fromkeys(name for found in parsed for name in found)
-    return {name: as_array([found.get(name) for found in parsed]) for name in names}
+    return {name: _as_array([found.get(name) for found in parsed]) for name in names}
 
 
 def _present(column: NDArray[Any]) -> NDArray[np.bool_]:
@@ -647,29 +891,40 @@ def _add_unknown(values: dict[str, NDArray[Any]]) -> None:
         values["lang_unknown"] = (values["output_language"] == "unknown").astype(np.float64)
 
 
-def _outputs(path: Path, cells: Any, items: dict[str, Items], limit: int) -> Samples:
-    """Generated text of the first cells that fit; merged tables hold no prompts."""
+def _outputs(path: Path, cells: pd.DataFrame, items: dict[str, Items], limit: int) -> Samples:
+    """Generated text of the first cells that fit; merged tables hold no prompts.
+
+    Of every cell with identified outputs the degenerate ones are counted, where the task has not done so.
+    """
     samples = Samples()
-    own = cells[cells["control"].isna()]
-    generated = [cell for cell in own["cell"] if cell in items and "output_language" in items[cell].values]
-    places = own.set_index("cell")[["task", "target"]]
-    for cell in generated:
-        if samples.count + len(items[cell].docs) > limit:
-            samples.left_out += len(items[cell].docs)
+    generated = {cell for cell in cells["cell"] if cell in items and LABELS in items[cell].values}
+    if not generated:
+        return samples
+    shown = cells[cells["control"].isna()].set_index("cell")[["task", "target"]]
+    texts: dict[str, dict[int, str]] = {}
+    for batch in pq.ParquetFile(path).iter_batches(columns=["cell", "doc_id", "response"]):
+        wanted = batch.filter(pc.is_in(batch.column("cell").cast(pa.string()), pa.array(sorted(generated))))
+        for row in wanted.to_pylist():
+            texts.setdefault(row["cell"], {}).setdefault(row["doc_id"], _first_text(row["response"]))
+    for cell, answers in texts.items():
+        values = items[cell].values
+        if DEGENERATE not in values:
+            values[DEGENERATE] = np.array([float(degenerate(answers[doc])) for doc in items[cell].docs.tolist()])
+        add_clean(values)
+        if cell not in shown.index:
             continue
-        rows = pq.read_table(path, columns=["doc_id", "response"], filters=[("cell", "==", cell)]).to_pylist()
-        labels = dict(zip(items[cell].docs.tolist(), items[cell].values["output_language"], strict=True))
-        samples.outputs[cell] = [
-            ItemOutput(row["doc_id"], _first_text(row["response"]), str(labels.get(row["doc_id"]) or ""))
-            for row in rows
-        ]
-        prompts = samples.prompts.setdefault(tuple(places.loc[cell]), {})
-        prompts |= {row["doc_id"]: f"document {row['doc_id']} (merged tables hold no prompts)" for row in rows}
+        if samples.count + len(answers) > limit:
+            samples.left_out += len(answers)
+            continue
+        labels = dict(zip(items[cell].docs.tolist(), values[LABELS], strict=True))
+        samples.outputs[cell] = [ItemOutput(doc, text, str(labels.get(doc) or "")) for doc, text in answers.items()]
+        prompts = samples.prompts.setdefault(tuple(shown.loc[cell]), {})
+        prompts |= {doc: f"document {doc} (merged tables hold no prompts)" for doc in answers}
     return samples
 
 
 def _first_text(response: str) -> str:
-    found = json.loads(response)
-    while isinstance(found, list) and found:
-        found = found[0]
-    return str(found)
+    answer = json.loads(response)
+    while isinstance(answer, list) and answer:
+        answer = answer[0]
+    return str(answer)

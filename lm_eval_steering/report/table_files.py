@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_steering.report import tables
-from lm_eval_steering.report.gallery import best_overall, drawn_metrics
-from lm_eval_steering.report.naming import readable_metric
-from lm_eval_steering.report.results import Results
+from lm_eval_steering.report.figures import best_overall, drawn_metrics
+from lm_eval_steering.report.naming import number, readable_metric, with_interval
+from lm_eval_steering.report.tables import Results
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "×": r"$\times$", "−": r"$-$",
-}  # fmt: skip
 PRINTED_ROWS = 200  # a longer table is for machines: it stays CSV and parquet
 
 
@@ -31,7 +27,12 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
         paths += [folder / f"{name}.csv", folder / f"{name}.parquet"]
         frame.to_csv(paths[-2], index=False, lineterminator="\n")
         frame.to_parquet(paths[-1], index=False)
-    for name, (frame, caption) in printed(results).items():
+    warnings = results.sweep.facts.warnings
+    if warnings:
+        paths.append(folder / "WARNINGS.txt")
+        paths[-1].write_text("".join(f"{warning}.\n" for warning in warnings), encoding="utf-8")
+    for name, (frame, about) in printed(results).items():
+        caption = " ".join([about, *(f"Note: {warning}." for warning in warnings)])
         paths += [folder / f"{name}.md", folder / f"{name}.tex"]
         paths[-2].write_text(markdown(frame, caption), encoding="utf-8")
         paths[-1].write_text(latex(frame, caption, name), encoding="utf-8")
@@ -110,50 +111,33 @@ def best_text(best: pd.DataFrame) -> pd.DataFrame:
     return own.rename(columns={"n_choose": "n chosen on"}).astype(str)
 
 
-def number(value: Any, signed: bool = False) -> str:
-    """Three significant digits; nothing for nan."""
-    if value is None or math.isnan(value):
-        return ""
-    text = f"{value:+.3g}" if signed else f"{value:.3g}"
-    return f"{value:+,.0f}" if signed and "e" in text and abs(value) >= 1 else text
-
-
-def with_interval(value: float, low: float, high: float) -> str:
-    """`+0.12 [+0.03, +0.21]`; nothing for nan."""
-    if math.isnan(value):
-        return ""
-    ends = "" if math.isnan(low) else f" [{number(low, True)}, {number(high, True)}]"
-    return f"{number(value, True)}{ends}"
-
-
 def _whole(value: Any) -> str:
     return "" if math.isnan(value) else f"{int(value):,}"
 
 
 def markdown(frame: pd.DataFrame, caption: str) -> str:
     """A Markdown table under its caption."""
-    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in [list(frame.columns), *frame.astype(str).values]]
-    return "\n".join([caption, "", lines[0], "|" + " --- |" * len(frame.columns), *lines[1:]]) + "\n"
-
-
-def _cell(text: Any) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+    escaped = frame.astype(str).replace({r"\|": r"\|", "\n": " "}, regex=True)
+    escaped.columns = [str(name).replace("|", r"\|") for name in frame.columns]
+    return f"{caption}\n\n{escaped.to_markdown(index=False, disable_numparse=True)}\n"
 
 
 def latex(frame: pd.DataFrame, caption: str, label: str) -> str:
     """A `table*` with booktabs, shrunk to the page where it is wider (packages booktabs and graphicx)."""
     columns = "l" + "r" * (len(frame.columns) - 1)
-    rows = [" & ".join(map(escape, row)) + r" \\" for row in frame.astype(str).values]
-    body = [" & ".join(map(escape, frame.columns)) + r" \\", r"\midrule", *rows]
-    return "\n".join(
-        [
-            r"\begin{table*}", r"\centering", rf"\caption{{{escape(caption)}}}", rf"\label{{tab:{label}}}",
-            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}}", r"\end{table*}",
-        ]
-    ) + "\n"  # fmt: skip
+    styler = frame.astype(str).style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    table = styler.to_latex(hrules=True, column_format=columns)
+    for letter, command in (("×", r"$\times$"), ("−", "$-$")):
+        table, caption = table.replace(letter, command), caption.replace(letter, command)
+    lines = [
+        r"\begin{table*}", r"\centering", rf"\caption{{{_escape(caption)}}}", rf"\label{{tab:{label}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%", f"{table.strip()}}}", r"\end{table*}",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
-def escape(text: Any) -> str:
-    """Any text, for LaTeX."""
-    return "".join(_LATEX.get(letter, letter) for letter in str(text))
+def _escape(caption: str) -> str:
+    """A caption for LaTeX, by the function that pandas escapes cells with."""
+    from pandas.io.formats.style_render import _escape_latex
+
+    return str(_escape_latex(caption))

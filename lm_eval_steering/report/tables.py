@@ -1,11 +1,12 @@
-"""The tables of a report, as data frames: matrix, summary of self and cross, and the cost of each cell.
+"""The tables of a report, as data frames: matrix, self and cross, controls, damage, best factors, cost.
 
 A blank (nan) is a cell that is not there; it is counted, and never taken for 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,16 +14,17 @@ from numpy.typing import NDArray
 
 from lm_eval_steering.languages import family_order
 from lm_eval_steering.metrics.statistics import Array, against_random, interval_of, over_languages
-from lm_eval_steering.report.effects import ALPHA, Effects
-from lm_eval_steering.report.naming import CROSS, SELF, SEVERAL
-from lm_eval_steering.report.read import Sweep
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.report.effects import ALPHA, Effects, arms_of, effects_of, scores_by_cell
+from lm_eval_steering.report.naming import CROSS, DAMAGES, SELF, SEVERAL, SUCCESSES, sign_of
+from lm_eval_steering.report.read import CLEAN, FORCED, Sweep, check_pairs
 
 if TYPE_CHECKING:
     import pandas as pd
 
 GROUP = ["family", "metric", "kind", "factor"]
 RELATIONS = (SELF, CROSS, SEVERAL)
-_SEVERAL_COLUMN = ""
+Places = dict[tuple[Any, ...], list[dict[str, Any]]]
 
 
 def single(effects: Effects) -> pd.DataFrame:
@@ -71,7 +73,34 @@ def summary(effects: Effects) -> pd.DataFrame:
         expected = _expected(own)
         for _, group in own.groupby("factor", sort=True, dropna=False):
             rows.append(_summary_row(group, effects, expected))
-    return pd.DataFrame(rows)
+    return _readable_order(pd.DataFrame(rows)) if rows else pd.DataFrame(rows)
+
+
+def _readable_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows that have data; successes first, then damage, then the rest, and last what is zero everywhere."""
+    ranks = {name: rank for rank, name in enumerate((*SUCCESSES, *DAMAGES))}
+    values = table[[f"{relation}_{name}" for relation in RELATIONS for name in ("score", "baseline", "difference")]]
+    order = table.assign(
+        _zero=(values.fillna(0.0) == 0).all(axis=1),
+        _rank=[ranks.get(str(metric).partition("@")[0], len(ranks)) for metric in table["metric"]],
+    )
+    order = order[values.notna().any(axis=1)].sort_values(["_zero", "_rank"], kind="stable", ignore_index=True)
+    return order.drop(columns=["_zero", "_rank"])
+
+
+def by_relation(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary with one row for self, cross or several, so that every row has data; `gap` stands beside self."""
+    import pandas as pd
+
+    parts = []
+    for relation in RELATIONS:
+        names = {name: name.removeprefix(f"{relation}_") for name in summary if name.startswith(f"{relation}_")}
+        part = summary[[*GROUP, "languages", *names]].rename(columns=names)
+        part.insert(len(GROUP), "items_in", relation)
+        if relation == SELF:
+            part = part.assign(**{name: summary[name] for name in ("gap", "gap_low", "gap_high")})
+        parts.append(part[summary[f"{relation}_score"].notna()])
+    return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
 
 
 def _expected(own: pd.DataFrame) -> dict[str, int]:
@@ -87,14 +116,14 @@ def _expected(own: pd.DataFrame) -> dict[str, int]:
 def _summary_row(group: pd.DataFrame, effects: Effects, expected: dict[str, int]) -> dict[str, Any]:
     first = group.iloc[0]
     row: dict[str, Any] = {name: first[name] for name in GROUP}
-    row["higher_is_better"] = bool(first["higher_is_better"])
+    row["higher_is_better"] = first["higher_is_better"]
     row["languages"] = group["steered"].nunique()
-    intervals = _intervals(group, effects)
-    sign = 1 if row["higher_is_better"] else -1
+    ends = intervals(group, effects)
+    sign = sign_of(row["higher_is_better"])
     for relation in RELATIONS:
         own = group[group["relation"] == relation]
         differences = own["difference"]
-        low, high = intervals.get(relation, (np.nan, np.nan))
+        low, high = ends.get(relation, (np.nan, np.nan))
         better = sign * differences > 0
         row |= {
             f"{relation}_cells": int(differences.notna().sum()),
@@ -110,11 +139,11 @@ def _summary_row(group: pd.DataFrame, effects: Effects, expected: dict[str, int]
             f"{relation}_significant": int((better & (own["p_holm"] < ALPHA)).sum()),
         }
     row["gap"] = row["self_difference"] - row["cross_difference"]
-    row["gap_low"], row["gap_high"] = intervals.get("gap", (np.nan, np.nan))
+    row["gap_low"], row["gap_high"] = ends.get("gap", (np.nan, np.nan))
     return row
 
 
-def _intervals(group: pd.DataFrame, effects: Effects) -> dict[str, tuple[float, float]]:
+def intervals(group: pd.DataFrame, effects: Effects) -> dict[str, tuple[float, float]]:
     """Relation -> interval of its mean difference; only where every cell of the relation has replicates."""
     keys = list(zip(group["cell"], group["metric"], strict=True))
     there = np.array([key in effects.replicates for key in keys])
@@ -129,10 +158,10 @@ def _intervals(group: pd.DataFrame, effects: Effects) -> dict[str, tuple[float, 
         steered if relation != CROSS else code
         for steered, relation, code in zip(known["steered"], relations, known["evaluated"], strict=True)
     ]
-    found: dict[str, Array] = over_languages(replicates, list(known["steered"]), evaluated, groups)
-    if SELF in found and CROSS in found:
-        found["gap"] = found[SELF] - found[CROSS]
-    ends = {name: interval_of(own) for name, own in found.items()}
+    drawn: dict[str, Array] = over_languages(replicates, list(known["steered"]), evaluated, groups)
+    if SELF in drawn and CROSS in drawn:
+        drawn["gap"] = drawn[SELF] - drawn[CROSS]
+    ends = {name: interval_of(draws) for name, draws in drawn.items()}
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
@@ -147,24 +176,11 @@ def cost(sweep: Sweep) -> pd.DataFrame:
     return facts.merge(own, on="cell", how="inner").sort_values("seconds", ascending=False, ignore_index=True)
 
 
-def settings(frame: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
-    """(family, metric, kind) of everything that was evaluated, in the order of the effects."""
-    for row in frame.drop_duplicates(["family", "metric", "kind"])[["family", "metric", "kind"]].itertuples():
-        yield row.family, row.metric, row.kind
-
-
 # --- What stands beside a gain: random controls, and the damage that came with it
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 CONTROLS_FOR_SD = 5  # below that many random sets a standard deviation says nothing, and their range is given
-CONTROLLED = ("lfs", "lss", "lss_distinct")
-# The same damage under several names; the first that a task has is taken.
-PERPLEXITIES = ("nats_per_token", "token_perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
-DAMAGES = {"degenerate": "degenerate", "unknown": "lang_unknown"}
-_NO_FACTOR = "none"
-_PLACE = ["task", "steered", "kind", "factor", "items", "target"]
+CONTROLLED = ("lfs_clean", "lfs", "lss", "lss_distinct")
+_BROKEN = {"degenerate": "degenerate", "unknown": "lang_unknown"}
 
 
 def controls(sweep: Sweep, effects: Effects) -> pd.DataFrame:
@@ -176,20 +192,62 @@ def controls(sweep: Sweep, effects: Effects) -> pd.DataFrame:
     """
     import pandas as pd
 
-    random = sweep.cells[sweep.cells["control"].notna()].merge(sweep.scores, on="cell")
-    random = random[random["metric"].isin(CONTROLLED) & random["value"].notna()]
-    random = random.assign(factor=[_NO_FACTOR if np.isnan(factor) else factor for factor in random["factor"]])
-    found = {key: own["value"].tolist() for key, own in random.groupby([*_PLACE, "metric"])}
-    targets = sweep.cells.set_index("cell")["target"]
+    scores = scores_by_cell(sweep)
+    cells, by_place = {row["cell"]: row for row in sweep.steered_cells().to_dict("records")}, controls_by_place(sweep)
     rows = []
     for row in single(effects).to_dict("records"):
         if row["metric"] not in CONTROLLED:
             continue
-        factor = _NO_FACTOR if np.isnan(row["factor"]) else row["factor"]
-        place = (row["task"], row["steered"], row["kind"], factor, row["items"], targets[row["cell"]], row["metric"])
-        values = found.get(place, [])
+        values = list(control_scores(sweep, cells[row["cell"]], row["metric"], scores, by_place).values())
         rows.append(_against(row, values) if values else _uncontrolled(row))
     return pd.DataFrame(rows)
+
+
+def control_scores(
+    sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any], by_place: Places, half: bool = False
+) -> dict[int, float]:
+    """Seed -> score of each matched random set in the place of a cell's own neurons.
+
+    Args:
+        sweep: cells, scores, items.
+        cell: a row of its cells.
+        metric: of the task.
+        scores: of `scores_by_cell`.
+        by_place: of `controls_by_place`.
+        half: whether over the half of the items that nothing was chosen on.
+    """
+    found = {}
+    for control in by_place.get(_place_of(cell), []):
+        score = score_of(sweep, control, metric, scores, True if half else None)
+        if score is not None:
+            found[int(control["control"])] = score
+    return found
+
+
+def controls_by_place(sweep: Sweep) -> Places:
+    """Cells of random sets by everything that they share with the cell that they are controls of."""
+    places: Places = {}
+    for control in sweep.cells[sweep.cells["control"].notna()].to_dict("records"):
+        places.setdefault(_place_of(control), []).append(control)
+    return places
+
+
+def _place_of(cell: dict[str, Any]) -> tuple[Any, ...]:
+    factor = None if np.isnan(cell["factor"]) else cell["factor"]
+    return (*(cell[name] for name in ("task", "steered", "kind", "items", "target")), factor)
+
+
+def score_of(
+    sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any], half: bool | None
+) -> float | None:
+    """A cell's score over all its items (half None) or over one half; None where it is not known."""
+    pair = arms_of(sweep, cell, metric, scores, half)
+    if pair is None:
+        stored = scores.get(cell["cell"], {}).get(metric)
+        return stored[0] if stored is not None and half is None else None
+    _, after, aggregate = pair
+    ratio = after.column().ratio(np.ones((1, len(after.numerator))))
+    return float(aggregate.of_ratio(ratio)[0, 0])
 
 
 def _against(row: dict[str, Any], values: list[float]) -> dict[str, Any]:
@@ -213,30 +271,179 @@ def _uncontrolled(row: dict[str, Any]) -> dict[str, Any]:
 def damage(effects: Effects) -> pd.DataFrame:
     """For each language, intervention and factor: success beside its price.
 
-    `success` is the mean LFS. `perplexity_self`, `perplexity_cross` and `perplexity_all` are rises of the perplexity
-    of the steered language, of the others and of all texts; `perplexity` names the unit. `degenerate` and `unknown` are
-    rises of the share of outputs that repeat themselves or are in no known language; a `_score` column is the share
-    itself. `n_outputs` and `n_texts` count what the means are over.
+    `success` is the mean of `success_metric` (clean LFS where it is known, else LFS). `perplexity_self`,
+    `perplexity_cross` and `perplexity_all` are rises of the perplexity of the steered language, of the others and of
+    all texts; `perplexity` names the unit. `degenerate` and `unknown` are rises of the share of outputs that repeat
+    themselves or are in no known language; a `_score` column is the share itself. `n_outputs` and `n_texts` count what
+    the means are over.
     """
     import pandas as pd
 
     frame = single(effects)
-    unit = next((name for name in PERPLEXITIES if (frame["metric"] == name).any()), "")
+    unit = next((name for name in DAMAGES if (frame["metric"] == name).any()), "")
+    success = next((name for name in (CLEAN, FORCED) if (frame["metric"] == name).any()), FORCED)
     rows = []
     for key, group in frame.groupby(["steered", "kind", "factor"], sort=False, dropna=False):
         row: dict[str, Any] = dict(zip(("steered", "kind", "factor"), key, strict=True))
-        forced = group[group["metric"] == "lfs"]
-        row |= {"success": forced["score"].mean(), "success_gain": forced["difference"].mean()}
+        forced = group[group["metric"] == success]
+        row |= {"success_metric": success, "success": forced["score"].mean()}
+        row["success_gain"] = forced["difference"].mean()
         row["n_outputs"] = int(forced["n"].sum())
         texts = group[group["metric"] == unit] if unit else group.iloc[:0]
         row |= {"perplexity": unit, "n_texts": int(texts["n"].sum())}
         row["perplexity_all"] = texts["difference"].mean()
         for relation in (SELF, CROSS):
             row[f"perplexity_{relation}"] = texts[texts["relation"] == relation]["difference"].mean()
-        for name, metric in DAMAGES.items():
+        for name, metric in _BROKEN.items():
             own_rows = group[group["metric"] == metric]
             row |= {name: own_rows["difference"].mean(), f"{name}_score": own_rows["score"].mean()}
         rows.append(row)
     found = pd.DataFrame(rows)
-    measured = [name for name in found.columns if name.startswith(("success", "perplexity_", "degenerate", "unknown"))]
+    measured = [name for name in found if name.startswith(("success", "perplexity_", "degenerate", "unknown"))]
+    measured = [name for name in measured if name != "success_metric"]
     return found[found[measured].notna().any(axis=1)].reset_index(drop=True) if len(found) else found
+
+
+# --- The best factor of each language: chosen on one half of the items, reported on the other one
+#
+# A factor that is chosen and reported on the same items looks better than it is. The halves are those of the sweep
+# where it has split its items, else those of a seeded hash of the document number.
+
+_BEST_COLUMNS = (
+    "family", "metric", "kind", "steered", "on", "factors", "factor", "n_choose", "n", "baseline", "score",
+    "difference", "low", "high", "p", "higher_is_better",
+)  # fmt: skip
+
+
+def best_factors(sweep: Sweep, effects: Effects) -> pd.DataFrame:
+    """One row a language, intervention, task family and metric.
+
+    Columns: `on` (self, several or cross: which cells decide; the self cell where there is one), `factors` tried,
+    `factor` chosen, `n_choose` and `n` (items that it was chosen on, and other ones that it is reported on), and what
+    it does on the latter. The first of equals is taken, in the order of the factors. Only where two factors or more
+    were evaluated, the items can be halved, and it is known whether more is better.
+    """
+    import pandas as pd
+
+    frame = single(effects)
+    frame = frame[frame["factor"].notna() & frame["higher_is_better"].notna()]
+    by_cell = {row["cell"]: row for row in sweep.steered_cells().to_dict("records")}
+    scores = scores_by_cell(sweep)
+    rows, chosen = [], []
+    for _, group in frame.groupby(["family", "metric", "kind", "steered"], sort=False):
+        row = _choose(sweep, group, by_cell, scores)
+        if row is not None:
+            rows.append(row)
+            chosen += row["cells"]
+    if not rows:
+        return pd.DataFrame(columns=list(_BEST_COLUMNS))
+    wanted = sweep.cells[sweep.cells["cell"].isin(set(chosen))]
+    reported = effects_of(sweep, True, wanted).frame.set_index(["cell", "metric"]).sort_index()
+    return pd.DataFrame([_reported(row, reported) for row in rows]).reindex(columns=list(_BEST_COLUMNS))
+
+
+def _choose(
+    sweep: Sweep, group: pd.DataFrame, by_cell: dict[str, dict[str, Any]], scores: dict[str, Any]
+) -> dict[str, Any] | None:
+    relation = next(name for name in (SELF, SEVERAL, CROSS) if (group["relation"] == name).any())
+    deciding = group[group["relation"] == relation]
+    if deciding["factor"].nunique() < 2:
+        return None
+    metric, sign = str(deciding["metric"].iloc[0]), 1 if bool(deciding["higher_is_better"].iloc[0]) else -1
+    objective, sizes = {}, {}
+    for factor, at in deciding.groupby("factor", sort=True):
+        halves = [_score_of_half(sweep, by_cell[cell], metric, scores) for cell in at["cell"]]
+        known = [half for half in halves if half is not None]
+        if len(known) < len(halves):
+            return None
+        objective[factor] = float(np.mean([value for value, _ in known]))
+        sizes[factor] = sum(n for _, n in known)
+    factor = max(objective, key=lambda name: sign * objective[name])
+    first = deciding.iloc[0]
+    return {
+        **{name: first[name] for name in ("family", "metric", "kind", "steered", "higher_is_better")},
+        "on": relation,
+        "factors": deciding["factor"].nunique(),
+        "factor": factor,
+        "n_choose": sizes[factor],
+        "cells": list(deciding.loc[deciding["factor"] == factor, "cell"]),
+    }
+
+
+def _score_of_half(sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any]) -> tuple[float, int] | None:
+    """(score on the half to choose on, items); None where items are not known, or a half is empty."""
+    sides = [arms_of(sweep, cell, metric, scores, half) for half in (False, True)]
+    if sides[0] is None or sides[1] is None:
+        return None
+    _, after, aggregate = sides[0]
+    ratio = after.column().ratio(np.ones((1, len(after.numerator))))
+    return float(aggregate.of_ratio(ratio)[0, 0]), int((~np.isnan(after.numerator)).sum())
+
+
+def _reported(row: dict[str, Any], reported: pd.DataFrame) -> dict[str, Any]:
+    """Means over the deciding cells; an interval where there is one cell."""
+    rows = reported.loc[[(cell, row["metric"]) for cell in row["cells"]]]
+    alone = len(rows) == 1
+    values = {name: rows[name].mean() for name in ("baseline", "score", "difference")}
+    ends = {name: rows[name].iloc[0] if alone else np.nan for name in ("low", "high", "p")}
+    return row | values | ends | {"n": int(rows["n"].sum())}
+
+
+# --- All of them ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """Tables of one sweep, or of one comparison.
+
+    Attributes:
+        sweep: what was read.
+        effects: one row a cell and metric.
+        summary: self and cross for each factor (`summary`).
+        best: the best factor of each language (`best_factors`).
+        controls: LSS and LFS beside random neurons (`controls`).
+        damage: success beside its price (`damage`).
+        cost: seconds and tokens of each cell.
+        neurons: the neuron set of the sweep; None where it is not at hand.
+    """
+
+    sweep: Sweep
+    effects: Effects
+    summary: pd.DataFrame
+    best: pd.DataFrame
+    controls: pd.DataFrame
+    damage: pd.DataFrame
+    cost: pd.DataFrame
+    neurons: NeuronSet | None = None
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """Name -> table, in the order in which a person reads them; tables without rows are left out."""
+        found = {
+            "summary": self.summary,
+            "effects": self.effects.frame,
+            "best-factors": self.best,
+            "controls": self.controls,
+            "damage": self.damage,
+            "cost": self.cost,
+            "missing": self.sweep.missing,
+        }
+        return {name: frame for name, frame in found.items() if len(frame)}
+
+
+def compute(sweep: Sweep) -> Results:
+    """All tables of a sweep.
+
+    Raises:
+        ReportError: if a cell and its baseline are not a pair (`read.check_pairs`).
+    """
+    check_pairs(sweep)
+    effects = effects_of(sweep)
+    return Results(
+        sweep,
+        effects,
+        summary(effects),
+        best_factors(sweep, effects),
+        controls(sweep, effects),
+        damage(effects),
+        cost(sweep),
+    )

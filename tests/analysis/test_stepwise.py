@@ -163,7 +163,7 @@ def test_the_table_counts_what_is_off_and_unknown(tmp_path: Path) -> None:
 
 
 def test_more_languages_than_colours_are_drawn_as_other() -> None:
-    from lm_eval_steering.analysis.figures import _looks
+    from lm_eval_steering.analysis.stepwise import _looks
 
     codes = [f"{chr(97 + n)}aa_Latn" for n in range(20)]
     looks = _looks([made_up((), *codes), made_up((codes[3],), *codes, "unknown")])

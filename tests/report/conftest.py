@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from lm_eval_steering.report.make import Report, make_report, read_sweep
-from lm_eval_steering.report.results import Results, compute
+from lm_eval_steering.report.page import Report, make_report
+from lm_eval_steering.report.read import read_results
+from lm_eval_steering.report.tables import Results, compute
 from tests.report.synthetic import write_sweep
 
 CHROMIUM = shutil.which("chromium")
@@ -23,13 +24,13 @@ def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def results(sweep_folder: Path) -> Results:
-    return compute(read_sweep(sweep_folder))
+    return compute(read_results(sweep_folder))
 
 
 @pytest.fixture(scope="session")
 def report(sweep_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     command = ["lm-eval-steering", "report", "runs/made-up", "--out", "report"]
-    return make_report(read_sweep(sweep_folder), tmp_path_factory.mktemp("report"), command)
+    return make_report(read_results(sweep_folder), tmp_path_factory.mktemp("report"), command)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,9 @@ TEXTS = {
     "zho_Hans": "今天天气很好",
     "unknown": EVIL,
 }
-BETTER = {"acc": True, "lfs": True, "nats_per_token": False, "output_language": True}
+BETTER = {
+    "acc": True, "lfs": True, "nats_per_token": False, "output_language": True, "degenerate": False, "lss": True,
+}  # fmt: skip
 
 
 class FolderOfCells:
@@ -39,36 +41,45 @@ class FolderOfCells:
     def add(
         self, task: str, metrics: dict[str, list[Any]], steered: str = "", factor: float = 0, control: int | None = None,  # noqa: E501
         texts: list[str] | None = None, target: str | None = None, op: str = "scale", documents: str = "document",
+        stage: int = 1, prompts: str = "prompt",
     ) -> str:  # fmt: skip
         """One cell; the values of its items by metric. Its name is returned."""
         name = f"{steered}-{op}-x{factor:g}" if steered else "baseline"
         name += "" if control is None else f"-random{control}"
         target = target or steered or None
-        key = hashlib.sha256(f"{name} {task} {target}".encode()).hexdigest()
+        key = hashlib.sha256(f"{name} {task} {target}{'' if stage == 1 else stage}".encode()).hexdigest()
+        off = op == "deactivate"
         step = {
-            "op": op, "languages": [steered], "value": None if op == "scale" else 1.0, "factor": factor,
-            "site": "activation", "layers": None, "positions": "all", "scope": "token", "seed": 0, "deactivation": False,  # noqa: E501
+            "op": "set" if off else op, "languages": [steered], "value": None if op == "scale" else 0.0 if off else 1.0,
+            "factor": factor, "site": "activation", "layers": None, "positions": "all", "scope": "token", "seed": 0,
+            "deactivation": off,
         }  # fmt: skip
         variant = {
-            "name": name, "arguments": {"op": op} if steered else {}, "languages": [steered] if steered else [],
+            "name": name, "arguments": {"op": op} if steered else {},
+            "languages": [steered] if steered and not off else [],
             "intervention": {"steps": [step] if steered else []}, "entry": 0, "factor": factor or None,
             "control": control,
         }  # fmt: skip
         folder = self.path / "cells" / f"{name}--{task}--{key[:10]}"
-        samples = [self._sample(place, metrics, texts, documents) for place in range(len(next(iter(metrics.values()))))]
+        samples = [
+            self._sample(place, metrics, texts, documents, prompts)
+            for place in range(len(next(iter(metrics.values()))))
+        ]
         value = {f"{metric},none": _aggregate(values) for metric, values in metrics.items()}
         files = {
             f"results_{DATE}.json": json.dumps({"results": {task: value}}),
             f"samples_{task}_{DATE}.jsonl": "".join(json.dumps(sample) + "\n" for sample in samples),
         }
         said = f"op:{op}|factor:{factor:g}|lang:{steered}|site:activation|layers:all" if steered else "none"
-        if steered and op != "scale":
+        if off:
+            said = f"op:set|value:0|factor:1|deactivate:{steered}|site:activation|layers:all"
+        elif steered and op != "scale":
             said = said.replace("|factor", "|value:1|factor")
         cell = {"key": key, "name": folder.name, "variant": variant, "task": task, "target": target, "items": "all",
-                "stage": 1}  # fmt: skip
+                "stage": stage}  # fmt: skip
         facts = {
             "cell": cell, "model": "made-up", "fingerprint": key, "signature": f"{said}|fp:{key[:8]}|v:0",
-            "metrics": value, "higher_is_better": {name: BETTER[name] for name in metrics},
+            "metrics": value, "higher_is_better": {name: BETTER[name] for name in metrics if name in BETTER},
             "n": dict.fromkeys(value, len(samples)),
             "files": {name: {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
                       for name, text in files.items()},
@@ -81,13 +92,13 @@ class FolderOfCells:
         return folder.name
 
     def _sample(
-        self, place: int, metrics: dict[str, list[Any]], texts: list[str] | None, documents: str
+        self, place: int, metrics: dict[str, list[Any]], texts: list[str] | None, documents: str, prompts: str
     ) -> dict[str, Any]:
         answer = texts[place] if texts else [[-1.0, False]]
         own = {metric: values[place] for metric, values in metrics.items()}
         return {
             "doc_id": place, "doc": {"id": place}, "filter": "none", "metrics": list(own), "filtered_resps": [answer],
-            "arguments": {"gen_args_0": {"arg_0": f"prompt {place}"}},
+            "arguments": {"gen_args_0": {"arg_0": f"{prompts} {place}"}},
             "doc_hash": hashlib.sha256(f"{documents} {place}".encode()).hexdigest(), **own,
         }  # fmt: skip
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from lm_eval_steering.report.make import Report
-from lm_eval_steering.report.page import render
+from lm_eval_steering.report.page import Report, render
 from lm_eval_steering.report.read import ItemOutput, Samples
-from lm_eval_steering.report.results import Results
+from lm_eval_steering.report.tables import Results
 
 SCHEMES, WIDTHS = ("light", "dark"), (1400, 420)
 

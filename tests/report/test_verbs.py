@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lm_eval_steering.report.make import read_sweep
-from lm_eval_steering.report.results import compute
+from lm_eval_steering.report.read import read_results
+from lm_eval_steering.report.tables import compute
 from lm_eval_steering.sweep.choice import REPORT, half_of
 from lm_eval_steering.sweep.merge import merge
 from tests.conftest import Command
@@ -90,7 +90,7 @@ def test_the_halves_are_those_of_the_plan(tmp_path: Path) -> None:
     reported = [place for place in range(40) if half_of(str(place), 11) == REPORT]
     merge([made.path], tmp_path / "merged", items=True)
     for folder in ("sweep", "merged"):
-        (row,) = compute(read_sweep(tmp_path / folder)).best.to_dict("records")
+        (row,) = compute(read_results(tmp_path / folder)).best.to_dict("records")
         assert (row["factor"], row["n"], row["n_choose"]) == (4, len(reported), 40 - len(reported))
         assert row["score"] == pytest.approx(sum(place < 32 for place in reported) / len(reported))
         assert row["baseline"] == pytest.approx(sum(place < 20 for place in reported) / len(reported))

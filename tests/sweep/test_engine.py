@@ -19,8 +19,8 @@ from lm_eval.tasks.manager import TaskIndex
 
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.compat import describe_machine_once
-from lm_eval_steering.report.make import read_sweep
-from lm_eval_steering.report.results import compute
+from lm_eval_steering.report.read import read_results
+from lm_eval_steering.report.tables import compute
 from lm_eval_steering.resources import demo_model
 from lm_eval_steering.sweep import Store
 from lm_eval_steering.sweep.cells import Grid
@@ -172,7 +172,7 @@ def test_status_merge_and_report_take_it_for_a_sweep(read_back: Path, tmp_path: 
     assert set(tables) == {"metrics.parquet", "metrics.csv", "items.parquet", "items.csv"}
     frame = Store(read_back).frame()
     assert set(frame.control.dropna()) == {0} and set(frame[frame.stage == 2]["items"]) == {"report"}
-    reported = compute(read_sweep(read_back))
+    reported = compute(read_results(read_back))
     assert not reported.effects.frame.empty and not reported.controls.empty
 
 

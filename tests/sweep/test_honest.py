@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.report.read import read_plain, read_store
+from lm_eval_steering.report.read import read_results
 from lm_eval_steering.resources import demo_calibration, demo_model
 from lm_eval_steering.sweep.cells import Cell, Grid
 from lm_eval_steering.sweep.choice import check_choice, half_of
@@ -43,7 +43,7 @@ def test_another_split_of_the_same_cells_is_computed_anew(spell: Spell, tmp_path
         assert (outcome.exit_code, outcome.ran) == (0, 2)  # the second stage alone
         store = Store(tmp_path)
         choice, frame, items = store.json("then/deu_Latn.json"), store.frame(), store.items()
-        read = read_store(tmp_path).items
+        read = read_results(tmp_path).items
         assert choice["seed"] == seed and len(choice["values"]) == 2
         for cell in grid.cells:
             samples = store.samples(cell)
@@ -82,7 +82,7 @@ def test_a_task_that_is_not_chosen_on_needs_no_item(spell: Spell, tmp_path: Path
     assert frame[(frame.task == "small_nats") & (frame.metric == "nats_per_token")].value_report.notna().all()
     assert items[items.task == "nameless"].half.isna().all()
     cell = next(cell.name for cell in grid.cells if cell.task == "nameless")
-    assert read_store(tmp_path / "run").items[cell].reported is None
+    assert read_results(tmp_path / "run").items[cell].reported is None
 
 
 # --- what a cell's key knows ------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_text_with_separators_of_lines_can_be_read(odd: tuple[Grid, Path]) -> No
     cell = next(cell for cell in odd[0].cells if cell.task == "small_partial")
     assert [sample["doc"]["text"][-4:] for sample in store.samples(cell)] == ["\u2028\u2029\u0085."] * ITEMS
     (results,) = (odd[1] / "cells" / cell.name).glob("results_*.json")
-    assert len(read_plain(results).items[f"{results.stem}--small_partial"].docs) == ITEMS
+    assert len(read_results(results).items[f"{results.stem}--small_partial"].docs) == ITEMS
 
 
 def test_the_results_of_a_control_say_that_it_is_one(odd: tuple[Grid, Path]) -> None:

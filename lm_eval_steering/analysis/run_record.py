@@ -1,9 +1,7 @@
-"""What an analysis was made with: the part that its JSON file and its fingerprint share."""
+"""What one analysis ran on (model, neurons, prompts, identifier, settings), for its JSON file and its fingerprint."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -58,7 +56,7 @@ def made_with(
 
 
 def fingerprint_of(provenance: Mapping[str, Any], signature: str) -> str:
-    """Hash over everything that decides the numbers of one run; the device and the set's story are no part of it."""
+    """Hash over everything that decides the numbers of one run; device and provenance of the set are no part of it."""
     parts = {key: provenance[key] for key in ("weights", "prompts", "identifier", "settings", "versions")}
     neurons, model = provenance["neurons"], provenance["model"]
     return fingerprint(
@@ -72,10 +70,8 @@ def fingerprint_of(provenance: Mapping[str, Any], signature: str) -> str:
     )
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """One file in one step; numbers as Python prints them."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """One file in one step; an absent value is blank."""
+    import pandas as pd
+
+    write_text(path, pd.DataFrame(list(rows), columns=list(columns)).to_csv(index=False, lineterminator="\n"))

@@ -1,0 +1,558 @@
+"""What was run in one paragraph, and the answer: a verdict from the decision table of docs/report.md, with its numbers.
+
+The verdict follows from three things together: whether the interval of the difference excludes 0, whether matched
+random neurons do as much, and how far degenerate outputs and nats per token rose. Averages over different sets of
+languages are never compared; what is missing is said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lm_eval_steering.report.effects import ALPHA, Effects, effects_of, scores_by_cell
+from lm_eval_steering.report.naming import (
+    CROSS,
+    NATS,
+    SELF,
+    SEVERAL,
+    SUCCESSES,
+    counted,
+    language_name,
+    listed,
+    number,
+    readable_metric,
+    with_interval,
+)  # fmt: skip
+from lm_eval_steering.report.read import BASELINE, CLEAN, DEGENERATE, FORCED
+from lm_eval_steering.report.tables import Results, control_scores, controls_by_place, intervals
+from lm_eval_steering.sweep.choice import REPORT
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# --- The decision table ---------------------------------------------------------------------------------------------
+
+NO_EVIDENCE, HELPS, HURTS, DESTROYS = "No evidence", "Helps at this price", "Hurts", "Destroys the text"
+SETS_FOR_A_CLAIM = 20  # matched random sets
+DEGENERATE_LIMIT = 0.5  # rise of the share of degenerate outputs from which the text is called destroyed
+NATS_LIMIT = 3.0  # rise of nats per token of the steered language's own text; a perplexity 20 times as high
+_HIGH_LSS, _LOW_SUCCESS = 0.8, 0.5
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a verdict follows from; nan where it is not known.
+
+    Attributes:
+        low: end of the 95 % interval of the mean difference, turned so that positive is better.
+        high: other end.
+        sets: matched random sets that were run for every language.
+        reached: how many of them score as well as the language's own neurons, on the mean over the languages.
+        degenerate: rise of the share of degenerate outputs, -1 to 1.
+        nats: rise of nats per token on text of the steered language.
+        random_is_null: whether 0 is no null (LSS), so that only random sets can tell an effect from none.
+    """
+
+    low: float = np.nan
+    high: float = np.nan
+    sets: int = 0
+    reached: int = 0
+    degenerate: float = np.nan
+    nats: float = np.nan
+    random_is_null: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """The cell of the decision table in docs/report.md; a rise that is nan is within its limit."""
+        if self.degenerate >= DEGENERATE_LIMIT or self.nats >= NATS_LIMIT:
+            return DESTROYS
+        if not self.random_is_null and self.high < 0:
+            return HURTS
+        if not self.low > 0 or self.reached or (self.random_is_null and self.sets < SETS_FOR_A_CLAIM):
+            return NO_EVIDENCE
+        return HELPS
+
+
+@dataclass(frozen=True)
+class Conclusions:
+    """The heart of a report.
+
+    Attributes:
+        run: what was run, one paragraph.
+        sentences: the verdict with effect and price, what happens to other languages, and whether random neurons do
+            the same; then what contradicts it, and the answer for deactivations, where there are any.
+        tiles: (number, what it is) to be read at a glance.
+    """
+
+    run: str
+    sentences: tuple[str, ...]
+    tiles: tuple[tuple[str, str], ...]
+
+
+def answer(results: Results) -> Conclusions:
+    """The words of a report."""
+    sentences: list[str] = []
+    tiles: list[tuple[str, str]] = []
+    headline = _headline(results)
+    if headline is not None:
+        evidence, null = evidence_of(results, headline)
+        sentences += [
+            _verdict(results, headline, evidence),
+            _others(results, headline),
+            _chance(headline, evidence, null),
+        ]
+        sentences += _contradictions(results, headline)
+        tiles += _tiles(headline, evidence, null)
+    sentences += _deactivations(results)
+    if not sentences:
+        sentences = ["No score of a steered run is here yet, so there is nothing to answer."]
+    return Conclusions(_run(results), tuple(sentences), (*tiles, _size(results)))
+
+
+def _run(results: Results) -> str:
+    sweep = results.sweep
+    steered = sweep.steered_cells()
+    languages = [code for code in sorted(steered["steered"].unique()) if code]
+    kinds = [kind for kind in dict.fromkeys(steered["kind"]) if kind]
+    factors = sorted(steered["factor"].dropna().unique())
+    controls = int(sweep.cells["control"].nunique())
+    tasks = sweep.cells["task"].nunique()
+    text = f"{', '.join(sweep.cells['model'].unique())} was evaluated on {counted(tasks, 'task')}"
+    if languages:
+        named = listed([language_name(code) for code in languages])
+        text += (
+            f" while the neurons of {counted(len(languages), 'language')} ({named}) were steered, one language at a "
+            f"time, by {listed(kinds)}"
+        )
+    if factors:
+        text += f" at {counted(len(factors), 'factor')} ({listed([f'{factor:g}' for factor in factors])})"
+    text += f": {counted(len(steered), 'steered cell' if languages else 'cell')}"
+    text += f", {counted(int(sweep.cells['is_baseline'].sum()), 'baseline')}"
+    text += (
+        f" and {counted(controls, 'matched random neuron set')} as control." if controls else ", no random controls."
+    )
+    missing = len(sweep.missing)
+    return text + (f" {counted(missing, 'planned cell')} {'is' if missing == 1 else 'are'} missing." if missing else "")
+
+
+# --- Which cells the answer is about --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Cells that the answer is about: each language at its chosen intervention and factor.
+
+    Attributes:
+        rows: of the effects, with `degenerate`, `nats_self`, `nats_cross` and `unknown` (rises) of the language.
+        effects: that hold their replicates.
+        metric: the success that is measured.
+        family: of tasks.
+        how: in which way the factors were chosen.
+        half: whether the rows are over the half of the items that nothing was chosen on.
+    """
+
+    rows: pd.DataFrame
+    effects: Effects
+    metric: str
+    family: str
+    how: str
+    half: bool
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better."""
+        return 1 if bool(self.rows["higher_is_better"].iloc[0]) else -1
+
+    @property
+    def relation(self) -> str:
+        """Whether the items are in the steered language, in others, or in several."""
+        return str(self.rows["relation"].iloc[0])
+
+    @property
+    def languages(self) -> pd.DataFrame:
+        """One row a steered language."""
+        return self.rows.drop_duplicates("steered")
+
+    @property
+    def settings(self) -> set[tuple[str, str, float]]:
+        """(steered language, intervention, factor)."""
+        return set(_settings(self.rows))
+
+
+def _settings(frame: pd.DataFrame) -> list[tuple[str, str, float]]:
+    factors = frame["factor"].fillna(0.0)  # nan is not equal to itself
+    return list(zip(frame["steered"], frame["kind"], factors, strict=True))
+
+
+def _metrics(frame: pd.DataFrame) -> np.ndarray:
+    """(rows,) metrics without lm-eval's filter."""
+    return np.array([str(metric).partition("@")[0] for metric in frame["metric"]], dtype=object)
+
+
+def _at(frame: pd.DataFrame, settings: set[tuple[str, str, float]]) -> pd.DataFrame:
+    return frame[[setting in settings for setting in _settings(frame)]] if len(frame) else frame
+
+
+def _headline(results: Results) -> Headline | None:
+    """The first success that was measured, at the sweep's own choice where it made one, else at ours."""
+    frame = results.effects.frame
+    frame = frame[~frame["deactivation"] & frame["score"].notna() & frame["higher_is_better"].notna()]
+    chosen = set(_settings(frame[frame["stage"] == 2]))
+    for metric in [*SUCCESSES, *dict.fromkeys(frame["metric"])]:
+        rows = frame[_metrics(frame) == metric]
+        if chosen:
+            rows = _at(rows, chosen)
+            rows = rows[rows["stage"] == 2] if (rows["stage"] == 2).any() else rows
+        if rows.empty:
+            continue
+        family = str(rows.groupby("family")["n"].sum().idxmax())
+        rows = rows[rows["family"] == family]
+        rows = _deciding(rows[rows["metric"] == rows["metric"].iloc[0]])
+        if chosen:
+            tried = set(frame.loc[frame["stage"] == 1, "task"])
+            apart = (rows["items"] == REPORT).all() or not (set(rows["task"]) & tried)
+            how = "chosen by the sweep on " + ("other items" if apart else "these very items, so optimistic")
+            return _with_damage(results, rows, results.effects, how, False)
+        kind = rows["kind"].value_counts(sort=True).index[0]
+        return _at_best(results, rows[rows["kind"] == kind])
+    return None
+
+
+def _deciding(rows: pd.DataFrame) -> pd.DataFrame:
+    for relation in (SELF, SEVERAL, CROSS):
+        if (rows["relation"] == relation).any():
+            return rows[rows["relation"] == relation]
+    return rows
+
+
+def _at_best(results: Results, rows: pd.DataFrame) -> Headline:
+    """Rows at the factor that was chosen for each language on one half of the items, over the other half."""
+    sweep, first = results.sweep, rows.iloc[0]
+    if rows.groupby("steered")["factor"].nunique().max() < 2:
+        return _with_damage(results, rows, results.effects, "the one factor that was run", False)
+    best = results.best
+    if len(best):
+        best = best[(best["family"] == first["family"]) & (best["metric"] == first["metric"])]
+    chosen = set(_settings(best[best["kind"] == first["kind"]])) if len(best) else set()
+    if {setting[0] for setting in chosen} == set(rows["steered"]):
+        at = _at(rows, chosen)
+        half = effects_of(sweep, True, sweep.cells[sweep.cells["cell"].isin(set(at["cell"]))])
+        of_metric = half.frame[half.frame["metric"] == first["metric"]]
+        if set(of_metric["cell"]) == set(at["cell"]):
+            how = "the best factor of each language, chosen on one half of the items; the numbers are of the other half"
+            return _with_damage(results, of_metric, half, how, True)
+    sign = 1 if bool(first["higher_is_better"]) else -1
+    means = (sign * rows.set_index(["steered", "factor"])["score"]).groupby(level=[0, 1]).mean()
+    chosen = {(code, first["kind"], means[code].idxmax()) for code in rows["steered"].unique()}
+    how = "the best factor of each language, chosen on these very items, so optimistic"
+    return _with_damage(results, _at(rows, chosen), results.effects, how, False)
+
+
+def _with_damage(results: Results, rows: pd.DataFrame, effects: Effects, how: str, half: bool) -> Headline:
+    """The rows beside the damage at the very same language, intervention and factor."""
+    frame, damage = effects.frame, results.damage
+    degenerate = frame[(_metrics(frame) == DEGENERATE) & frame["cell"].isin(rows["cell"])]
+    by_cell = degenerate.set_index("cell")["difference"].to_dict()
+    beside = dict(zip(_settings(damage), damage.to_dict("records"), strict=True)) if len(damage) else {}
+    records: list[dict[str, Any]] = [beside.get(setting, {}) for setting in _settings(rows)]
+    nats = [record if record.get("perplexity") == NATS else {} for record in records]
+    rows = rows.assign(
+        degenerate=[by_cell.get(cell, np.nan) for cell in rows["cell"]],
+        nats_self=[record.get("perplexity_self", np.nan) for record in nats],
+        nats_cross=[record.get("perplexity_cross", np.nan) for record in nats],
+        unknown=[record.get("unknown", np.nan) for record in records],
+    )
+    rows["degenerate"] = rows["degenerate"].fillna(
+        dict(zip(rows.index, [record.get("degenerate", np.nan) for record in records], strict=True))
+    )
+    return Headline(rows, effects, str(rows["metric"].iloc[0]), str(rows["family"].iloc[0]), how, half)
+
+
+# --- Evidence and sentences -----------------------------------------------------------------------------------------
+
+
+def evidence_of(results: Results, headline: Headline) -> tuple[Evidence, dict[int, float]]:
+    """What the verdict follows from, and the mean score over all languages of each random set (by its seed)."""
+    rows, sign = headline.rows, headline.sign
+    low, high = sorted(sign * end for end in _interval(headline))
+    null = _random_means(results, headline)
+    score = rows["score"].mean()
+    reached = sum(sign * value >= sign * score for value in null.values())
+    worst = {}
+    for name in ("degenerate", "nats_self"):
+        known = headline.languages[name].dropna()
+        worst[name] = known.mean() if len(known) == len(headline.languages) else known.max()
+    lss = results.sweep.is_shift(headline.metric)
+    return Evidence(low, high, len(null), reached, worst["degenerate"], worst["nats_self"], lss), null
+
+
+def _interval(headline: Headline) -> tuple[float, float]:
+    return intervals(headline.rows, headline.effects).get(headline.relation, (np.nan, np.nan))
+
+
+def _random_means(results: Results, headline: Headline) -> dict[int, float]:
+    """Seed -> mean score of that random set over the very cells of the headline; only seeds that all of them have."""
+    sweep = results.sweep
+    cells = sweep.cells[sweep.cells["cell"].isin(headline.rows["cell"])]
+    scores, places = scores_by_cell(sweep), controls_by_place(sweep)
+    by_cell = [
+        control_scores(sweep, cell, headline.metric, scores, places, headline.half) for cell in cells.to_dict("records")
+    ]
+    seeds = set.intersection(*(set(found) for found in by_cell)) if by_cell else set()
+    return {seed: float(np.mean([found[seed] for found in by_cell])) for seed in sorted(seeds)}
+
+
+def _verdict(results: Results, headline: Headline, evidence: Evidence) -> str:
+    rows, sweep = headline.rows, results.sweep
+    low, high = _interval(headline)
+    name = readable_metric(headline.metric)
+    if headline.metric.partition("@")[0] == CLEAN:
+        name += " (share of outputs in the target language that are not degenerate)"
+    if sweep.is_shift(headline.metric):
+        moved = f"{name} is {number(rows['score'].mean())}"
+        difference = "" if np.isnan(low) else f"[{number(low)}, {number(high)}], 95 % interval"
+    else:
+        moved = f"{name} went from {number(rows['baseline'].mean())} to {number(rows['score'].mean())}"
+        if sweep.against != BASELINE:
+            moved += f" against {sweep.against}"
+        difference = f"difference {with_interval(rows['difference'].mean(), low, high)}"
+        difference += ", no interval: no items were logged" if np.isnan(low) else ", 95 % interval"
+    better = headline.sign * rows["difference"] > 0
+    facts = [difference, f"{int(better.sum())} of {len(rows)} cells improved"]
+    if rows["p_holm"].notna().any():
+        facts[-1] += f", {int((better & (rows['p_holm'] < ALPHA)).sum())} significantly after Holm's correction"
+    facts.append(f"n = {int(rows['n'].sum()):,} items on {headline.family}")
+    text = (
+        f"{evidence.verdict}: with {_settings_text(headline)} ({headline.how}), {moved} "
+        f"({'; '.join(fact for fact in facts if fact)}); the price: {_price(headline)}"
+    )
+    return f"{text}{_why(evidence)}."
+
+
+def _why(evidence: Evidence) -> str:
+    """What decided, where it is not the interval alone."""
+    if evidence.verdict == DESTROYS:
+        passed = []
+        if evidence.degenerate >= DEGENERATE_LIMIT:
+            passed.append(f"{100 * DEGENERATE_LIMIT:.0f} points of degenerate outputs")
+        if evidence.nats >= NATS_LIMIT:
+            passed.append(f"{NATS_LIMIT:g} nats per token")
+        return f", past the limit of {listed(passed)}"
+    if evidence.verdict == NO_EVIDENCE and evidence.low > 0:
+        return "; LSS alone says nothing without random sets" if not evidence.reached else "; random neurons do as much"
+    if evidence.verdict == NO_EVIDENCE and not np.isnan(evidence.low):
+        return "; the interval includes 0"
+    return ""
+
+
+def _settings_text(headline: Headline) -> str:
+    """`add mean at product at ×8 (German) and ×4 (Turkish), and scale at ×2 (French)`."""
+    kinds: dict[str, dict[float, list[str]]] = {}
+    for code, kind, factor in sorted(headline.settings, key=lambda setting: (setting[1], -setting[2], setting[0])):
+        kinds.setdefault(kind, {}).setdefault(factor, []).append(language_name(code) if code else "")
+    parts = []
+    for kind, factors in kinds.items():
+        named = []
+        for factor, languages in factors.items():
+            names = listed([language for language in languages if language])
+            named.append(" ".join([f"×{factor:g}" if factor else "", f"({names})" if names else ""]).strip())
+        at = " at " if any(factors) else " "
+        parts.append(f"{kind or 'no steering'}{at if any(named) else ''}{listed(named)}")
+    return "; ".join(parts)
+
+
+def _price(headline: Headline) -> str:
+    degenerate = _measured(headline, "degenerate", "points", 100)
+    nats = _measured(headline, "nats_self", "")
+    return (
+        f"degenerate outputs {degenerate or 'not measured'}, "
+        f"nats per token of the steered language's own text {nats or 'not measured'}"
+    )
+
+
+def _measured(headline: Headline, column: str, unit: str, scale: float = 1) -> str:
+    """The mean over all languages of the headline; where one lacks it, each value by itself and what is missing."""
+    languages = headline.languages
+    known = languages[languages[column].notna()]
+    unit = f" {unit}" if unit else ""
+    if known.empty:
+        return ""
+    if len(known) == len(languages):
+        return f"{number(scale * known[column].mean(), True)}{unit}"
+    values = [
+        f"{number(scale * value, True)}{unit} ({language_name(code)})"
+        for code, value in zip(known["steered"], known[column], strict=True)
+    ]
+    missing = [language_name(code) for code in languages.loc[languages[column].isna(), "steered"]]
+    return f"{listed(values)}; not measured for {listed(missing)}"
+
+
+def _others(results: Results, headline: Headline) -> str:
+    """What happens to other languages at the very same settings: the same score, nats per token, unknown outputs."""
+    frame = results.effects.frame
+    cross = frame[(frame["family"] == headline.family) & (frame["metric"] == headline.metric)]
+    cross = _at(cross[(cross["relation"] == CROSS) & cross["difference"].notna()], headline.settings)
+    parts = []
+    if len(cross) and headline.relation == SELF and not results.sweep.is_shift(headline.metric):
+        worse = headline.sign * cross["difference"] < 0
+        significant = int((worse & (cross["p_holm"] < ALPHA)).sum())
+        interval = intervals(cross, results.effects).get(CROSS, (np.nan, np.nan))
+        missing = sorted(set(headline.rows["steered"]) - set(cross["steered"]))
+        parts.append(
+            f"{readable_metric(headline.metric)} of other languages moved by "
+            f"{with_interval(cross['difference'].mean(), *interval)} over {counted(len(cross), 'pair')} (n = "
+            f"{int(cross['n'].sum()):,} items; {int(worse.sum())} got worse, {significant} significantly"
+            + (f"; not measured for {listed([language_name(code) for code in missing])}" if missing else "")
+            + ")"
+        )
+    if nats := _measured(headline, "nats_cross", ""):
+        parts.append(f"nats per token of their text moved by {nats}")
+    if unknown := _measured(headline, "unknown", "points", 100):
+        parts.append(f"outputs in no known language moved by {unknown}")
+    if not parts:
+        return "What it does to other languages was not measured: no cross cells, no perplexity, no outputs."
+    return f"Other languages, at the same settings: {'; '.join(parts)}."
+
+
+def _chance(headline: Headline, evidence: Evidence, null: dict[int, float]) -> str:
+    if not null:
+        return (
+            "Whether any neurons would have done the same is open: no matched random sets were run with this score for "
+            "all of these languages (controls: {random: 20} in the plan)."
+        )
+    values, name = list(null.values()), readable_metric(headline.metric)
+    text = (
+        f"With {counted(evidence.sets, 'matched random set')} {name} is {number(float(np.mean(values)))} on average "
+        f"over the same languages and items (lowest {number(min(values))}, highest {number(max(values))}): "
+    )
+    if evidence.reached:
+        return text + f"{evidence.reached} of them reached the languages' own neurons."
+    if evidence.sets < SETS_FOR_A_CLAIM:
+        few = "1 random set" if evidence.sets == 1 else f"{evidence.sets} random sets"
+        need = f"a claim needs {SETS_FOR_A_CLAIM}"
+        return text + f"none reached the languages' own neurons; {few}, too few to exclude chance ({need})."
+    return text + "the languages' own neurons are above every one of them."
+
+
+def _contradictions(results: Results, headline: Headline) -> list[str]:
+    """A high LSS beside outputs that are not in the language, or are garbage, at the same settings."""
+    frame = results.effects.frame
+    names = _metrics(frame)
+    means = {
+        metric: frame[names == metric].groupby(["steered", "kind", frame["factor"].fillna(0.0)])["score"].mean()
+        for metric in ("lss", CLEAN, FORCED, DEGENERATE)
+    }
+    success = means[CLEAN] if len(means[CLEAN]) else means[FORCED]
+    and_clean = " and not degenerate" if len(means[CLEAN]) else ""
+    shown: list[str] = []
+    more = 0
+    for setting, lss in means["lss"].items():
+        if not lss >= _HIGH_LSS:
+            continue
+        clean, garbage = success.get(setting, np.nan), means[DEGENERATE].get(setting, np.nan)
+        if not (clean < _LOW_SUCCESS or garbage >= _LOW_SUCCESS):
+            continue
+        if len(shown) == 3 and setting not in headline.settings:
+            more += 1
+            continue
+        code, kind, factor = setting
+        facts = [f"LSS {number(lss)}"]
+        if not np.isnan(clean):
+            facts.append(f"{number(100 * clean)} % of the outputs in the language{and_clean}")
+        if not np.isnan(garbage):
+            facts.append(f"{number(100 * garbage)} % degenerate")
+        shown.append(f"{language_name(code)}, {kind} ×{factor:g}: {', '.join(facts)}")
+    if not shown:
+        return []
+    rest = f"; and {more} settings more" if more else ""
+    return [f"LSS is high where the outputs are not in the language or are degenerate ({'; '.join(shown)}{rest}): it "
+            "tells which of two continuations is preferred, not what the model writes."]  # fmt: skip
+
+
+def _tiles(headline: Headline, evidence: Evidence, null: dict[int, float]) -> list[tuple[str, str]]:
+    name = readable_metric(headline.metric)
+    where = {SELF: "in the steered language", CROSS: "in other languages"}.get(headline.relation, "steered")
+    tiles = [(number(headline.rows["difference"].mean(), True), f"{name}, {where}")]
+    languages = headline.languages
+    for column, what, scale in (
+        ("degenerate", "degenerate outputs, points", 100.0),
+        ("nats_self", "nats per token, own text", 1.0),
+    ):
+        known = languages[column].dropna()
+        if len(known) == len(languages):
+            tiles.append((number(scale * known.mean(), True), what))
+        elif len(known):
+            tiles.append((number(scale * known.max(), True), f"{what} (highest; {len(known)} of {len(languages)})"))
+    if null:
+        label = f"{name}, random neurons ({counted(evidence.sets, 'set')})"
+        tiles.append((number(float(np.mean(list(null.values())))), label))
+    return tiles
+
+
+def _size(results: Results) -> tuple[str, str]:
+    frame = results.effects.frame
+    items = int(frame.drop_duplicates("cell")["n"].sum())
+    return f"{items:,}", f"scored items in {counted(frame['cell'].nunique(), 'steered cell')}"
+
+
+# --- Deactivations --------------------------------------------------------------------------------------------------
+
+
+def _deactivations(results: Results) -> list[str]:
+    """For each kind of deactivation: damage to the language's own text against the others', and random sets."""
+    frame = results.effects.frame
+    frame = frame[frame["deactivation"] & (frame["metric"] == NATS) & frame["difference"].notna()]
+    return [_deactivation(results, str(kind), rows) for kind, rows in frame.groupby("kind", sort=False)]
+
+
+def _deactivation(results: Results, kind: str, rows: pd.DataFrame) -> str:
+    own = rows[rows["relation"] == SELF].groupby("steered")["difference"].mean()
+    others = rows[rows["relation"] == CROSS].groupby("steered")["difference"]
+    both = [code for code in own.index if code in others.groups]
+    if not both:
+        have = "its own text" if len(own) else "other languages' text"
+        return f"{kind}: nats per token were measured on {have} alone, so whether a deactivation is specific is open."
+    highest, mean = others.max(), others.mean()
+    diagonal = [code for code in both if own[code] > highest[code]]
+    whole = rows[rows["steered"].isin(both)]
+    ends = intervals(whole, results.effects).get("gap", (np.nan, np.nan))
+    gap = own[both].mean() - whole[whole["relation"] == CROSS]["difference"].mean()
+    missing = sorted(set(rows["steered"]) - set(both))
+    null = _random_rise(results, whole[whole["relation"] == SELF])
+    reached = sum(value >= own[both].mean() for value in null.values())
+    specific = ends[0] > 0 and not reached
+    verdict = "Damages its own language most" if specific else "No evidence of damage to its own language alone"
+    text = (
+        f"{verdict}: {kind} of {listed([language_name(code) for code in both])} raised nats per token of the "
+        f"language's own text by {number(own[both].mean(), True)} on average (from {number(own[both].min(), True)} to "
+        f"{number(own[both].max(), True)}) and of the others' by {number(mean[both].mean(), True)} (own minus others "
+        f"{with_interval(gap, *ends)}); the diagonal is highest in {len(diagonal)} of {counted(len(both), 'row')} (n = "
+        f"{int(whole['n'].sum()):,} texts)"
+    )
+    if missing:
+        text += f"; not measured for {listed([language_name(code) for code in missing])}"
+    if not null:
+        return f"{text}; no matched random sets were deactivated."
+    text += (
+        f"; {counted(len(null), 'matched random set')} raised the same texts by "
+        f"{number(float(np.mean(list(null.values()))), True)} on average, at most {number(max(null.values()), True)}"
+    )
+    few = len(null) < SETS_FOR_A_CLAIM
+    return f"{text}{f', too few to exclude chance ({SETS_FOR_A_CLAIM})' if few else ''}."
+
+
+def _random_rise(results: Results, rows: pd.DataFrame) -> dict[int, float]:
+    """Seed -> mean rise of nats per token on these texts; only seeds that all of the cells have."""
+    sweep = results.sweep
+    cells = sweep.cells[sweep.cells["cell"].isin(rows["cell"])].to_dict("records")
+    scores, places = scores_by_cell(sweep), controls_by_place(sweep)
+    by_cell = []
+    for cell in cells:
+        baseline = scores.get(cell["baseline_cell"], {}).get(NATS, (np.nan,))[0]
+        found = control_scores(sweep, cell, NATS, scores, places)
+        by_cell.append({seed: score - baseline for seed, score in found.items()})
+    seeds = set.intersection(*(set(found) for found in by_cell)) if by_cell else set()
+    return {seed: float(np.mean([found[seed] for found in by_cell])) for seed in sorted(seeds)}
