@@ -19,7 +19,10 @@ from lm_eval_steering.errors import DidNotHappenError, SteeringError
 from lm_eval_steering.harness.indexing import answer_from_ours, put_off, read_ours_once
 from lm_eval_steering.resources import tasks_folder
 
-MODELS = {"steered-hf": "lm_eval_steering.harness.model:SteeredHFLM"}
+MODELS = {
+    "steered-hf": "lm_eval_steering.harness.model:SteeredHFLM",
+    "steered-vllm": "lm_eval_steering.vllm.model:SteeredVLLM",
+}
 # Name -> where it is, whether more is better, and how the values of the items become one.
 METRICS = {
     "lfs": ("lm_eval_steering.metrics.registered:lfs", True, "mean"),
