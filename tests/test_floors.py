@@ -16,6 +16,7 @@ FLOORS = [
     {"neurons"},
     {"metrics", "steering"},
     {"harness", "export"},
+    {"vllm"},
     {"analysis"},
     {"sweep"},
     {"report"},
