@@ -25,7 +25,7 @@ test-vllm: $(VLLM_VENV)/installed
 
 # Every family, and Gemma-3-270m from a folder: make check-vllm GEMMA_3_270M=FOLDER
 check-vllm: $(VLLM_VENV)/installed
-	CI_VLLM=1 CHECK_VLLM=1 GEMMA_3_270M="$(GEMMA_3_270M)" $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_families.py -s
+	CI_VLLM=1 CHECK_VLLM=1 GEMMA_3_270M="$(GEMMA_3_270M)" $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_families.py tests/vllm/test_tasks.py -s
 
 bench: $(VENV)/installed
 	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done

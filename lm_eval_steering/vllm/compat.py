@@ -66,6 +66,7 @@ def engine_arguments() -> set[str]:
     return {name for name in EngineArgs.__dataclass_fields__ if not name.startswith("_")}
 
 
+@functools.cache
 def sampling_arguments() -> set[str]:
     """Names of the arguments of `vllm.SamplingParams`."""
     from vllm import SamplingParams

@@ -6,7 +6,6 @@ with a memory, and an intervention that did not take place is an error.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections import Counter
@@ -30,12 +29,9 @@ from lm_eval_steering.harness.arguments import (
 from lm_eval_steering.harness.batches import BatchSizes, refuse_stale, wants_twin
 from lm_eval_steering.harness.cache import DecoratingCacheHook, PartialAnswers, salt
 from lm_eval_steering.harness.generation.identifying import Identifying
-from lm_eval_steering.harness.identity import _tokenizer_digest, _without_names
-from lm_eval_steering.harness.report import refuse_nothing, signature_of
-from lm_eval_steering.metrics import pass_rates
+from lm_eval_steering.harness.report import signature_of
 from lm_eval_steering.metrics.likelihood import RollingScore, Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
-from lm_eval_steering.neurons.loading import versions
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.intervention import Intervention, from_arguments
 from lm_eval_steering.steering.plan import Plan, compile_plan
@@ -43,7 +39,8 @@ from lm_eval_steering.vllm import compat
 from lm_eval_steering.vllm.arguments import for_vllm, refuse_what_hooks_do, split, with_worker
 from lm_eval_steering.vllm.engine import SteeredEngine
 from lm_eval_steering.vllm.layers import refuse_unknown
-from lm_eval_steering.vllm.weights import checkpoint_weights, files_digest, refuse_other_weights
+from lm_eval_steering.vllm.report import identity_of, report_of
+from lm_eval_steering.vllm.weights import checkpoint_weights, refuse_other_weights
 
 RELEASE = compat.release()  # before lm-eval's module, which fails without vLLM in a less clear way
 
@@ -72,18 +69,18 @@ class SteeredVLLM(VLLM):
         refuse_unknown(model_type_of(config))
         refuse_what_hooks_do(plan)
         self.identifier = own.identifier()
-        self._adapter = rest.get("lora_local_path")
-        self._weights = checkpoint_weights(pretrained, rest)
+        self.adapter = rest.get("lora_local_path")
+        self.weights = checkpoint_weights(pretrained, rest)
         self._shape, self._model_type, self._pretrained = shape_of(config), model_type_of(config), pretrained
         if neuron_set is not None and not own.force:
             refuse_other_name(neuron_set, pretrained)
-            refuse_other_weights(neuron_set, self._weights, pretrained, self._adapter)
+            refuse_other_weights(neuron_set, self.weights, pretrained, self.adapter)
         super().__init__(pretrained, **with_worker(rest, WORKER))
         self.steering = SteeredEngine(self.model, self._shape)
         self.sizes = BatchSizes()  # knows when rows are scored twice
         self._partial = PartialAnswers(self)
         self._drawn: Counter[tuple[int, ...]] = Counter()
-        self._texts = self._scored = 0
+        self.scored = self.generated = 0
         self._write(neuron_set, plan, own.targets())
 
     # --- changing the intervention on a running engine ----------------------------------------------------------
@@ -117,7 +114,7 @@ class SteeredVLLM(VLLM):
             refuse_what_hooks_do(plan)
             neuron_set.check_model(self._shape.layers, self._shape.units, self._model_type, force)
             if not force:
-                refuse_other_weights(neuron_set, self._weights, self._pretrained, self._adapter)
+                refuse_other_weights(neuron_set, self.weights, self._pretrained, self.adapter)
         elif intervention.steps:
             raise SteeringError("an intervention needs a neuron set")
         self._write(neuron_set, plan, named or (plan.intervention.steered if plan else ()))
@@ -159,7 +156,7 @@ class SteeredVLLM(VLLM):
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[Score]:  # type: ignore[override, unused-ignore]
         self._partial.expect(requests)
         answers = super()._loglikelihood_tokens(list(requests), disable_tqdm)
-        self._scored += len(requests)
+        self.scored += len(requests)
         return [
             Score(answer, tokens=len(request[2]), targets=self.targets)
             for answer, request in zip(answers, requests, strict=True)
@@ -221,7 +218,7 @@ class SteeredVLLM(VLLM):
         self._drawn.clear()
         with Identifying(self) as identifying:
             texts = super().generate_until(requests, disable_tqdm=disable_tqdm)
-            self._texts += len(texts)
+            self.generated += len(texts)
             return [identifying.text(text) for text in self._finite(texts)]
 
     def identify(self, text: str) -> IdentifiedText:
@@ -233,7 +230,7 @@ class SteeredVLLM(VLLM):
         numbers = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
         if self.steering.overflowed() or any(isinstance(one, float) and math.isnan(one) for one in numbers):
             raise InterventionError(
-                f"activations overflowed {self._dtype} under {self.intervention.signature()}; use a smaller factor or "
+                f"activations overflowed {self.dtype} under {self.intervention.signature()}; use a smaller factor or "
                 "value, or dtype=bfloat16 or float32"
             )
         return list(answers)
@@ -256,33 +253,13 @@ class SteeredVLLM(VLLM):
         return self.steering.plan.intervention if self.steering.plan else Intervention()
 
     @property
-    def _dtype(self) -> str:
+    def dtype(self) -> str:
+        """Of the activations, as torch calls it."""
         return str(compat.model_config(self.model).dtype)
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What decides a score beside the intervention; parallel sizes and compilation are no part of it."""
-        config = compat.model_config(self.model)
-        return {
-            "engine": "vllm",
-            # Where the files cannot be read, what the workers hold: then it depends on how they share it.
-            "weights": self._weights.digest or self.model.collective_rpc("steering_weights"),
-            "config": _without_names(config.hf_config.to_dict()),
-            "generation_config": _without_names(compat.generation_config(self.model)),
-            "adapters": files_digest(self._adapter),
-            "tokenizer": _tokenizer_digest(self.tokenizer),
-            "dtype": self._dtype,
-            "quantization": config.quantization,
-            "cache_dtype": compat.cache_dtype(self.model),
-            "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
-            "prefix_token_id": self.prefix_token_id,
-            "truncation": self.truncation_side,
-            "think_end_token": self.think_end_token,
-            "enable_thinking": self.enable_thinking,
-            "seed": self.model_args["seed"],
-            "identifier": self.identifier.signature(),
-        }
+        return identity_of(self)
 
     def _fingerprint(self) -> str:
         """SHA-256 over everything that decides a score of this model under the intervention in force."""
@@ -306,33 +283,8 @@ class SteeredVLLM(VLLM):
         Raises:
             DidNotHappenError: if forward passes ran and nothing was edited in them.
         """
-        report: dict[str, Any] = {
-            "signature": self.signature,
-            "fingerprint": self.fingerprint,
-            "intervention": self.intervention.model_dump(mode="json"),
-            "lookahead": self.intervention.lookahead,
-            "target_languages": list(self.targets),
-            "language_identifier": self.identifier.signature(),
-            "pass_rates": pass_rates.signature(),
-            "scoring": {"setting": "vllm", "requests": {"vllm": self._scored}},
-            "generation": {"setting": "vllm", "prompts": {"vllm": self._texts}},
-            "engine": self.steering.report(),
-            "versions": versions(),
-        }
-        if self.steering.plan is not None and self.neuron_set is not None:
-            evidence: Any = self.steering.evidence()
-            refuse_nothing(evidence.forwards, evidence.positions, evidence, self.intervention.signature())
-            report["evidence"] = dataclasses.asdict(evidence) | {
-                "shared_neurons": self.steering.plan.shared,
-                "rank": f"{self.rank} of {self.world_size}",
-            }
-            report["neuron_set"] = {
-                "sha256": self.neuron_set.content_hash(),
-                "languages": list(self.neuron_set.languages),
-                **dataclasses.asdict(self.neuron_set.provenance),
-            }
-        return report
+        return report_of(self)
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's record of the model, with ours under `steering`."""
-        return {"model_dtype": self._dtype, "steering": self.steering_report()}
+        return {"model_dtype": self.dtype, "steering": self.steering_report()}

@@ -86,6 +86,7 @@ def running(kind: str, mode: Mode, pretrained: str, **arguments: Any) -> Iterato
     if mode.workers > 1:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(mode.workers))))
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a number that does not depend on the tests before: sums are split by it
     patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM's worker replaces it
     lm = (SteeredVLLM if kind == "steered" else VLLM)(pretrained, **mode.arguments | arguments)
     try:

