@@ -102,10 +102,24 @@ def running(kind: str, mode: Mode, pretrained: str, **arguments: Any) -> Iterato
 
 @pytest.fixture(scope="session", params=MODES)
 def steered(request: pytest.FixtureRequest, vllm: None) -> Iterator[Any]:
-    """The demo model in a steered engine; the intervention of the test before may be on."""
-    with running("steered", MODES[request.param], str(demo_model())) as lm:
-        lm.mode = MODES[request.param]
+    """The demo model in a steered engine; the intervention of the test before may be on.
+
+    With one worker a plain engine has answered before it: afterwards it would not be the same, since vLLM keeps which
+    kernels it chose for an eager engine for a compiled one that follows in the same process.
+    """
+    mode, plain = MODES[request.param], None
+    if mode.workers == 1:
+        with running("plain", mode, str(demo_model())) as lm:
+            plain = answers(lm)
+    with running("steered", mode, str(demo_model())) as lm:
+        lm.mode, lm.plain_answers = mode, plain
         yield lm
+
+
+def answers(lm: Any) -> tuple[list[tuple[float, bool]], list[str]]:
+    """Scores and greedy texts."""
+    scores = [tuple(score) for score in lm.loglikelihood(scoring(), disable_tqdm=True)]
+    return scores, [str(text) for text in lm.generate_until(generating(), disable_tqdm=True)]
 
 
 @cache

@@ -13,7 +13,7 @@ from lm_eval.api.model import CachingLM
 from lm_eval_steering.errors import InterventionError, NeuronSetError, SteeringError
 from lm_eval_steering.metrics.output_language import IdentifiedText, forced
 from lm_eval_steering.resources import demo_model
-from tests.vllm.conftest import MODES, demo_set, furthest, generating, hooks, right, rolling, running, scoring
+from tests.vllm.conftest import answers, demo_set, furthest, generating, hooks, right, rolling, scoring
 
 INTERVENTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -69,15 +69,15 @@ def test_answers_are_those_of_steered_hf(steered: Any, name: str, record_propert
 def test_factors_change_without_a_trace_and_nothing_is_compiled(steered: Any) -> None:
     assert steered.steering.report()["prefix_caching"]
     before = steered.steering.compilations()
-    answers = []
+    found = []
     for factor in (1, 3, 1):
         steered.intervene(demo_set(), language="fra_Latn", op="scale", factor=factor)
         # Twice, so that the second is read from the prefix cache.
         twice = [steered.generate_until(generating(max_gen_toks=40), disable_tqdm=True) for _ in range(2)]
         assert twice[0] == twice[1]
-        answers.append((steered.loglikelihood(scoring(), disable_tqdm=True), twice))
-    assert answers[0] == answers[2]
-    assert answers[0][0] != answers[1][0]
+        found.append((steered.loglikelihood(scoring(), disable_tqdm=True), twice))
+    assert found[0] == found[2]
+    assert found[0][0] != found[1][0]
     assert steered.steering.compilations() == before
     if not steered.mode.eager:
         assert sum(sum(one.values()) for one in before) > 0, "the counters saw that this engine was compiled"
@@ -210,29 +210,19 @@ def test_the_request_cache_knows_the_intervention(steered: Any, tmp_path: Path) 
     steered.set_cache_hook(type(steered.cache_hook).__mro__[1](None))
 
 
-IDENTITIES: dict[str, Any] = {}
-
-
-def identity(lm: Any) -> Any:
-    """Scores and texts of a model that nothing is done to."""
-    scores = [tuple(score) for score in lm.loglikelihood(scoring(), disable_tqdm=True)]
-    return scores, [str(text) for text in lm.generate_until(generating(), disable_tqdm=True)]
-
-
-def test_identities_are_kept_for_comparison(steered: Any) -> None:
-    steered.intervene(demo_set(), language="fra_Latn", op="scale", factor=1)
-    IDENTITIES[next(name for name, mode in MODES.items() if mode is steered.mode)] = identity(steered)
-
-
-@pytest.mark.parametrize("name", ["compiled", "eager"])
-def test_an_identity_is_plain_vllm(vllm: None, name: str) -> None:
-    """Bit-equal in eager mode, and compiled on CPU."""
-    if name not in IDENTITIES:  # this test alone was asked for
-        with running("steered", MODES[name], str(demo_model())) as lm:
-            lm.intervene(demo_set(), language="fra_Latn", op="scale", factor=1)
-            IDENTITIES[name] = identity(lm)
-    with running("plain", MODES[name], str(demo_model())) as lm:
-        assert identity(lm) == IDENTITIES[name]
+@pytest.mark.parametrize("factor", [None, 1])
+def test_an_identity_is_plain_vllm(steered: Any, factor: int | None) -> None:
+    """Bit-equal, eager and compiled; with two workers an identity is compared with the unsteered engine."""
+    if steered.plain_answers is None:
+        steered.intervene()
+        before = answers(steered)
+    else:
+        before = steered.plain_answers
+    if factor is not None:
+        steered.intervene(demo_set(), language="fra_Latn", op="scale", factor=factor)
+    else:
+        steered.intervene()
+    assert answers(steered) == before
 
 
 def test_a_set_of_other_weights_is_refused_before_the_engine_starts(vllm: None, tmp_path: Path) -> None:
