@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
 BENCHMARKS := scoring memory loop rolling generation growth overhead record export accelerator
 
 # Many processes are started here: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test bench check clean
+.PHONY: demo test test-vllm check-vllm bench check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -18,6 +19,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# The second environment: real vLLM on CPU, 3 GB. Without a test that is left out.
+test-vllm: $(VLLM_VENV)/installed
+	CI_VLLM=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+# Every family, and Gemma-3-270m from a folder: make check-vllm GEMMA_3_270M=FOLDER
+check-vllm: $(VLLM_VENV)/installed
+	CI_VLLM=1 CHECK_VLLM=1 GEMMA_3_270M="$(GEMMA_3_270M)" $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_families.py tests/vllm/test_tasks.py -s
+
 bench: $(VENV)/installed
 	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
@@ -27,10 +36,14 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo-results
+	rm -rf $(VENV) $(VLLM_VENV) demo-results
 
 # Not compiled ahead: most of the 18,000 files are never imported.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VLLM_VENV)/installed: pyproject.toml constraints.txt scripts/vllm_cpu_environment
+	PYTHON=$(PYTHON) scripts/vllm_cpu_environment $(VLLM_VENV)
 	touch $@

@@ -18,6 +18,7 @@ LAYERS = [
     {"neurons"},
     {"metrics", "steering"},
     {"lmeval", "export"},
+    {"vllm"},
     {"analysis"},
     {"sweep"},
     {"report"},

@@ -18,7 +18,10 @@ from lm_eval_steering.errors import DidNotHappenError, SteeringError
 from lm_eval_steering.lmeval.compat import add_task_folder, score_with_documents
 from lm_eval_steering.resources import tasks_folder
 
-MODELS = {"steered-hf": "lm_eval_steering.lmeval.model:SteeredHFLM"}
+MODELS = {
+    "steered-hf": "lm_eval_steering.lmeval.model:SteeredHFLM",
+    "steered-vllm": "lm_eval_steering.vllm.model:SteeredVLLM",
+}
 AGGREGATIONS = {
     "language_counts": "lm_eval_steering.metrics.output_language:language_counts",
     "lcpr": "lm_eval_steering.metrics.pass_rates:harmonic_mean",

@@ -1,0 +1,208 @@
+"""What steering costs inside vLLM, compiled: steered over plain engines, and `steered-vllm` over `steered-hf`.
+
+    python -m benchmarks.vllm                 # in an environment with vLLM: scripts/vllm_cpu_environment, or a GPU's
+    python -m benchmarks.vllm --layouts       # the steered module alone: buffers as wide as the layer, or gathered
+    python -m benchmarks.vllm --quick --json vllm.json
+
+On a CPU a random Llama of 8 layers in float32; on a GPU one of 8B shape in bfloat16, with CUDA graphs. Rounds are
+interleaved; ratios are medians over them. `again` is a second plain engine: its ratio shows the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.measure import interleaved, interval, options_of, ratio, report
+from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
+from lm_eval_steering.vllm.activation import SteeredActivation
+
+SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+VOCABULARY, STEERED = 8192, 32  # every 32nd unit is steered
+INTERVENTION: dict[str, Any] = {"language": "fra_Latn", "op": "scale", "factor": 1.5}
+
+
+def write_model(folder: Path, shape: dict[str, int]) -> NeuronSet:
+    """A random Llama with a word-level tokenizer, and a neuron set of it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=1024, num_key_value_heads=8, **shape)
+    gpu = torch.cuda.is_available()
+    with torch.device("cuda" if gpu else "cpu"):
+        model = LlamaForCausalLM(config)
+    (model.bfloat16() if gpu else model).save_pretrained(folder)
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{number}": number for number in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    layers, units = shape["num_hidden_layers"], shape["intermediate_size"]
+    rows = torch.cartesian_prod(torch.arange(layers), torch.arange(0, units, STEERED)).numpy()
+    return NeuronSet(("fra_Latn",), {"fra_Latn": rows}, Provenance("made up", "", "llama", layers, units), None)
+
+
+def text(number: int, length: int) -> str:
+    generator = torch.Generator().manual_seed(number)
+    return " ".join(f"w{int(each)}" for each in torch.randint(3, VOCABULARY, (length,), generator=generator))
+
+
+def generating(prompts: int, tokens: int) -> list[Instance]:
+    settings = {"until": [], "do_sample": False, "max_gen_toks": tokens, "min_new_tokens": tokens}
+    return [Instance("generate_until", {}, (text(number, 32), settings), number) for number in range(prompts)]
+
+
+def generating_plain(prompts: int, tokens: int) -> list[Instance]:
+    settings = {"until": [], "do_sample": False, "max_gen_toks": tokens, "min_tokens": tokens}
+    return [Instance("generate_until", {}, (text(number, 32), settings), number) for number in range(prompts)]
+
+
+def scoring(prompts: int) -> list[Instance]:
+    return [
+        Instance("loglikelihood", {}, (text(number, 96), " " + text(1000 + number, 32)), number)
+        for number in range(prompts)
+    ]
+
+
+def engines(options: argparse.Namespace) -> dict[str, Any]:
+    """Steered over plain engines, and over `steered-hf`."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    from lm_eval_steering.lmeval.model import SteeredHFLM
+    from lm_eval_steering.vllm.model import SteeredVLLM
+
+    gpu = torch.cuda.is_available()
+    prompts, tokens = (16, 16) if options.quick else (64, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        neurons = write_model(Path(folder), LARGE if gpu and not options.quick else SMALL)
+        share = {"gpu_memory_utilization": 0.28} if gpu else {}
+        arguments = {"max_model_len": 512, "dtype": "bfloat16" if gpu else "float32", "enable_prefix_caching": False}
+        # One process for each engine: idle, it waits and takes no time.
+        arguments |= {"distributed_executor_backend": "uni", **share}
+        lms = {"plain": VLLM(folder, **arguments), "again": VLLM(folder, **arguments)}
+        steered = lms["steered"] = SteeredVLLM(folder, **arguments)
+        steered.intervene(neurons, **INTERVENTION)
+        hooks = SteeredHFLM(folder, dtype=arguments["dtype"], batch_size=prompts, max_length=512)
+        hooks.intervene(neurons, **INTERVENTION)
+        results: dict[str, Any] = {"prompts": prompts, "tokens": tokens, "engine": steered.steering.report()}
+        works: dict[str, dict[str, Callable[[], Any]]] = {
+            "generation": {
+                name: lambda lm=lm, name=name: lm.generate_until(
+                    (generating_plain if name in ("plain", "again") else generating)(prompts, tokens), True
+                )
+                for name, lm in [*lms.items(), ("steered-hf", hooks)]
+            },
+            "scoring": {
+                name: lambda lm=lm: lm.loglikelihood(scoring(prompts), True)
+                for name, lm in [*lms.items(), ("steered-hf", hooks)]
+            },
+        }
+        for job, own in works.items():
+            seconds = interleaved(own, 1 if options.quick else options.rounds)
+            results[job] = {
+                "seconds": {name: statistics.median(each) for name, each in seconds.items()},
+                "steered over plain": ratio(seconds, "steered", "plain"),
+                "again over plain": ratio(seconds, "again", "plain"),
+                "steered-hf over steered-vllm": ratio(seconds, "steered-hf", "steered"),
+            }
+            if not options.quick:
+                results[job]["95 % of steered over plain"] = interval(seconds, "steered", "plain")
+        evidence = steered.steering.evidence()
+        results["evidence"] = {"positions": evidence.positions, "asked": evidence.asked}
+    return results
+
+
+class Plain(nn.Module):
+    """silu(gate) * up."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(token, 2 * unit) -> (token, unit)."""
+        half = inputs.shape[-1] // 2
+        return functional.silu(inputs[..., :half]) * inputs[..., half:]
+
+
+class Gathered(nn.Module):
+    """The same edit at `activation` on gathered units, with the same counters: a capacity instead of a width."""
+
+    def __init__(self, width: int, capacity: int, real: torch.Tensor) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("index", torch.arange(0, width, width // capacity, device=real.device)[:capacity])
+        self.register_buffer("scale", torch.full((capacity,), 1.5, device=real.device))
+        self.register_buffer("shift", torch.zeros(capacity, device=real.device))
+        self.register_buffer("largest", torch.zeros(1, device=real.device))
+        self.register_buffer("tokens", torch.zeros(1, dtype=torch.int64, device=real.device))
+        self.register_buffer("real", real)
+        self.original = Plain()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(token, 2 * unit) -> (token, unit)."""
+        output = self.original(inputs)
+        gate = functional.silu(inputs[..., : self.width].index_select(-1, self.index))
+        wide = gate.to(torch.float32)
+        edited = (wide * self.scale + self.shift).to(gate.dtype)
+        rows = torch.arange(inputs.shape[-2], device=inputs.device).unsqueeze(-1) < self.real
+        change = torch.where(rows, (edited.to(torch.float32) - wide).abs(), 0.0)
+        self.largest.copy_(torch.maximum(self.largest, change.amax()))
+        self.tokens.add_(self.real)
+        up = inputs[..., self.width :].index_select(-1, self.index)
+        return output.index_copy(-1, self.index, edited * up)
+
+
+def layouts(options: argparse.Namespace) -> dict[str, Any]:
+    """The module alone, compiled, and with the linear layer after it, whose cost it is to be compared with."""
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    shape = LARGE if gpu else SMALL
+    width, results = shape["intermediate_size"], {}
+    for tokens in (16, 64, 512):
+        real = torch.full((1,), tokens, dtype=torch.int64, device=device)
+        full = SteeredActivation(Plain(), width, functional.silu, real)
+        units = torch.arange(0, width, STEERED)
+        count = len(units)
+        full.write(0, units, torch.full((count,), 1.5), torch.zeros(count), torch.zeros(count, dtype=torch.bool))
+        inputs = torch.randn(tokens, 2 * width, device=device, dtype=dtype)
+        down = nn.Linear(width, shape["hidden_size"], bias=False, device=device, dtype=dtype)
+        modules = {"plain": Plain(), "full width": full, "gathered": Gathered(width, count, real)}
+        compiled = {name: torch.compile(nn.Sequential(module, down)) for name, module in modules.items()}
+
+        def many(module: nn.Module, inputs: torch.Tensor = inputs) -> None:
+            with torch.inference_mode():
+                for _ in range(50):
+                    module(inputs)
+
+        seconds = interleaved(
+            {name: lambda module=module, many=many: many(module) for name, module in compiled.items()},
+            3 if options.quick else options.rounds,
+        )
+        results[f"{tokens} tokens"] = {
+            "microseconds a layer": {name: statistics.median(each) / 50 * 1e6 for name, each in seconds.items()},
+            "full width over plain": ratio(seconds, "full width", "plain"),
+            "gathered over plain": ratio(seconds, "gathered", "plain"),
+        }
+    return {"width": width, "steered": width // STEERED, "with the linear layer after it": results}
+
+
+def main() -> int:
+    parser = options_of(__doc__)
+    parser.add_argument("--layouts", action="store_true", help="the steered module alone")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    report(layouts(options) if options.layouts else engines(options), options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The model arguments of `steered-vllm`: ours told apart from those of `vllm`, and refused where vLLM cannot follow."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Set
+from dataclasses import fields
+from typing import Any
+
+from lm_eval_steering.errors import InterventionError, SteeringError, did_you_mean
+from lm_eval_steering.lmeval.arguments import SteeringArguments
+from lm_eval_steering.steering.compiled import CompiledIntervention
+from lm_eval_steering.steering.intervention import NORMAL, is_live
+from lm_eval_steering.steering.positions import ALL
+from lm_eval_steering.vllm.activation import LAYOUT
+
+HF = "use --model steered-hf"
+_ONE_ENGINE = (
+    "lm-eval makes new engines for every batch of requests then, which nothing could steer or count; run one engine a "
+    "shard instead (tensor_parallel_size=, pipeline_parallel_size=, or a process for each group of tasks)"
+)
+# Argument -> (what is fine, why the rest is not).
+_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "data_parallel_size": (lambda value: int(value) == 1, _ONE_ENGINE),
+    "worker_cls": (lambda value: value == "auto", "steered-vllm brings the worker; leave it out"),
+    "kv_transfer_config": (lambda value: not value, "a cache outside the engine would mix interventions; leave it out"),
+    "kv_offloading_size": (lambda value: not value, "an offloaded cache would outlive interventions; leave it out"),
+    "enable_dbo": (lambda value: not value, "batches in two halves cannot be counted; leave it out"),
+    "ubatch_size": (lambda value: not value, "batches in parts cannot be counted; leave it out"),
+    "prefill_context_parallel_size": (lambda value: int(value) == 1, "tokens split over workers cannot be counted"),
+    "scoring": (lambda value: value == "auto", f"vLLM has one way of scoring; leave it out, or {HF}"),
+    "generation": (lambda value: value == "auto", f"vLLM has one way of generating; leave it out, or {HF}"),
+    "sites": (lambda value: value is None, f"steered-vllm steers the families of its table only; {HF}"),
+}
+
+
+def split(given: Mapping[str, Any], parent: type, engine: Set[str]) -> tuple[SteeringArguments, dict[str, Any]]:
+    """Ours, and what belongs to lm-eval's `vllm` or to the engine.
+
+    Args:
+        given: as the user wrote them, without `pretrained`.
+        parent: lm-eval's class.
+        engine: names of the engine's arguments.
+
+    Raises:
+        SteeringError: for an argument that none of them knows, with the nearest one; or that cannot be steered.
+    """
+    own = {field.name for field in fields(SteeringArguments)}
+    known = set(inspect.signature(parent).parameters) - {"kwargs"} | engine | {"device", "swap_space"}
+    for key, value in given.items():
+        if key not in own | known:
+            raise InterventionError(f"unknown model argument {key!r}{did_you_mean(key, sorted(own | known))}")
+        fine, why = _REFUSED.get(key, (lambda _: True, ""))
+        if value is not None and not fine(value):
+            raise SteeringError(f"{key}={value!r}: {why}")
+    rest = {key: value for key, value in given.items() if key not in own and key not in _REFUSED}
+    return SteeringArguments(**{key: value for key, value in given.items() if key in own}), rest
+
+
+def with_worker(rest: Mapping[str, Any], worker: str) -> dict[str, Any]:
+    """Arguments of the engine that make it a steered one, known to its cache of compiled graphs.
+
+    Raises:
+        SteeringError: if the user's `additional_config` is no mapping.
+    """
+    more = rest.get("additional_config") or {}
+    if not isinstance(more, Mapping):
+        raise SteeringError(f"additional_config={more!r}: expected a mapping, which steered-vllm adds its layout to")
+    return {**rest, "worker_cls": worker, "additional_config": {**more, "lm_eval_steering_layout": LAYOUT}}
+
+
+def refuse_what_hooks_do(plan: CompiledIntervention | None) -> None:
+    """Refuse what is no map of one token's unit by itself, which is all that a compiled graph with buffers can do.
+
+    Raises:
+        InterventionError: naming the argument.
+    """
+    for step in plan.intervention.steps if plan else ():
+        if step.positions != ALL:
+            raise InterventionError(
+                f"positions={step.positions}: vLLM's batches mix prompts and generated tokens, whose places the "
+                f"steered module does not know; {HF}"
+            )
+        if is_live(step.value):
+            raise InterventionError(f"value={step.value}: a live statistic is taken by Python code at each pass; {HF}")
+        if step.value == NORMAL:
+            raise InterventionError(f"value={step.value}: random values depend on tokens and their places; {HF}")
+
+
+# Generation arguments of transformers that vLLM calls otherwise.
+_TRANSLATED = {"min_new_tokens": "min_tokens"}
+# Those that change nothing at these values, or that only say how transformers is to work.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,), "no_repeat_ngram_size": (0,), "length_penalty": (1.0,), "early_stopping": (False,),
+    "num_beam_groups": (1,), "typical_p": (1.0,), "renormalize_logits": (False,), "num_return_sequences": (1,),
+    "diversity_penalty": (0.0,), "encoder_repetition_penalty": (1.0,), "min_length": (0,),
+}  # fmt: skip
+_IDLE = {"use_cache", "pad_token_id", "cache_implementation", "attention_mask"}
+_LM_EVAL = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "do_sample"}
+
+
+def for_vllm(arguments: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
+    """Generation arguments as vLLM knows them, from those that tasks write for transformers.
+
+    Args:
+        arguments: `generation_kwargs` of a task.
+        known: names of the arguments of `vllm.SamplingParams`.
+
+    Raises:
+        SteeringError: naming one that vLLM has no counterpart of.
+    """
+    found: dict[str, Any] = {}
+    for key, value in arguments.items():
+        name = _TRANSLATED.get(key, key)
+        if name in known or name in _LM_EVAL:
+            found[name] = value
+        elif key not in _IDLE and value is not None and value not in _NEUTRAL.get(key, ()):
+            raise SteeringError(f"generation argument {key}={value!r}: vLLM has no such thing; {HF}")
+    return found

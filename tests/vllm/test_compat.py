@@ -1,0 +1,77 @@
+"""The contract with vLLM's private names: each is where `compat` looks for it and means what it is taken for."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from lm_eval_steering.vllm import compat
+from lm_eval_steering.vllm.activation import SteeredActivation
+
+pytestmark = pytest.mark.usefixtures("vllm")
+
+
+def test_the_release_is_in_the_tested_range() -> None:
+    assert compat.tested(compat.release())
+
+
+def test_engine_and_sampling_arguments() -> None:
+    engine, sampling = compat.engine_arguments(), compat.sampling_arguments()
+    assert {"worker_cls", "additional_config", "kv_transfer_config", "enable_dbo", "tensor_parallel_size"} <= engine
+    assert {"min_tokens", "seed", "repetition_penalty", "top_k", "temperature"} <= sampling
+    assert "min_new_tokens" not in sampling
+
+
+def test_the_platforms_worker_loads_and_executes() -> None:
+    worker = compat.platform_worker()
+    assert "scheduler_output" in inspect.signature(worker.execute_model).parameters
+    assert callable(worker.load_model) and callable(worker.get_model)
+
+
+def test_tokens_scheduled() -> None:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    assert "total_num_scheduled_tokens" in {field.name for field in dataclasses.fields(SchedulerOutput)}
+
+
+def test_additional_config_is_in_the_key_of_compiled_graphs() -> None:
+    from vllm.config import VllmConfig
+
+    keys = {VllmConfig(additional_config=config).compute_hash() for config in ({}, {"lm_eval_steering_layout": 1})}
+    assert len(keys) == 2
+
+
+def test_gated_functions_are_those_of_vllms_modules() -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul, get_act_fn
+
+    inputs = torch.randn(3, 16)
+    with set_current_vllm_config(VllmConfig()):
+        for module in (SiluAndMul(), GeluAndMul(), GeluAndMul(approximate="tanh")):
+            function = compat.gated_function(module)
+            assert function is not None and compat.is_fused(module)
+            torch.testing.assert_close(function(inputs[:, :8]) * inputs[:, 8:], module(inputs))
+        for name in ("gelu", "gelu_new", "relu", "silu", "gelu_pytorch_tanh"):
+            assert compat.gated_function(get_act_fn(name)) is None
+            assert not compat.is_fused(get_act_fn(name))
+
+
+def test_vllms_own_fusion_with_quantisation_leaves_a_steered_module_alone() -> None:
+    from vllm.model_executor.layers.fusion.fused_act_quant import _FUSED_ACT_QUANT
+
+    assert all(kind is not SteeredActivation for kind, _ in _FUSED_ACT_QUANT)
+
+
+def test_layers_elsewhere_in_the_pipeline() -> None:
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    assert compat.is_elsewhere(PPMissingLayer()) and not compat.is_elsewhere(nn.Identity())
+
+
+def test_counters_of_compiling_are_numbers() -> None:
+    found = compat.compilations()
+    assert {"num_models_seen", "num_backend_compilations", "num_cudagraph_captured"} <= found.keys()
