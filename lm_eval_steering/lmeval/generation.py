@@ -320,7 +320,8 @@ class Generator:
         with torch.autocast(device_type=context.device.type, dtype=mixed, enabled=mixed is not None):
             return context.model.generate(
                 input_ids=prompts, max_length=max_length, stopping_criteria=StoppingCriteriaList([criterion]),
-                pad_token_id=context.tokenizer.pad_token_id, use_cache=True, **_cache(method, context.device.type), **arguments,
+                pad_token_id=context.tokenizer.pad_token_id, use_cache=True, **_cache(method, context.device.type),
+                **arguments,
             )  # fmt: skip
 
     def _method(self, context: GenerationContext, stop: list[str], arguments: dict[str, Any]) -> tuple[str, str]:
