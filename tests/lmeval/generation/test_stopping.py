@@ -144,9 +144,7 @@ def test_tokenizers_of_which_the_text_may_change_are_left_to_lm_eval(decoder: An
     assert against_early_ends(lm._generation_context(), ["\n"], {"do_sample": False})
     lm.tokenizer = FUSED
     assert not against_early_ends(lm._generation_context(), ["\n"], {"do_sample": False})
-    assert against_early_ends(
-        lm._generation_context(), ["/s"], {"do_sample": False}
-    )  # lm-eval would find it in the end token
+    assert against_early_ends(lm._generation_context(), ["/s"], {"do_sample": False})  # found in the end token
     assert against_early_ends(lm._generation_context(), [">\n"], {"do_sample": False})  # or at its end
     assert against_early_ends(
         lm._generation_context(), ["", "\n"], {"do_sample": False}
@@ -158,6 +156,4 @@ def test_tokenizers_of_which_the_text_may_change_are_left_to_lm_eval(decoder: An
     lm.model.config.rope_parameters = {"rope_type": "default"}
     assert not against_early_ends(lm._generation_context(), ["\n"], {"do_sample": False})
     lm.model.generation_config.eos_token_id = [0]
-    assert against_early_ends(
-        lm._generation_context(), ["\n"], {"do_sample": False}
-    )  # the end token would not end a row
+    assert against_early_ends(lm._generation_context(), ["\n"], {"do_sample": False})  # no end of a row
