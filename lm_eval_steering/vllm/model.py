@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lm_eval_steering.architectures import model_type_of, shape_of
 from lm_eval_steering.errors import InterventionError, SteeringError
@@ -25,10 +24,11 @@ from lm_eval_steering.lmeval.arguments import (
     read_config,
     refuse_other_name,
 )
-from lm_eval_steering.lmeval.cache import DecoratingCacheHook, PartialAnswers, salt
+from lm_eval_steering.lmeval.cache import CompletingCacheHook, salt
 from lm_eval_steering.lmeval.generation import Identifying
-from lm_eval_steering.lmeval.identity import signature_of
-from lm_eval_steering.lmeval.requests import BatchSizes, needs_unsteered_score, refuse_stale
+from lm_eval_steering.lmeval.identity import Steered
+from lm_eval_steering.lmeval.long_texts import in_windows, joined, of_whole_text, whole_text
+from lm_eval_steering.lmeval.requests import needs_unsteered_score, refuse_stale, windows_of
 from lm_eval_steering.metrics.likelihood import RollingScore, Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
 from lm_eval_steering.neurons.neuron_set import NeuronSet
@@ -77,8 +77,8 @@ class SteeredVLLM(VLLM):
             refuse_other_weights(neuron_set, self.weights, pretrained, self.adapter)
         super().__init__(pretrained, **with_worker(rest, WORKER))
         self.steering = SteeredEngine(self.model, self._shape)
-        self.sizes = BatchSizes()  # knows when rows are scored twice
-        self._partial = PartialAnswers(self)
+        self._scoring_twice = False  # while rows are scored with and without the intervention
+        self._continuation_lengths: dict[tuple[str, str], int] = {}  # of the requests in hand, in tokens
         self._drawn: Counter[tuple[int, ...]] = Counter()
         self.scored = self.generated = 0
         self._write(neuron_set, plan, own.targets())
@@ -153,8 +153,15 @@ class SteeredVLLM(VLLM):
 
     # --- answers ------------------------------------------------------------------------------------------------
 
-    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[Score]:  # type: ignore[override, unused-ignore]
-        self._partial.expect(requests)
+    def _loglikelihood_tokens(  # type: ignore[override, unused-ignore]  # as `VLLM`, which narrows `TemplateLM`
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[Any]:
+        # vLLM reads the last token too and makes one more.
+        windows = [in_windows(request, self.max_length - 2) for request in requests]
+        if any(len(parts) > 1 for parts in windows):
+            single = [window for parts in windows for window in parts]
+            return joined(self._loglikelihood_tokens(single, disable_tqdm), windows)
+        self._continuation_lengths = {request[0]: len(request[2]) for request in requests if request[0]}
         answers = super()._loglikelihood_tokens(list(requests), disable_tqdm)
         self.scored += len(requests)
         return [
@@ -162,52 +169,49 @@ class SteeredVLLM(VLLM):
             for answer, request in zip(answers, requests, strict=True)
         ]
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
-        """Score requests; those whose document asks for it a second time, in the same order, without steering."""
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        """A `Score` of each request; where its document asks for it, with the one of the same row without steering."""
         refuse_stale(requests, self.targets)
-        twins = [number for number, request in enumerate(requests) if needs_unsteered_score(request)]
-        others = sorted(set(range(len(requests))) - set(twins))
+        requests = [whole_text(request) for request in requests]
+        twice = [index for index, request in enumerate(requests) if needs_unsteered_score(request)]
+        once = sorted(set(range(len(requests))) - set(twice))
         scores: dict[int, Any] = {}
-        if others:
-            plain = super().loglikelihood([requests[i] for i in others], disable_tqdm=disable_tqdm)
-            scores |= dict(zip(others, plain, strict=True))
-        if twins:
-            both = self._score_twice([requests[i] for i in twins], disable_tqdm)
-            scores |= dict(zip(twins, both, strict=True))
-        return self._finite([scores[number] for number in range(len(requests))])
+        if once:
+            steered = super().loglikelihood([requests[i] for i in once], disable_tqdm=disable_tqdm)
+            scores |= dict(zip(once, steered, strict=True))
+        if twice:
+            both = self._score_twice([requests[i] for i in twice], disable_tqdm)
+            scores |= dict(zip(twice, both, strict=True))
+        return self._finite([of_whole_text(request, scores[index]) for index, request in enumerate(requests)])
 
     def _score_twice(self, requests: list[Instance], disable_tqdm: bool) -> list[Score]:
-        with self.sizes.scoring_twice():
-            steered = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self._scoring_twice = True
+        try:
+            steered: list[Any] = list(super().loglikelihood(requests, disable_tqdm=disable_tqdm))
             unsteered = steered
             if self.steering.plan is not None:
                 with self.steering.suspended():
-                    unsteered = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+                    unsteered = list(super().loglikelihood(requests, disable_tqdm=disable_tqdm))
+        finally:
+            self._scoring_twice = False
         return [
-            Score(score, score.tokens, unsteered=float(twin[0]), targets=self.targets)
-            for score, twin in zip(steered, unsteered, strict=True)
+            Score(score, score.tokens, unsteered=float(without[0]), targets=self.targets)
+            for score, without in zip(steered, unsteered, strict=True)
         ]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts after one prefix token, the windows of all texts as one list of requests."""
         texts = [request.args[0] for request in requests]
-        windows = [self._windows(text) for text in texts]
-        answers = iter(self._loglikelihood_tokens([window for own in windows for window in own], disable_tqdm))
+        # vLLM reads the last token too and makes one more.
+        windows = [windows_of(self.tok_encode(text), self.prefix_token_id, self.max_length - 2) for text in texts]
+        answers = iter(self._loglikelihood_tokens([each for of_text in windows for each in of_text], disable_tqdm))
         totals = []
-        for text, own in zip(texts, windows, strict=True):
-            totals.append(sum(next(answers)[0] for _ in own))
+        for text, of_text in zip(texts, windows, strict=True):
+            totals.append(sum(next(answers)[0] for _ in of_text))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
-        return [self.rolling_score(text, total) for text, total in zip(texts, self._finite(totals), strict=True)]
+        return [self._rolling_score(text, total) for text, total in zip(texts, self._finite(totals), strict=True)]
 
-    def _windows(self, text: str) -> list[tuple[None, list[int], list[int]]]:
-        """lm-eval's windows of a text: each token is predicted once; vLLM reads the last one and makes one more."""
-        windows = get_rolling_token_windows(
-            token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length - 2,
-            context_len=1,
-        )  # fmt: skip
-        return [(None, *make_disjoint_window(window)) for window in windows]
-
-    def rolling_score(self, text: str, score: float) -> RollingScore:
+    def _rolling_score(self, text: str, score: float) -> RollingScore:
         """A whole text's score with its number of tokens, each of which was predicted once."""
         return RollingScore(score, len(self.tok_encode(text)))
 
@@ -216,8 +220,13 @@ class SteeredVLLM(VLLM):
         refuse_stale(requests, self.targets)
         self.identifier.refuse_unknown(self.targets)
         self._drawn.clear()
-        with Identifying(self) as identifying:
-            texts = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        hook: CacheHook = self.cache_hook
+        with Identifying(self.identify, hook) as identifying:
+            self.cache_hook = identifying
+            try:
+                texts = super().generate_until(requests, disable_tqdm=disable_tqdm)
+            finally:
+                self.cache_hook = hook
             self.generated += len(texts)
             return [identifying.text(text) for text in self._finite(texts)]
 
@@ -243,7 +252,19 @@ class SteeredVLLM(VLLM):
             super().set_cache_hook(cache_hook)
             return
         salt(cache_hook.dbdict, lambda: self.fingerprint)
-        super().set_cache_hook(DecoratingCacheHook(cache_hook.dbdict, self._partial))
+        super().set_cache_hook(CompletingCacheHook(cache_hook.dbdict, self._completed))
+
+    def _completed(self, kind: str, request: Iterable[Any], answer: Any) -> Any:
+        """A partial answer as it is returned at the end; None where it cannot stand alone yet, or must not."""
+        if (kind == "loglikelihood" and self._scoring_twice) or self.steering.overflowed():
+            return None
+        if kind == "loglikelihood":
+            context, continuation = request
+            return Score(answer, tokens=self._continuation_lengths[context, continuation], targets=self.targets)
+        if kind == "loglikelihood_rolling":
+            (text,) = request
+            return self._rolling_score(text, answer)
+        return answer
 
     # --- evidence -----------------------------------------------------------------------------------------------
 
@@ -273,9 +294,13 @@ class SteeredVLLM(VLLM):
         )
 
     @property
+    def _steered(self) -> Steered:
+        return Steered(self.intervention, self.neuron_set, self.fingerprint, self.identifier.signature(), self.targets)
+
+    @property
     def signature(self) -> str:
         """Readable form of the fingerprint, meant to be pasted in a paper."""
-        return signature_of(self)
+        return self._steered.signature
 
     def steering_report(self) -> dict[str, Any]:
         """What was done, to what, and the proof that it happened, as plain data.
@@ -283,7 +308,7 @@ class SteeredVLLM(VLLM):
         Raises:
             DidNotHappenError: if forward passes ran and nothing was edited in them.
         """
-        return report_of(self)
+        return report_of(self, self._steered)
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's record of the model, with ours under `steering`."""
