@@ -2,7 +2,9 @@
 
 The layout of neuron sets that Tang et al. 2024, Gurgurov et al. 2025, CLaS-Bench 2026 and Rahmanisa et al. 2025 share
 is `torch.save` of `list[language][layer]` of tensors of unit indices. It names neither languages nor model, so both
-must be given. Recordings are `{"n": tokens, "over_zero": (layer, unit)}`, one file a language, or a list of these.
+must be given. Two dictionaries hold the same with labels: `{language: list[layer]}` of indices, and, for sets of one
+layer list each, `{language: {layer: indices}}` (kinit-sk). Recordings are `{"n": tokens, "over_zero": (layer, unit)}`,
+with the number of tokens under `n`, `num` or `total_tokens` (NJUNLP), one file per language, or a list of these.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lm_eval_steering.errors import NeuronSetError
+from lm_eval_steering.errors import NeuronSetError, UnknownLanguageError
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet, Provenance
 from lm_eval_steering.neurons.recording import RecordingFolder
@@ -38,6 +40,8 @@ def import_lists(
     """
     lists = _load(path)
     codes = tuple(normalise(code) for code in languages)
+    if isinstance(lists, dict):
+        lists = _from_dictionary(path, lists, codes, provenance.layers)
     if not isinstance(lists, list) or not all(isinstance(layers, list) for layers in lists):
         raise NeuronSetError(f"{path}: expected list[language][layer] of tensors, got {type(lists).__name__}")
     if len(lists) != len(codes):
@@ -48,6 +52,42 @@ def import_lists(
         if len(layers) != provenance.layers:
             raise NeuronSetError(f"{path}: {len(layers)} layers for {code}, the model has {provenance.layers}")
     return NeuronSet(codes, dict(zip(codes, map(_rows, lists), strict=True)), provenance)
+
+
+def _from_dictionary(path: str | Path, content: Mapping[Any, Any], codes: Sequence[str], layers: int) -> list[Any]:
+    """Lists by layer in the order of the codes, from a dictionary whose keys are languages."""
+    if _holds_sae_features(content):
+        raise NeuronSetError(
+            f"{path}: features of sparse autoencoders (SAE-LAPE): directions of hidden states and not MLP "
+            "units; only the neurons of the same method can be imported"
+        )
+    try:
+        by_code = {normalise(str(language)): value for language, value in content.items()}
+    except UnknownLanguageError as error:
+        raise NeuronSetError(f"{path}: a dictionary with other keys than languages ({error})") from None
+    if set(by_code) != set(codes) or len(by_code) != len(content):
+        raise NeuronSetError(f"{path}: languages {', '.join(by_code)}; the languages given are {', '.join(codes)}")
+    return [_layer_lists(by_code[code], layers) for code in codes]
+
+
+def _layer_lists(value: Any, layers: int) -> Any:
+    """list[layer] of indices, from that or from a dictionary layer -> indices, whose absent layers have none."""
+    if not isinstance(value, dict):
+        return value
+    numbers = {int(str(key).rpartition(".")[2]): indices for key, indices in value.items() if _is_layer(key)}
+    if len(numbers) != len(value) or not set(numbers) <= set(range(layers)):
+        raise NeuronSetError(f"layers {', '.join(map(str, value))}: expected numbers from 0 to {layers - 1}")
+    return [numbers.get(layer, []) for layer in range(layers)]
+
+
+def _is_layer(key: Any) -> bool:
+    return str(key).rpartition(".")[2].isdecimal()
+
+
+def _holds_sae_features(content: Any) -> bool:
+    """Whether a dictionary is one of SAE-LAPE: its lists of indices are of features of named autoencoders."""
+    keys = {str(key) for key in content} if isinstance(content, dict) else set()
+    return bool(keys & {"sae", "sae_id", "sae_name", "features_info", "sorted_lang", "hookpoint"})
 
 
 def export_lists(neuron_set: NeuronSet, path: str | Path) -> None:
@@ -107,9 +147,10 @@ def _counts(record: Mapping[str, Any], code: str, shape: tuple[int, int]) -> tup
     """(tokens, (layer, unit) counts) of one language, checked."""
     if "lang" in record and normalise(str(record["lang"])) != code:
         raise NeuronSetError(f"the recording is of {record['lang']}, the language given at its position is {code}")
-    if "n" not in record and "num" not in record:
+    name = next((name for name in ("n", "num", "total_tokens") if name in record), None)
+    if name is None:
         raise NeuronSetError(f"{code}: no number of tokens with over_zero, got {', '.join(map(str, record))}")
-    tokens = int(record["n"] if "n" in record else record["num"])
+    tokens = int(record[name])
     active = _whole(record["over_zero"], f"{code}: counts")
     if active.shape != shape:
         raise NeuronSetError(
