@@ -2,8 +2,9 @@
 
 The layout of neuron sets that Tang et al. 2024, Gurgurov et al. 2025, CLaS-Bench 2026 and Rahmanisa et al. 2025 share
 is `torch.save` of `list[language][layer]` of tensors of unit indices. It names neither languages nor model, so both
-must be given. Two dictionaries hold the same with labels: `{language: list[layer]}` of indices, and, for sets of one
-layer list each, `{language: {layer: indices}}` (kinit-sk). Recordings are `{"n": tokens, "over_zero": (layer, unit)}`,
+must be given. Two dictionaries name the languages: that of kinit-sk's language-neuron-detection, whose
+`selected_indices_by_language` of the MLP is read, and that of SAE-LAPE's neurons (not of its features).
+Recordings are `{"n": tokens, "over_zero": (layer, unit)}`,
 with the number of tokens under `n`, `num` or `total_tokens` (NJUNLP), one file per language, or a list of these.
 """
 
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_steering.errors import NeuronSetError, UnknownLanguageError
-from lm_eval_steering.languages import normalise
+from lm_eval_steering.languages import from_english_name, normalise
 from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet, Provenance
 from lm_eval_steering.neurons.recording import RecordingFolder
 
@@ -41,7 +42,7 @@ def import_lists(
     lists = _load(path)
     codes = tuple(normalise(code) for code in languages)
     if isinstance(lists, dict):
-        lists = _from_dictionary(path, lists, codes, provenance.layers)
+        lists = _from_dictionary(path, lists, codes)
     if not isinstance(lists, list) or not all(isinstance(layers, list) for layers in lists):
         raise NeuronSetError(f"{path}: expected list[language][layer] of tensors, got {type(lists).__name__}")
     if len(lists) != len(codes):
@@ -54,40 +55,45 @@ def import_lists(
     return NeuronSet(codes, dict(zip(codes, map(_rows, lists), strict=True)), provenance)
 
 
-def _from_dictionary(path: str | Path, content: Mapping[Any, Any], codes: Sequence[str], layers: int) -> list[Any]:
-    """Lists by layer in the order of the codes, from a dictionary whose keys are languages."""
-    if _holds_sae_features(content):
+def _from_dictionary(path: str | Path, content: Mapping[Any, Any], codes: Sequence[str]) -> list[Any]:
+    """list[language][layer] in the order of the codes, from the two dictionaries that are known."""
+    if "sae_features" in content:
         raise NeuronSetError(
-            f"{path}: features of sparse autoencoders (SAE-LAPE): directions of hidden states and not MLP "
-            "units; only the neurons of the same method can be imported"
+            f"{path}: features of sparse autoencoders (SAE-LAPE), which are directions of the hidden states and no MLP "
+            "units; of SAE-LAPE's files those with neurons can be imported"
         )
+    if "final_indice" in content and "features_info" in content:
+        by_name: Mapping[str, Any] = dict(zip(content["features_info"], content["final_indice"], strict=True))
+    elif "results" in content:
+        by_name = _of_mlp(path, content["results"])
+    else:
+        raise NeuronSetError(
+            f"{path}: expected list[language][layer], or a dictionary of kinit-sk or SAE-LAPE, got one with the keys "
+            f"{', '.join(map(str, content))}"
+        )
+    by_code = {_code_of(str(name)): layers for name, layers in by_name.items()}
+    if set(by_code) != set(codes):
+        raise NeuronSetError(
+            f"{path}: its languages are {', '.join(by_code)}; the languages given are {', '.join(codes)}"
+        )
+    return [list(by_code[code]) for code in codes]
+
+
+def _of_mlp(path: str | Path, results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """language -> list[layer] of kinit-sk's MLP neurons; those of attention are no MLP units and stay behind."""
+    names = [name for name in results if str(name).startswith("mlp_")]
+    if len(names) != 1:
+        raise NeuronSetError(f"{path}: expected one result of the MLP, got {', '.join(map(str, results)) or 'none'}")
+    selected: Mapping[str, Any] = results[names[0]]["selected_indices_by_language"]
+    return selected
+
+
+def _code_of(name: str) -> str:
+    """Code of a language that a file names by a code or in English."""
     try:
-        by_code = {normalise(str(language)): value for language, value in content.items()}
-    except UnknownLanguageError as error:
-        raise NeuronSetError(f"{path}: a dictionary with other keys than languages ({error})") from None
-    if set(by_code) != set(codes) or len(by_code) != len(content):
-        raise NeuronSetError(f"{path}: languages {', '.join(by_code)}; the languages given are {', '.join(codes)}")
-    return [_layer_lists(by_code[code], layers) for code in codes]
-
-
-def _layer_lists(value: Any, layers: int) -> Any:
-    """list[layer] of indices, from that or from a dictionary layer -> indices, whose absent layers have none."""
-    if not isinstance(value, dict):
-        return value
-    numbers = {int(str(key).rpartition(".")[2]): indices for key, indices in value.items() if _is_layer(key)}
-    if len(numbers) != len(value) or not set(numbers) <= set(range(layers)):
-        raise NeuronSetError(f"layers {', '.join(map(str, value))}: expected numbers from 0 to {layers - 1}")
-    return [numbers.get(layer, []) for layer in range(layers)]
-
-
-def _is_layer(key: Any) -> bool:
-    return str(key).rpartition(".")[2].isdecimal()
-
-
-def _holds_sae_features(content: Any) -> bool:
-    """Whether a dictionary is one of SAE-LAPE: its lists of indices are of features of named autoencoders."""
-    keys = {str(key) for key in content} if isinstance(content, dict) else set()
-    return bool(keys & {"sae", "sae_id", "sae_name", "features_info", "sorted_lang", "hookpoint"})
+        return normalise(name)
+    except UnknownLanguageError:
+        return from_english_name(name)
 
 
 def export_lists(neuron_set: NeuronSet, path: str | Path) -> None:
