@@ -248,6 +248,7 @@ ProgressCallback = Callable[[int], None]  # called with the number of tokens tha
 _BLOCK = {"cpu": 1 << 19}
 _LARGE_BLOCK = 1 << 26
 _LONG_WARM_UP = 2.0  # seconds
+_TOKENS_ON_CPU = 2048  # per forward pass
 
 
 class _Counter:
@@ -371,9 +372,12 @@ def in_order(parts: Sequence[dict[int, NDArray[Any]]]) -> NDArray[Any]:
 
 @torch.inference_mode()
 def tokens_per_second(sites: ModelSites, batches: Batches) -> float:
-    """Speed of the recording, from a short warm-up: one batch, a second time where the first took under 2 seconds."""
+    """Speed of the recording, from a short warm-up: one batch, a second time where the first took under 2 seconds.
+
+    On CPU one row of it, where a whole batch may take a minute.
+    """
     counter = _Counter(sites)
-    batch = batches.build(batches.plan[0])
+    batch = batches.build(batches.plan[0][:1] if batches.device.type == "cpu" else batches.plan[0])
     seconds = 0.0
     with observing(sites, at_activation=counter.count) as run:
         for _ in range(2):
@@ -390,15 +394,16 @@ def tokens_per_second(sites: ModelSites, batches: Batches) -> float:
 def batch_size_that_fits(sites: ModelSites, build: Callable[[int], Batches]) -> int:
     """Rows per forward pass: on an accelerator the largest power of two up to 256 that fits.
 
-    On CPU the fewest rows within 10 % of the best speed, of the powers of two up to 16: more rows do not speed up a
-    CPU, long rows slow it down where their activations leave its cache, and progress is shown after each pass.
+    On CPU as many rows as hold 2,048 tokens together: more do not speed it up, once a pass takes longer than its
+    overhead, and each pass is a step of the progress that is shown.
 
     Args:
         sites: of the model.
         build: batches of the longest rows, for a batch size.
     """
     if next(sites.decoder.parameters()).device.type == "cpu":
-        return _fastest_on_cpu(sites, build)
+        longest = max(map(len, build(1).rows))
+        return max(1, _TOKENS_ON_CPU // longest)
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     for batch_size in (256, 128, 64, 32, 16, 8, 4, 2):
@@ -410,16 +415,6 @@ def batch_size_that_fits(sites: ModelSites, build: Callable[[int], Batches]) -> 
                 raise
         clear_device_cache(garbage_collection=True)
     return 1
-
-
-def _fastest_on_cpu(sites: ModelSites, build: Callable[[int], Batches]) -> int:
-    speeds = {1: tokens_per_second(sites, build(1))}
-    for batch_size in (2, 4, 8, 16):
-        speeds[batch_size] = tokens_per_second(sites, build(batch_size))
-        if speeds[batch_size] < 1.1 * speeds[batch_size // 2]:
-            break
-    best = max(speeds.values())
-    return min(size for size, speed in speeds.items() if speed > best / 1.1)
 
 
 # --- A model and how it is run
