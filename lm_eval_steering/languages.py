@@ -230,6 +230,18 @@ def from_fasttext(label: str) -> str:
     return _FASTTEXT.get(text) or _normalise(text)
 
 
+def from_english_name(name: str) -> str:
+    """Our code for a language's English name.
+
+    Raises:
+        UnknownLanguageError: if no language has this name.
+    """
+    try:
+        return normalise(find(name).to_tag())
+    except LookupError:
+        raise UnknownLanguageError(f"no language has the name {name!r}") from None
+
+
 @cache
 def same_language(first: str, second: str) -> bool:
     """Whether two codes are one language at the grain that lid.176 can tell apart: macrolanguage, script ignored."""

@@ -24,6 +24,7 @@ from lm_eval_steering.architectures import (
     sites_of,
     text_config_of,
 )
+from lm_eval_steering.architectures.weights import weights_digest, weights_sketch
 from lm_eval_steering.errors import ArchitectureError, NeuronSetError
 from lm_eval_steering.neurons.neuron_set import Provenance
 from lm_eval_steering.neurons.rows import TokenRows
@@ -487,3 +488,50 @@ def test_gemma3_is_recorded_and_steered() -> None:
             assert not torch.equal(model(IDS).logits, before)
             assert (steering.evidence().forwards, steering.evidence().fired) == (1, 2)
         assert torch.equal(model(IDS).logits, before)
+
+
+# --- what a sketch reads of weights that are no plain tensors ---------------------------------------------------------
+
+
+class Int8(torch.Tensor):
+    """Weights as whole numbers and a scale, behind a tensor that knows no operation but `dequantize`, as torchao's."""
+
+    whole: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, whole: torch.Tensor) -> Int8:
+        made = torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=torch.float32)
+        made.whole = whole
+        return made
+
+    def dequantize(self) -> torch.Tensor:
+        return self.whole.float() / 64
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].whole)
+        raise NotImplementedError(f"no implementation of {function}")
+
+
+class Opaque(Int8):
+    def dequantize(self) -> torch.Tensor:
+        raise NotImplementedError("no dequantize here")
+
+
+def with_weights(kind: type | None) -> torch.nn.Module:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        whole = (layer.mlp.up_proj.weight.data * 64).round().to(torch.int8)
+        value = whole.float() / 64 if kind is None else kind(whole)
+        layer.mlp.up_proj.weight = torch.nn.Parameter(value, requires_grad=False)
+    return model
+
+
+def test_tensor_subclasses_are_sampled_after_dequantising() -> None:
+    plain, subclass = with_weights(None), with_weights(Int8)
+    assert type(subclass.state_dict()["model.layers.0.mlp.up_proj.weight"]) is Int8
+    assert weights_sketch(subclass) == weights_sketch(plain)
+    assert weights_digest(subclass) == weights_digest(plain)
+    with pytest.raises(ArchitectureError, match=r"up_proj.weight': a Opaque, whose values cannot be read \(no dequant"):
+        weights_sketch(with_weights(Opaque))

@@ -414,10 +414,8 @@ def _model_sites(base: Any, decoder: nn.Module, layers: list[nn.Module], sites: 
 
 def _way_out(layer: nn.Module, trace: LayerTrace) -> str:
     """What can be done about a layer without a site: nothing, where no module that ran is an activation function."""
-    candidates = [
-        path for path in trace.outputs if not _NOT_MLP.search(path) and not _is_linear(layer.get_submodule(path))
-    ]
-    if any(_works_on_each_unit(layer.get_submodule(path), trace, path) for path in candidates):
+    modules = {path: layer.get_submodule(path) for path in trace.outputs}
+    if any(_works_on_each_unit(module, trace, path) for path, module in modules.items() if not _is_linear(module)):
         return f"; name it: {FORM}"
     return (
         "; its MLP calls its activation as a function (such as F.silu) and not as a module, so there is nothing to "

@@ -67,7 +67,7 @@ Context = Annotated[int | None, typer.Option(min=1, help="Tokens per row; at mos
 Sentences = Annotated[int, typer.Option(help="Calibration sentences per language.")]
 Percentiles = Annotated[str, typer.Option(help="Which pNN to keep, joined by commas, or all.")]
 NINE = "1,5,10,25,50,75,90,95,99"
-BatchSize = Annotated[str, typer.Option(help="Rows per forward pass, or auto.")]
+BatchSize = Annotated[str, typer.Option(help="Rows per forward pass, or auto: what suits the device.")]
 
 
 class BosKind(StrEnum):

@@ -2,7 +2,10 @@
 
 The layout of neuron sets that Tang et al. 2024, Gurgurov et al. 2025, CLaS-Bench 2026 and Rahmanisa et al. 2025 share
 is `torch.save` of `list[language][layer]` of tensors of unit indices. It names neither languages nor model, so both
-must be given. Recordings are `{"n": tokens, "over_zero": (layer, unit)}`, one file a language, or a list of these.
+must be given. Two dictionaries name the languages: that of kinit-sk's language-neuron-detection, whose
+`selected_indices_by_language` of the MLP is read, and that of SAE-LAPE's neurons (not of its features).
+Recordings are `{"n": tokens, "over_zero": (layer, unit)}`,
+with the number of tokens under `n`, `num` or `total_tokens` (NJUNLP), one file per language, or a list of these.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lm_eval_steering.errors import NeuronSetError
-from lm_eval_steering.languages import normalise
+from lm_eval_steering.errors import NeuronSetError, UnknownLanguageError
+from lm_eval_steering.languages import from_english_name, normalise
 from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet, Provenance
 from lm_eval_steering.neurons.recording import RecordingFolder
 
@@ -38,6 +41,8 @@ def import_lists(
     """
     lists = _load(path)
     codes = tuple(normalise(code) for code in languages)
+    if isinstance(lists, dict):
+        lists = _from_dictionary(path, lists, codes)
     if not isinstance(lists, list) or not all(isinstance(layers, list) for layers in lists):
         raise NeuronSetError(f"{path}: expected list[language][layer] of tensors, got {type(lists).__name__}")
     if len(lists) != len(codes):
@@ -48,6 +53,47 @@ def import_lists(
         if len(layers) != provenance.layers:
             raise NeuronSetError(f"{path}: {len(layers)} layers for {code}, the model has {provenance.layers}")
     return NeuronSet(codes, dict(zip(codes, map(_rows, lists), strict=True)), provenance)
+
+
+def _from_dictionary(path: str | Path, content: Mapping[Any, Any], codes: Sequence[str]) -> list[Any]:
+    """list[language][layer] in the order of the codes, from the two dictionaries that are known."""
+    if "sae_features" in content:
+        raise NeuronSetError(
+            f"{path}: features of sparse autoencoders (SAE-LAPE), which are directions of the hidden states and no MLP "
+            "units; of SAE-LAPE's files those with neurons can be imported"
+        )
+    if "final_indice" in content and "features_info" in content:
+        by_name: Mapping[str, Any] = dict(zip(content["features_info"], content["final_indice"], strict=True))
+    elif "results" in content:
+        by_name = _of_mlp(path, content["results"])
+    else:
+        raise NeuronSetError(
+            f"{path}: expected list[language][layer], or a dictionary of kinit-sk or SAE-LAPE, got one with the keys "
+            f"{', '.join(map(str, content))}"
+        )
+    by_code = {_code_of(str(name)): layers for name, layers in by_name.items()}
+    if set(by_code) != set(codes):
+        raise NeuronSetError(
+            f"{path}: its languages are {', '.join(by_code)}; the languages given are {', '.join(codes)}"
+        )
+    return [list(by_code[code]) for code in codes]
+
+
+def _of_mlp(path: str | Path, results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """language -> list[layer] of kinit-sk's MLP neurons; those of attention are no MLP units and stay behind."""
+    names = [name for name in results if str(name).startswith("mlp_")]
+    if len(names) != 1:
+        raise NeuronSetError(f"{path}: expected one result of the MLP, got {', '.join(map(str, results)) or 'none'}")
+    selected: Mapping[str, Any] = results[names[0]]["selected_indices_by_language"]
+    return selected
+
+
+def _code_of(name: str) -> str:
+    """Code of a language that a file names by a code or in English."""
+    try:
+        return normalise(name)
+    except UnknownLanguageError:
+        return from_english_name(name)
 
 
 def export_lists(neuron_set: NeuronSet, path: str | Path) -> None:
@@ -107,9 +153,10 @@ def _counts(record: Mapping[str, Any], code: str, shape: tuple[int, int]) -> tup
     """(tokens, (layer, unit) counts) of one language, checked."""
     if "lang" in record and normalise(str(record["lang"])) != code:
         raise NeuronSetError(f"the recording is of {record['lang']}, the language given at its position is {code}")
-    if "n" not in record and "num" not in record:
+    name = next((name for name in ("n", "num", "total_tokens") if name in record), None)
+    if name is None:
         raise NeuronSetError(f"{code}: no number of tokens with over_zero, got {', '.join(map(str, record))}")
-    tokens = int(record["n"] if "n" in record else record["num"])
+    tokens = int(record[name])
     active = _whole(record["over_zero"], f"{code}: counts")
     if active.shape != shape:
         raise NeuronSetError(

@@ -247,6 +247,8 @@ ProgressCallback = Callable[[int], None]  # called with the number of tokens tha
 # Elements compared at a time: what stays in a CPU's cache, or keeps an accelerator busy.
 _BLOCK = {"cpu": 1 << 19}
 _LARGE_BLOCK = 1 << 26
+_LONG_WARM_UP = 2.0  # seconds
+_TOKENS_ON_CPU = 2048  # per forward pass
 
 
 class _Counter:
@@ -370,9 +372,12 @@ def in_order(parts: Sequence[dict[int, NDArray[Any]]]) -> NDArray[Any]:
 
 @torch.inference_mode()
 def tokens_per_second(sites: ModelSites, batches: Batches) -> float:
-    """Speed of the recording, from a short warm-up: one batch, the second time that it runs."""
+    """Speed of the recording, from a short warm-up: one batch, a second time where the first took under 2 seconds.
+
+    On CPU one row of it, where a whole batch may take a minute.
+    """
     counter = _Counter(sites)
-    batch = batches.build(batches.plan[0])
+    batch = batches.build(batches.plan[0][:1] if batches.device.type == "cpu" else batches.plan[0])
     seconds = 0.0
     with observing(sites, at_activation=counter.count) as run:
         for _ in range(2):
@@ -381,18 +386,24 @@ def tokens_per_second(sites: ModelSites, batches: Batches) -> float:
             counter.end(run(batch))
             counter.result()  # waits for the device
             seconds = time.perf_counter() - start
+            if seconds > _LONG_WARM_UP:
+                break
     return batch.tokens / seconds
 
 
 def batch_size_that_fits(sites: ModelSites, build: Callable[[int], Batches]) -> int:
-    """Largest power of two up to 256 at which a batch can be recorded; 16 on CPU, which more rows do not speed up.
+    """Rows per forward pass: on an accelerator the largest power of two up to 256 that fits.
+
+    On CPU as many rows as hold 2,048 tokens together: more do not speed it up, once a pass takes longer than its
+    overhead, and each pass is a step of the progress that is shown.
 
     Args:
         sites: of the model.
         build: batches of the longest rows, for a batch size.
     """
     if next(sites.decoder.parameters()).device.type == "cpu":
-        return 16
+        longest = max(map(len, build(1).rows))
+        return max(1, _TOKENS_ON_CPU // longest)
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     for batch_size in (256, 128, 64, 32, 16, 8, 4, 2):

@@ -66,6 +66,55 @@ def test_a_set_survives_export_and_import(tmp_path: Path) -> None:
     assert found.content_hash() == original.content_hash()
 
 
+def by_layer(pairs: list[tuple[int, int]]) -> list[list[int]]:
+    return [[unit for layer, unit in pairs if layer == number] for number in range(3)]
+
+
+def test_the_dictionary_of_kinit_sk_is_read(tmp_path: Path) -> None:
+    selected = {"de": by_layer(PAIRS["deu_Latn"]), "fr": by_layer(PAIRS["fra_Latn"]), "tr": by_layer([])}
+    results = {
+        "mlp_over_threshold_rate": {"selected_mask": torch.zeros(3, 3, 24), "selected_indices_by_language": selected},
+        "attn_q_proj_over_threshold_rate": {"selected_indices_by_language": {code: [[1], [], []] for code in selected}},
+    }
+    torch.save({"method": "LAPE", "languages": ["fr"], "params": {}, "results": results}, tmp_path / "lape.pt")
+    found = import_lists(tmp_path / "lape.pt", ["fr", "de", "tr"], TINY)
+    assert found.content_hash() == make_set(PAIRS, calibrated=False).content_hash()
+    with pytest.raises(NeuronSetError, match="its languages are deu_Latn, fra_Latn, tur_Latn; the languages given are"):
+        import_lists(tmp_path / "lape.pt", ["fr", "de"], TINY)
+    del results["mlp_over_threshold_rate"]
+    torch.save({"results": results}, tmp_path / "attention.pt")
+    with pytest.raises(NeuronSetError, match="expected one result of the MLP, got attn_q_proj_over_threshold_rate"):
+        import_lists(tmp_path / "attention.pt", ["fr", "de", "tr"], TINY)
+
+
+def test_neurons_of_sae_lape_are_read_and_its_features_refused(tmp_path: Path) -> None:
+    lists = [[torch.tensor(units).long() for units in by_layer(PAIRS[code])] for code in ("fra_Latn", "deu_Latn")]
+    content = {
+        "final_indice": lists,
+        "sorted_lang": ["French", "German"],
+        "features_info": {"French": {}, "German": {}},
+    }
+    torch.save(content, tmp_path / "lape_neurons.pt")
+    found = import_lists(tmp_path / "lape_neurons.pt", ["de", "fr"], TINY)
+    assert found.neurons("fra").tolist() == [list(pair) for pair in PAIRS["fra_Latn"]]
+    assert found.neurons("deu").tolist() == [list(pair) for pair in PAIRS["deu_Latn"]]
+    torch.save(content | {"sae_features": [torch.zeros(2, 4)]}, tmp_path / "lape_all.pt")
+    with pytest.raises(NeuronSetError, match=r"features of sparse autoencoders .* no MLP units"):
+        import_lists(tmp_path / "lape_all.pt", ["de", "fr"], TINY)
+    torch.save({"something": 1}, tmp_path / "other.pt")
+    with pytest.raises(NeuronSetError, match="got one with the keys something"):
+        import_lists(tmp_path / "other.pt", ["de", "fr"], TINY)
+
+
+def test_counts_of_njunlp_are_read(tmp_path: Path) -> None:
+    maker = {"model": "tiny", "revision": "", "architecture": "llama", "layers": 3, "units": 24}
+    active = torch.ones(3, 24, dtype=torch.int32)
+    torch.save({"total_tokens": 7, "over_zero": active}, tmp_path / "counts.pt")
+    folder = RecordingFolder(tmp_path / "recording")
+    import_recordings([tmp_path / "counts.pt"], ["fr"], maker, folder)
+    assert folder.load().n_tokens.tolist() == [7] and folder.load().counts.sum() == 3 * 24
+
+
 def test_floating_point_indices_are_understood(tmp_path: Path) -> None:
     torch.save([[torch.tensor([3.0, 1.0]), torch.tensor([]), torch.tensor([])]], tmp_path / "floats")
     found = import_lists(tmp_path / "floats", ["fr"], TINY)
