@@ -64,12 +64,12 @@ class RollingScore(float):
 
 
 def token_perplexity(items: Sequence[tuple[float, int]]) -> float:
-    """exp of the mean negative log-likelihood a token, over (summed log-probability, tokens) of all items."""
+    """exp of the mean negative log-likelihood per token, over (summed log-probability, tokens) of all items."""
     return math.exp(-sum(lp for lp, _ in items) / sum(tokens for _, tokens in items))
 
 
 def nats_per_token(items: Sequence[tuple[float, int]]) -> float:
-    """Mean negative log-likelihood in nats a token, over (summed log-probability, tokens) of all items."""
+    """Mean negative log-likelihood in nats per token, over (summed log-probability, tokens) of all items."""
     return -sum(lp for lp, _ in items) / sum(tokens for _, tokens in items)
 
 
@@ -80,12 +80,12 @@ def preference_shift(base: Score, target: Score) -> float:
     passes score the same rows in the same batches.
 
     Raises:
-        SteeringError: if a score has no unsteered twin.
+        SteeringError: if a score has no unsteered score.
     """
     if base.unsteered is None or target.unsteered is None:
         raise SteeringError(
-            "LSS needs the unsteered scores of the same rows; this one came from a --use_cache file that another task "
-            "with the same request has filled: take another file for LSS"
+            "LSS needs the unsteered scores of the same rows; this score came from a --use_cache file that another "
+            "task with the same request has filled: use another file for LSS"
         )
     return (target[0] - base[0]) - (target.unsteered - base.unsteered)
 

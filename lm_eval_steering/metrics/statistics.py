@@ -241,7 +241,8 @@ class Arm:
         with np.errstate(invalid="ignore", divide="ignore"):
             total = np.nansum(bottom, axis=0)
             ratio = np.nansum(self.numerator, axis=0) / total
-            return (self.numerator - ratio * bottom) / (total / (~np.isnan(bottom)).sum(axis=0))
+            mean = total / (~np.isnan(bottom)).sum(axis=0)
+            return np.asarray((self.numerator - ratio * bottom) / mean, dtype=np.float64)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""An intervention at work on a loaded model: hooks that edit the chosen units, and the proof that they did."""
+"""An intervention attached to a loaded model: hooks that edit the chosen units, and evidence that they did."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -20,11 +22,14 @@ from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet
 from lm_eval_steering.steering.compiled import Affine, CompiledIntervention, Edit, LiveValue, Term, compile_intervention
 from lm_eval_steering.steering.intervention import NORMAL, from_arguments
 from lm_eval_steering.steering.live import normal, statistic
-from lm_eval_steering.steering.positions import Declared, ForwardRows, RowReader
+from lm_eval_steering.steering.positions import Declared, ForwardRows, GenerationPrompt, RowReader
 
-# --- The proof that an intervention took place: what was counted on the device, read when it is asked for
+# --- Evidence that an intervention took place: counted on the device, read when it is asked for
 
 _SMALL, _MANY = 2**15, 32  # values of a tensor that waits, and how many such may wait
+# A norm squares, in float32, what the down projection makes of the activations: much larger changes overflow inside it
+# and leave zeros, which are finite. A change of this size has already lost everything else to rounding.
+_LARGEST_CHANGE = 1e15
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Evidence:
         positions: positions that were edited, summed over forwards; pads that the caller marked are not among them.
         neurons: neurons edited at each position.
         largest_change: largest |a' - a| over finite a, in units of the activation; infinite where a' overflowed.
-        nonfinite: share of real positions whose last hidden state, which the logits are made of, was not finite.
+        nonfinite: share of real positions whose last hidden state, which the logits are made of, was not finite, or
+            zero, which an overflow inside the last norm leaves.
         finite: whether there was none.
     """
 
@@ -135,7 +141,9 @@ class Counters:
         for kind in kinds:
             self._edited.setdefault(kind, _Sum()).add(rows.count(kind))
         # A sum is finite only where every feature is; in float32, where it cannot overflow in halves.
-        broken = ~hidden.detach().sum(-1, dtype=torch.promote_types(hidden.dtype, torch.float32)).isfinite()
+        hidden = hidden.detach()
+        broken = ~hidden.sum(-1, dtype=torch.promote_types(hidden.dtype, torch.float32)).isfinite()
+        broken |= hidden.count_nonzero(-1) == 0
         if rows.real is not None and broken.shape == rows.real.shape:
             real = rows.real.to(broken.device)
             self._broken.add((broken & real).sum())
@@ -156,7 +164,7 @@ class Counters:
         return self._broken.total() / seen if seen else 0.0
 
 
-# --- An edit at work: its tensors on the device of its layer, and the pure functions that compute the edited units
+# --- Edits: tensors on the device of their layer, and the pure functions that compute the edited units
 
 
 def affine(
@@ -193,7 +201,7 @@ class _Tensors:
     chosen: tuple[torch.Tensor | None, ...]  # of the terms, then of the gain: indices of units, for `mad`
 
 
-class EditAtWork:
+class AttachedEdit:
     """One edit of a plan, called with a layer's units in each forward pass; it keeps no activation."""
 
     def __init__(self, edit: Edit, width: int) -> None:
@@ -260,11 +268,11 @@ class EditAtWork:
 
     def _sources(self, units: torch.Tensor, dtype: torch.dtype, rows: ForwardRows) -> dict[LiveValue, torch.Tensor]:
         """Every value that only the forward pass knows, (..., 1) or (..., unit), from the units before any step."""
-        found: dict[LiveValue, torch.Tensor] = {}
+        sources: dict[LiveValue, torch.Tensor] = {}
         wide: torch.Tensor | None = None
         for each, tensors in zip(self.edit.maps, self._tensors[units.device], strict=True):
             for term, chosen in zip(each.all_terms, tensors.chosen, strict=True):
-                if term.source in found:
+                if term.source in sources:
                     continue
                 if term.source.name == NORMAL:
                     value = self._normal(term.source, units.device, rows)
@@ -273,13 +281,13 @@ class EditAtWork:
                     real = rows.real if rows.real is None else rows.real.to(units.device)
                     value = statistic(term.source.name, wide, real, term.source.sequence, chosen)
                 value = value.expand(*rows.shape, -1).reshape(*units.shape[:-1], -1)
-                found[term.source] = value.to(dtype)
-        return found
+                sources[term.source] = value.to(dtype)
+        return sources
 
     def _normal(self, source: LiveValue, device: torch.device, rows: ForwardRows) -> torch.Tensor:
         if rows.tokens is None or rows.index is None:
             raise InterventionError(
-                "value=normal: the random numbers depend on token ids and their places, and the model was given "
+                "value=normal: the random numbers depend on token ids and their positions, and the model was given "
                 f"{'embeddings' if rows.tokens is None else 'no two-dimensional attention mask'}"
             )
         stream = (source.step, SITES.index(self.edit.site), self.edit.layer)
@@ -326,7 +334,7 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def refuse_prompt_learning(model: nn.Module) -> None:
-    """Refuse adapters that put positions of their own before a request's, which have no token and no place in it.
+    """Refuse adapters that put positions of their own before a request's, which belong to no token of it.
 
     Raises:
         ArchitectureError: naming the adapter.
@@ -349,7 +357,7 @@ def fitting_sites(
     name: str = "this model",
     found: ModelSites | None = None,
 ) -> ModelSites:
-    """Where the model's units are, if the neuron set is of this model.
+    """Where the model's units are, if the neuron set belongs to this model.
 
     Args:
         model: a causal language model of transformers, PEFT-wrapped or not.
@@ -358,7 +366,7 @@ def fitting_sites(
         force: accept a set of other weights, or of another model that has all of the neurons.
         sketch: of the model's weights, if it is known already.
         name: of the model, for the message.
-        found: where the units are, if it was found out before.
+        found: result of an earlier call for this model.
 
     Raises:
         NeuronSetError: if the set belongs to another model.
@@ -376,25 +384,28 @@ def fitting_sites(
 
 __all__ = ["Evidence", "Steering", "steer"]
 
-_Place = tuple[int, str]  # layer and site
+_SiteKey = tuple[int, str]  # layer and site
 
 
 class Steering:
-    """A plan attached to a model, as a context manager or by `attach` and `detach`.
+    """A compiled intervention attached to a model, as a context manager or by `attach` and `detach`.
 
     Hooks return new tensors, follow the device and dtype of what they get, and are removed without a trace. After
     each forward pass of the decoder every edited module must have fired exactly once.
     """
 
-    def __init__(self, sites: ModelSites, plan: CompiledIntervention) -> None:
+    def __init__(self, sites: ModelSites, plan: CompiledIntervention, model: nn.Module | None = None) -> None:
         """Prepare; nothing is attached yet.
 
         Args:
-            sites: where the model's units are (`architectures.sites_of`, `fitting.fitting_sites`).
+            sites: where the model's units are (`architectures.sites_of`, `fitting_sites`).
             plan: compiled for this model's shape.
+            model: whose `generate` tells how long a prompt is. Without it, `positions` other than `all` need `rows` for
+                every forward pass with a cache.
         """
         self._sites = sites
-        self._handles: dict[_Place, RemovableHandle] = {}
+        self._model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,union-attr]
+        self._handles: dict[_SiteKey, RemovableHandle] = {}
         self._around: list[RemovableHandle] = []
         self._on = True
         self._reader = RowReader(sites.decoder)
@@ -404,7 +415,7 @@ class Steering:
     def _take(self, plan: CompiledIntervention) -> None:
         self.plan = plan
         shape = self._sites.shape
-        self._edits = {(edit.layer, edit.site): EditAtWork(edit, shape.width(edit.layer)) for edit in plan.edits}
+        self._edits = {(edit.layer, edit.site): AttachedEdit(edit, shape.width(edit.layer)) for edit in plan.edits}
         self._kinds = {edit.positions for edit in plan.edits}
         self._needs = plan.needs_rows, plan.lookahead
         self._counters = Counters()
@@ -425,14 +436,16 @@ class Steering:
             decoder.register_forward_hook(_eager(self._after_forward)),
         ]
         self._hook_layers()
+        if self._model is not None:
+            watch_generate(self._model, self._reader)
         return self
 
     def _hook_layers(self) -> None:
         """Hooks where the plan edits, and nowhere else; those that stay are not touched."""
         if self._handles.keys() != self._edits.keys():
             forget_compiled()
-        for place in self._handles.keys() - self._edits.keys():
-            self._handles.pop(place).remove()
+        for key in self._handles.keys() - self._edits.keys():
+            self._handles.pop(key).remove()
         for layer, site in sorted(self._edits.keys() - self._handles.keys()):
             self._handles[layer, site] = self._hook(self._sites.layers[layer], (layer, site))
 
@@ -440,6 +453,8 @@ class Steering:
         """Remove every hook; the model computes what it did before."""
         for handle in [*self._around, *self._handles.values()]:
             handle.remove()
+        if self._around and self._model is not None:
+            unwatch_generate(self._model, self._reader)
         self._around.clear()
         self._handles.clear()
         forget_compiled()
@@ -474,11 +489,11 @@ class Steering:
         return bool(self._around) and self._on
 
     def rows(self, real: torch.Tensor, prompt: torch.Tensor | None = None) -> AbstractContextManager[None]:
-        """Say what the batch of the forward passes inside is, where the model is not given an attention mask.
+        """Say what the batch of the forward passes inside is: its pads and its prompts.
 
         Args:
             real: (row, position) bool of the first forward pass, False for pads; every later position is real.
-            prompt: (row,) number of prompt tokens of each row; by default all real tokens of the first pass.
+            prompt: (row,) number of prompt tokens of each row; by default all real tokens of `real`.
         """
         return self._reader.declaring(Declared(real.bool(), None if prompt is None else prompt.long().reshape(-1, 1)))
 
@@ -511,10 +526,14 @@ class Steering:
         )
 
     def overflowed(self) -> bool:
-        """Whether an activation was not finite after an edit, or a hidden state; asks the device once a forward."""
+        """Whether an edited activation was not finite or changed by more than 1e15, or a hidden state overflowed.
+
+        Asks the device once per forward pass.
+        """
         if self._checked != self.forwards:
             evidence = self.evidence()
-            self._checked, self._overflowed = self.forwards, not evidence.finite or math.isinf(evidence.largest_change)
+            self._checked = self.forwards
+            self._overflowed = not evidence.finite or evidence.largest_change > _LARGEST_CHANGE
         return self._overflowed
 
     def reset_evidence(self) -> None:
@@ -546,32 +565,67 @@ class Steering:
                     "checkpointing), and no score can be trusted"
                 )
 
-    def _hook(self, site: LayerSites, place: _Place) -> RemovableHandle:
+    def _hook(self, site: LayerSites, key: _SiteKey) -> RemovableHandle:
         # The edit is looked up in each call, so that a changed plan needs no other hook.
         def output_hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
             if not self._on:
                 return None
             ours = _is_ours_alone(module, inputs, output)
-            return self._edits[place](output, self._rows, self._counters.largest, in_place=ours)
+            return self._edits[key](output, self._rows, self._counters.largest, in_place=ours)
 
         def input_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
             if not self._on:
                 return None
-            return (self._edits[place](inputs[0], self._rows, self._counters.largest), *inputs[1:])
+            return (self._edits[key](inputs[0], self._rows, self._counters.largest), *inputs[1:])
 
-        if place[1] == "activation":
+        if key[1] == "activation":
             return site.activation.register_forward_hook(_eager(output_hook))
         return site.down.register_forward_pre_hook(_eager(input_hook))
 
 
+# Model -> readers of the interventions attached to it. `generate` is replaced on the model while there are any.
+_watching: WeakKeyDictionary[nn.Module, list[RowReader]] = WeakKeyDictionary()
+
+
+def watch_generate(model: Any, reader: RowReader) -> None:
+    """Tell `reader` the prompt of every call of the model's `generate`, until `unwatch_generate`."""
+    if not hasattr(model, "generate"):
+        return
+    readers = _watching.setdefault(model, [])
+    readers.append(reader)
+    if len(readers) > 1:
+        return
+    original = model.generate
+
+    @wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        prompt = GenerationPrompt.of(args, kwargs)
+        with ExitStack() as stack:
+            for each in readers:
+                stack.enter_context(each.generating(prompt))
+            return original(*args, **kwargs)
+
+    model.generate = generate
+
+
+def unwatch_generate(model: Any, reader: RowReader) -> None:
+    """Undo `watch_generate`; the model's own `generate` is back when no reader is left."""
+    readers = _watching.get(model, [])
+    if reader in readers:
+        readers.remove(reader)
+        if not readers:
+            del model.generate
+            del _watching[model]
+
+
 def _is_ours_alone(module: nn.Module, inputs: Any, output: torch.Tensor) -> bool:
-    """Whether nobody misses what a module's output held: made anew, for no other hook, and not by autograd."""
+    """Whether a module's output may be written to: made anew, read by no other hook, and not by autograd."""
     if output.requires_grad or output.is_inference() != torch.is_inference_mode_enabled():
         return False
     if len(module._forward_hooks) > 1 or torch.nn.modules.module._global_forward_hooks:
         return False
-    own = output.untyped_storage().data_ptr()
-    return all(one.untyped_storage().data_ptr() != own for one in inputs if isinstance(one, torch.Tensor))
+    memory = output.untyped_storage().data_ptr()
+    return all(one.untyped_storage().data_ptr() != memory for one in inputs if isinstance(one, torch.Tensor))
 
 
 def forget_compiled() -> None:
@@ -582,7 +636,8 @@ def forget_compiled() -> None:
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     """The same, which torch.compile leaves as it is: its counters and checks are Python's."""
-    return torch.compiler.disable(hook)
+    disabled: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def steer(
@@ -609,6 +664,6 @@ def steer(
     Raises:
         SteeringError: if the intervention is not defined or the set belongs to another model.
     """
-    found = fitting_sites(model, neurons, sites=sites, force=force)
+    model_sites = fitting_sites(model, neurons, sites=sites, force=force)
     intervention = from_arguments({"language": language, **arguments})
-    return Steering(found, compile_intervention(intervention, neurons, allow_empty))
+    return Steering(model_sites, compile_intervention(intervention, neurons, allow_empty), model)

@@ -1,4 +1,4 @@
-"""What an intervention comes to on one model, compiled once: for each layer and site a few affine maps.
+"""An intervention compiled for one model: for each layer and site a few affine maps.
 
 Every operation is affine in the activation and in the values that only the forward pass knows, so steps compose:
 a' = gain * scale * a + shift + sum of coefficient * source. Steps that act on the same positions fold into one map; a
@@ -40,7 +40,7 @@ class LiveValue:
 
 @dataclass(frozen=True)
 class Term:
-    """A source and what it is multiplied with, (unit,) float32; for `mad` (unit,) bool too, whose distances count."""
+    """A live value and its coefficients, (unit,) float32; for `mad` also (unit,) bool, which units' distances count."""
 
     source: LiveValue
     coefficients: NDArray[np.float32]
@@ -180,11 +180,11 @@ def source_of(step: Step, number: int = 0) -> LiveValue | None:
 
 
 def _float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # the check says it better
-        found = values.astype(np.float32)
-    if not np.isfinite(found).all():
+    with np.errstate(over="ignore"):  # checked below
+        narrow = values.astype(np.float32)
+    if not np.isfinite(narrow).all():
         raise InterventionError("the intervention's factors and values overflow float32; use smaller ones")
-    return found
+    return narrow
 
 
 def positions_of(within: Neurons, neurons: Neurons) -> NDArray[np.intp]:
@@ -261,7 +261,7 @@ def compile_intervention(
     """
     resolved = intervention.resolve(neuron_set.languages)
     parts = [_part(number, resolved, neuron_set, allow_empty) for number in range(len(resolved.steps))]
-    _refuse_turned_sites(parts)
+    _refuse_reversed_sites(parts)
     edits: list[Edit] = []
     shared = 0
     for site in SITES:
@@ -273,7 +273,7 @@ def compile_intervention(
 
 @dataclass(frozen=True)
 class _Part:
-    """One step on its neurons: (neuron, 2), the value of each, and the number of the step's languages that own each."""
+    """One step on its neurons (neuron, 2): the value of each, and how many of the step's languages have it."""
 
     number: int
     step: Step
@@ -284,7 +284,7 @@ class _Part:
 
 def _part(number: int, intervention: Intervention, neuron_set: NeuronSet, allow_empty: bool) -> _Part:
     step = intervention.steps[number]
-    lists = _own(step, neuron_set, allow_empty)
+    lists = _neurons_of(step, neuron_set, allow_empty)
     chosen = union_of(list(lists.values()))
     values, owners = np.zeros(len(chosen)), np.zeros(len(chosen), dtype=np.int64)
     for language, neurons in lists.items():
@@ -294,7 +294,7 @@ def _part(number: int, intervention: Intervention, neuron_set: NeuronSet, allow_
     values = np.divide(values, owners, out=values, where=owners > 0)
     if step.deactivation and step.keep_shared:
         later = [s for s in intervention.steps[number + 1 :] if not s.deactivation]
-        kept = union_of([n for s in later for n in _own(s, neuron_set, allow_empty).values()])
+        kept = union_of([n for s in later for n in _neurons_of(s, neuron_set, allow_empty).values()])
         stays = np.ones(len(chosen), dtype=bool)
         stays[positions_of(chosen, kept)] = False
         if not stays.any() and not allow_empty:
@@ -306,7 +306,7 @@ def _part(number: int, intervention: Intervention, neuron_set: NeuronSet, allow_
     return _Part(number, step, chosen, values, owners)
 
 
-def _own(step: Step, neuron_set: NeuronSet, allow_empty: bool) -> dict[str, Neurons]:
+def _neurons_of(step: Step, neuron_set: NeuronSet, allow_empty: bool) -> dict[str, Neurons]:
     """Language -> its neurons in the step's layers."""
     layers = sorted(step.chosen_layers(neuron_set.provenance.layers))
     lists = {}
@@ -330,14 +330,14 @@ def _values(step: Step, neurons: Neurons, language: str, neuron_set: NeuronSet) 
     return neuron_set.calibrated.lookup(neurons, language, step.site, step.amount).astype(np.float64)
 
 
-def _refuse_turned_sites(parts: Sequence[_Part]) -> None:
+def _refuse_reversed_sites(parts: Sequence[_Part]) -> None:
     """A forward pass reaches `activation` before `product`; the other order, on one neuron, cannot be what happens."""
-    for place, part in enumerate(parts):
-        for later in parts[place + 1 :]:
-            turned = (part.step.site, later.step.site) == ("product", "activation")
-            if turned and len(positions_of(part.neurons, later.neurons)):
+    for number, part in enumerate(parts, start=1):
+        for later in parts[number:]:
+            reversed_ = (part.step.site, later.step.site) == ("product", "activation")
+            if reversed_ and len(positions_of(part.neurons, later.neurons)):
                 raise InterventionError(
-                    f"step {place + 1} at site=product comes before a step at site=activation on the same neurons, but "
+                    f"step {number} at site=product comes before a step at site=activation on the same neurons, but "
                     "a forward pass reaches activation first; write that step first"
                 )
 
@@ -351,6 +351,6 @@ def _edits(site: str, parts: Sequence[_Part]) -> list[Edit]:
     edits = []
     for layer in np.unique(neurons[:, 0]):
         rows = neurons[:, 0] == layer
-        own = tuple(each.cut(rows) for each in composed if each.touched[rows].any())
-        edits.append(Edit(int(layer), site, neurons[rows, 1], own))
+        of_layer = tuple(each.cut(rows) for each in composed if each.touched[rows].any())
+        edits.append(Edit(int(layer), site, neurons[rows, 1], of_layer))
     return edits

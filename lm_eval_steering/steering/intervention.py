@@ -1,6 +1,7 @@
-"""How a user writes an intervention: flat arguments, a preset with a paper's name, or a YAML file of steps.
+"""The intervention: steps as a frozen schema, how a user writes them, and the signature that reads back.
 
-The schema that all of them are held to is in `schema`; it is exported here too.
+A user writes flat arguments, a preset with a paper's name, or a YAML file of steps; `from_arguments` turns each into an
+`Intervention`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -18,7 +19,7 @@ from lm_eval_steering import languages
 from lm_eval_steering.errors import InterventionError, SteeringError, did_you_mean
 from lm_eval_steering.steering.positions import ALL, FORMS, parse_positions
 
-# --- How the single fields of a step are read, whoever wrote them: each error names the key and the nearest valid word
+# --- Fields of a step: each error names the key and the nearest valid word
 
 OPERATIONS = ("scale", "add", "set")
 SITES = ("activation", "product")
@@ -34,115 +35,117 @@ _LARGEST_SEED = 2**32 - 1
 
 
 def is_live(value: float | str | None) -> bool:
-    """Whether a value is a statistic of the activations in hand."""
+    """Whether a value is a statistic of the current activations."""
     return isinstance(value, str) and value.startswith("live_")
 
 
-def is_named_value(found: object) -> bool:
+def is_named_value(given: object) -> TypeGuard[str]:
     """Whether a text names a statistic, calibrated or live, or the normal distribution."""
     known = (*STATISTICS, *LIVE, NORMAL)
-    return isinstance(found, str) and (found in known or bool(_PERCENTILE.fullmatch(found)))
+    return isinstance(given, str) and (given in known or bool(_PERCENTILE.fullmatch(given)))
 
 
 def one_of(name: str, known: tuple[str, ...]) -> BeforeValidator:
     """One of a few words."""
 
-    def check(found: Any) -> Any:
-        if found not in known:
-            raise ValueError(f"{name}={found!r}: expected one of {', '.join(known)}{did_you_mean(str(found), known)}")
-        return found
+    def check(given: Any) -> Any:
+        if given not in known:
+            raise ValueError(f"{name}={given!r}: expected one of {', '.join(known)}{did_you_mean(str(given), known)}")
+        return given
 
     return BeforeValidator(check)
 
 
-def read_factor(found: Any) -> float:
+def read_factor(given: Any) -> float:
     """Any finite number, negative ones and zero too."""
-    number = _number(found)
+    number = _number(given)
     if number is None or not math.isfinite(number):
-        raise ValueError(f"factor={found!r}: expected a finite number")
+        raise ValueError(f"factor={given!r}: expected a finite number")
     return number
 
 
-def read_value(found: Any, key: str = "value", more: tuple[str, ...] = ()) -> float | str | None:
+def read_value(given: Any, key: str = "value", more: tuple[str, ...] = ()) -> float | str | None:
     """A finite number, the name of a statistic, or nothing; `key` and `more` names are for the message."""
-    if found is None or is_named_value(found):
-        return found
-    number = _number(found)
+    if given is None:
+        return None
+    if is_named_value(given):
+        return str(given)
+    number = _number(given)
     if number is None:
         names = (*VALUES, *more)
         raise ValueError(
-            f"{key}={found!r}: expected a number or one of {', '.join(names)}{did_you_mean(str(found), names)}"
+            f"{key}={given!r}: expected a number or one of {', '.join(names)}{did_you_mean(str(given), names)}"
         )
     if not math.isfinite(number):
-        raise ValueError(f"{key}={found!r}: expected a finite number")
+        raise ValueError(f"{key}={given!r}: expected a finite number")
     return number
 
 
-def read_layers(found: Any) -> str | None:
+def read_layers(given: Any) -> str | None:
     """Ranges of layers, kept as text."""
-    text = None if found is None else str(found)
-    if text is not None and (isinstance(found, bool) or not _RANGES.fullmatch(text)):
+    text = None if given is None else str(given)
+    if text is not None and (isinstance(given, bool) or not _RANGES.fullmatch(text)):
         raise ValueError(f"layers={text!r}: expected ranges such as 0-3+28-31")
     return text
 
 
-def read_positions(found: Any) -> str:
+def read_positions(given: Any) -> str:
     """A form of `positions`, kept as text."""
-    if not isinstance(found, str):
+    if not isinstance(given, str):
         # YAML reads 3:10 as a number to the base of 60.
-        raise ValueError(f"positions={found!r}: expected {FORMS}; in a YAML file write it in quotes")
-    parse_positions(found)
-    return found
+        raise ValueError(f"positions={given!r}: expected {FORMS}; in a YAML file write it in quotes")
+    parse_positions(given)
+    return given
 
 
 def read_flag(name: str) -> BeforeValidator:
     """True or False."""
 
-    def check(found: Any) -> bool:
-        word = str(found).lower()
+    def check(given: Any) -> bool:
+        word = str(given).lower()
         if word not in {"true", "false"}:
-            raise ValueError(f"{name}={found!r}: expected True or False")
+            raise ValueError(f"{name}={given!r}: expected True or False")
         return word == "true"
 
     return BeforeValidator(check)
 
 
-def read_seed(found: Any) -> int:
+def read_seed(given: Any) -> int:
     """A whole number that fits 32 bits."""
-    number = _number(found)
+    number = _number(given)
     if number is None or not math.isfinite(number) or number != int(number) or not 0 <= number <= _LARGEST_SEED:
-        raise ValueError(f"seed={found!r}: expected a whole number from 0 to {_LARGEST_SEED}")
+        raise ValueError(f"seed={given!r}: expected a whole number from 0 to {_LARGEST_SEED}")
     return int(number)
 
 
-def read_languages(found: Any) -> tuple[str, ...]:
+def read_languages(given: Any) -> tuple[str, ...]:
     """Codes joined by `+`, or a list of them, in FLORES style; `others` stays as it is.
 
     Raises:
         UnknownLanguageError: if a code names no language.
     """
-    parts = list(found) if isinstance(found, list | tuple) else str(found).split("+")
-    if isinstance(found, bool) or any(isinstance(part, bool) for part in parts):
+    parts = list(given) if isinstance(given, list | tuple) else str(given).split("+")
+    if isinstance(given, bool) or any(isinstance(part, bool) for part in parts):
         # YAML reads the code of Norwegian as a truth value.
         raise ValueError(
-            f"language={found!r}: expected codes such as fra_Latn+ind_Latn; in a YAML file write no in quotes"
+            f"language={given!r}: expected codes such as fra_Latn+ind_Latn; in a YAML file write no in quotes"
         )
     if not parts or any(not str(part).strip() for part in parts):
-        raise ValueError(f"language={found!r}: expected languages joined by +, such as fra_Latn+ind_Latn")
+        raise ValueError(f"language={given!r}: expected languages joined by +, such as fra_Latn+ind_Latn")
     texts = [str(part).strip() for part in parts]
     return tuple(dict.fromkeys(text if text == OTHERS else languages.normalise(text) for text in texts))
 
 
-def _number(found: Any) -> float | None:
-    if isinstance(found, bool):
+def _number(given: Any) -> float | None:
+    if isinstance(given, bool):
         return None
     try:
-        return float(found)
+        return float(given)
     except (TypeError, ValueError):
         return None
 
 
-# --- What the user asks for: an intervention is a list of steps, each one operation on the neurons of some languages
+# --- An intervention is a list of steps, each one operation on the neurons of some languages
 
 
 class Step(BaseModel):
@@ -151,7 +154,7 @@ class Step(BaseModel):
     Attributes:
         op: `scale` (a' = factor * a), `add` (a' = a + factor * value) or `set` (a' = factor * value).
         languages: whose neurons; `others` alone means all languages that no steering step names.
-        value: a number, a calibrated statistic of the language, a `live_` statistic of the activations in hand, or
+        value: a number, a calibrated statistic of the language, a `live_` statistic of the current activations, or
             `normal`, seeded random numbers; 1 by default. `scale` takes a live one only: a' = factor * value * a.
         factor: any finite number.
         site: `activation` (after the activation function) or `product` (input of the last linear layer).
@@ -274,7 +277,7 @@ class Intervention(BaseModel):
         return Intervention(steps=tuple(step.model_copy(update={"languages": codes(step)}) for step in self.steps))
 
     def signature(self) -> str:
-        """Readable form, meant for a paper; `none` for the unsteered model. `signature.parse` reads it back."""
+        """Readable form, meant for a paper; `none` for the unsteered model. `parse` reads it back."""
         return " ; ".join(step.signature() for step in self.steps) or "none"
 
 
@@ -304,16 +307,16 @@ def _short(number: float | str) -> str:
     return number if isinstance(number, str) else repr(float(number)).removesuffix(".0")
 
 
-# --- An intervention read back from its printed signature: what a paper prints is enough to do it again
+# --- An intervention read back from its printed signature
 
 _KEYS = (
     "op", "value", "factor", "lang", "deactivate", "site", "layers", "positions", "scope", "seed", "keep_shared",
 )  # fmt: skip
-_OF_A_SCORE = {"neurons", "lid", "fp", "v"}  # what the harness prints after the intervention
+_OF_A_SCORE = {"neurons", "lid", "fp", "v"}  # parts of a score's signature that follow the intervention
 
 
 def parse(text: str) -> Intervention:
-    """The intervention that a signature describes; what a score's signature says beside it is left out.
+    """The intervention that a signature describes; other parts of a score's signature are left out.
 
     Raises:
         SteeringError: naming the part that cannot be read.
@@ -323,24 +326,27 @@ def parse(text: str) -> Intervention:
 
 
 def _fields(part: str) -> dict[str, Any]:
-    """Fields of a step; none where the part says that nothing is done."""
-    found: dict[str, Any] = {}
+    """Fields of a step; none for the unsteered model."""
+    fields: dict[str, Any] = {}
     for item in part.split("|"):
         key, colon, text = item.partition(":")
         if item == "none" or (colon and key in _OF_A_SCORE):
             continue
         if not colon or key not in _KEYS:
             raise InterventionError(f"signature: cannot read {item!r}{did_you_mean(key, _KEYS)}")
-        found[key] = text
-    if not found:
+        fields[key] = text
+    if not fields:
         return {}
-    if "deactivate" in found:
-        found |= {"languages": found.pop("deactivate"), "deactivation": True}
-    elif "lang" in found:
-        found["languages"] = found.pop("lang")
-    if found.get("layers") == "all":
-        del found["layers"]
-    return found
+    if "deactivate" in fields:
+        fields |= {"languages": fields.pop("deactivate"), "deactivation": True}
+    elif "lang" in fields:
+        fields["languages"] = fields.pop("lang")
+    if fields.get("layers") == "all":
+        del fields["layers"]
+    return fields
+
+
+# --- How a user writes it
 
 
 __all__ = ["ARGUMENTS", "DEACTIVATIONS", "PRESETS", "Intervention", "Step", "build", "from_arguments"]
@@ -376,7 +382,7 @@ _ALIASES = {"set_max": "=max", "add_max": "+max", "set_0": "=0", "set_p10": "=P1
 # The scripts' grammar, with numbers that need not be whole: an operation, then a number or a live statistic.
 _OPERAND = re.compile(r"([=+*])(?:(max|mean|median|min|std|iqr|mad|P\d\d)|(-?\d+(?:\.\d+)?))")
 _OPERATIONS = {"=": "set", "+": "add", "*": "scale"}
-_SAID: tuple[str, ...] = ("op", "value", "factor", "deactivate")
+_FIXED_BY_DEACTIVATE = ("op", "value", "factor", "deactivate")  # by the preset of that name
 _COMMON = ("site", "layers", "positions")
 
 
@@ -388,7 +394,7 @@ def from_arguments(arguments: Mapping[str, Any]) -> Intervention:
             a list of steps, each a mapping of STEP_ARGUMENTS, or that list itself; it stands alone.
 
     Raises:
-        SteeringError: one line that names the argument, what was found and what was expected.
+        SteeringError: one line that names the argument, what was given and what was expected.
     """
     given: dict[str, Any] = {key: value for key, value in arguments.items() if value is not None}
     if unknown := sorted(given.keys() - set(ARGUMENTS)):
@@ -397,42 +403,42 @@ def from_arguments(arguments: Mapping[str, Any]) -> Intervention:
         return build({"steps": _steps(given)})
     if len(given) > 1:
         other = next(key for key in given if key != "intervention")
-        raise InterventionError(f"{other}= beside intervention=: the file holds every step; write it there")
+        raise InterventionError(f"{other}= conflicts with intervention=, which holds every step: write it there")
     return _from_list(given["intervention"])
 
 
-def _from_list(found: Any) -> Intervention:
+def _from_list(given: Any) -> Intervention:
     """Steps of a file, or of a list that stands for one; errors say in which step."""
     where = "intervention"
-    if isinstance(found, str | Path):
-        where, found = f"intervention={found}", _read(Path(found))
-    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+    if isinstance(given, str | Path):
+        where, given = f"intervention={given}", _read(Path(given))
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise InterventionError(f"{where}: expected a list of steps, each a mapping such as language: fra_Latn")
     steps: list[dict[str, Any]] = []
-    for number, item in enumerate(found, start=1):
+    for number, item in enumerate(given, start=1):
         here = f"{where}, step {number}"
         if not isinstance(item, Mapping):
             raise InterventionError(f"{here}: expected a mapping such as language: fra_Latn, found {item!r}")
         if unknown := [str(key) for key in item if key not in STEP_ARGUMENTS]:
             raise InterventionError(f"{here}: unknown key {unknown[0]!r}{did_you_mean(unknown[0], STEP_ARGUMENTS)}")
         try:
-            own = _steps({key: value for key, value in item.items() if value is not None})
-            build({"steps": own})  # each by itself, so that the message can say where
+            written = _steps({key: value for key, value in item.items() if value is not None})
+            build({"steps": written})  # each by itself, so that the message can say where
         except InterventionError as error:
             raise InterventionError(f"{here}: {error}") from None
-        if not own:
+        if not written:
             raise InterventionError(f"{here}: neither language nor deactivate: it would do nothing")
-        steps += own
+        steps += written
     return build({"steps": steps})
 
 
 class _Strict(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML keeps the last without a word."""
+    """Refuses a key that is written twice, of which YAML silently keeps the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
                 raise yaml.YAMLError(f"the key {key!r} is written twice{node.start_mark}")
         return super().construct_mapping(node, deep)
 
@@ -453,12 +459,12 @@ def _steps(given: dict[str, Any]) -> list[dict[str, Any]]:
     common = {key: given[key] for key in _COMMON if key in given}
     steps: list[dict[str, Any]] = []
     if "deactivate" in given:
-        own = _deactivation(given.get("deactivate_to", 0.0))
+        operation = _deactivation(given.get("deactivate_to", 0.0))
         kept = {"keep_shared": given["keep_shared"]} if "keep_shared" in given else {}
-        steps.append({**own, "languages": given["deactivate"], "deactivation": True, **kept, **common})
+        steps.append({**operation, "languages": given["deactivate"], "deactivation": True, **kept, **common})
     if "language" in given:
-        own = {key: given[key] for key in ("op", "value", "factor") if key in given}
-        steps.append({"languages": given["language"], **own, **common})
+        operation = {key: given[key] for key in ("op", "value", "factor") if key in given}
+        steps.append({"languages": given["language"], **operation, **common})
     _give(steps, given, "scope", is_live, "a live_ statistic as value= or deactivate_to=")
     _give(steps, given, "seed", lambda value: value == NORMAL, "value=normal, or deactivate_to=random or noise")
     return steps
@@ -481,12 +487,12 @@ def _refuse_idle(given: Mapping[str, Any]) -> None:
 
 
 def _give(steps: list[dict[str, Any]], given: Mapping[str, Any], key: str, takes: Any, wanted: str) -> None:
-    """Hand an argument to the steps whose value it speaks of."""
+    """Set an argument in the steps whose value it applies to."""
     if key not in given or not steps:
         return
     fitting = [step for step in steps if takes(step.get("value"))]
     if not fitting:
-        raise InterventionError(f"{key}={given[key]!r}: it speaks of {wanted}, and there is none")
+        raise InterventionError(f"{key}={given[key]!r}: it applies to {wanted}, and there is none")
     for step in fitting:
         step[key] = given[key]
 
@@ -505,31 +511,31 @@ def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
     if "preset" not in given:
         return given
     name = given.pop("preset")
-    own = dict(_preset(name))
+    preset = dict(_preset(name))
     if "language" not in given:
         raise InterventionError(f"preset={name} without language=: say whose neurons, such as language=fra_Latn")
-    if own.pop("deactivation", False):
-        if wrong := [key for key in _SAID if key in given]:
-            raise InterventionError(f"{wrong[0]}= beside preset={name}: it sets the language's neurons to 0")
+    if preset.pop("deactivation", False):
+        if wrong := [key for key in _FIXED_BY_DEACTIVATE if key in given]:
+            raise InterventionError(f"{wrong[0]}= conflicts with preset={name}, which sets the language's neurons to 0")
         given["deactivate"] = given.pop("language")
         return given
-    if wrong := [key for key in map(str, own) if key in given]:
-        raise InterventionError(f"{wrong[0]}= beside preset={name}, which says it: leave one of the two out")
-    if own["op"] == "scale" and not is_live(own.get("value")) and "value" in given:
-        raise InterventionError(f"value= beside preset={name}, which says it: leave one of the two out")
-    return given | own
+    if wrong := [key for key in map(str, preset) if key in given]:
+        raise InterventionError(f"{wrong[0]}= conflicts with preset={name}, which sets it: leave one of the two out")
+    if preset["op"] == "scale" and not is_live(preset.get("value")) and "value" in given:
+        raise InterventionError(f"value= conflicts with preset={name}, which takes none: leave one of the two out")
+    return given | preset
 
 
-def _preset(found: Any) -> dict[str, Any]:
-    name = _ALIASES.get(str(found), str(found))
+def _preset(given: Any) -> dict[str, Any]:
+    name = _ALIASES.get(str(given), str(given))
     if name in PRESETS:
         return PRESETS[name]
-    operand = _OPERAND.fullmatch(name) if isinstance(found, str) else None
+    operand = _OPERAND.fullmatch(name) if isinstance(given, str) else None
     if operand is None:
         known = (*PRESETS, *_ALIASES)
-        hint = did_you_mean(found, known) if isinstance(found, str) else "; a sign before a number needs quotes: '+2'"
+        hint = did_you_mean(given, known) if isinstance(given, str) else "; a sign before a number needs quotes: '+2'"
         raise InterventionError(
-            f"preset={found!r}: expected one of {', '.join(known)}, or =, + or * with a number or a live statistic "
+            f"preset={given!r}: expected one of {', '.join(known)}, or =, + or * with a number or a live statistic "
             f"such as +std{hint}"
         )
     op, statistic, number = _OPERATIONS[operand[1]], operand[2], operand[3]

@@ -1,6 +1,6 @@
-"""Values taken from the activations in hand, and seeded random numbers: one pure function each.
+"""Statistics of the current activations, and seeded random numbers: one pure function each.
 
-Statistics of scope `token` have one value a position, of scope `sequence` one a row. Both are computed in float32
+Statistics of scope `token` have one value per position, of scope `sequence` one per row. Both are computed in float32
 (float64 models: in float64) from the activations as the hook receives them, before any step of the intervention.
 """
 
@@ -64,8 +64,8 @@ def _reduced(
         return _lower_median(ordered, count)
     if name == "mad" and chosen is not None:
         centre = _lower_median(ordered, count)
-        own = None if present is None else present.index_select(-1, chosen)
-        distances = _filled((values.index_select(-1, chosen) - centre).abs(), own, math.inf).sort(-1).values
+        present = None if present is None else present.index_select(-1, chosen)
+        distances = _filled((values.index_select(-1, chosen) - centre).abs(), present, math.inf).sort(-1).values
         return _lower_median(distances, count * (chosen.numel() / values.shape[-1]))
     if name == "iqr":
         return _quantile(ordered, count, 0.75) - _quantile(ordered, count, 0.25)
@@ -82,14 +82,14 @@ def _lower_median(ordered: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 def _quantile(ordered: torch.Tensor, count: torch.Tensor, share: float) -> torch.Tensor:
     """Linear interpolation between order statistics, as in torch.quantile and numpy."""
-    place = share * (count - 1)
-    below, weight = place.floor(), place - place.floor()
-    low, high = _at(ordered, below), _at(ordered, place.ceil())
+    rank = share * (count - 1)
+    below, weight = rank.floor(), rank - rank.floor()
+    low, high = _at(ordered, below), _at(ordered, rank.ceil())
     return torch.lerp(low, high, weight.to(ordered.dtype))
 
 
-def _at(ordered: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    return ordered.gather(-1, place.clamp(min=0).long())
+def _at(ordered: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    return ordered.gather(-1, rank.clamp(min=0).long())
 
 
 def normal(
@@ -104,7 +104,7 @@ def normal(
         seed: of the step.
         stream: numbers of step, site and layer, so that each has numbers of its own.
         units: (unit,) indices of the units.
-        index: (row, position) place of each token among the row's real ones.
+        index: (row, position) number of each token among the row's real ones.
         tokens: (row, position) token ids, so that different texts get different numbers.
 
     Returns:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -41,7 +41,7 @@ class Positions:
     stop: int | None = None
 
     def mask(self, index: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """Which positions are chosen, (row, position) bool; what pads are given as is the caller's to mask.
+        """Which positions are chosen, (row, position) bool; pads are the caller's to mask.
 
         Args:
             index: (row, position) number of each token among the row's real ones, from 0.
@@ -88,11 +88,15 @@ def parse_positions(text: str) -> Positions:
     return Positions(part, start, stop)
 
 
-# --- Which positions of a forward pass are real tokens, which of them are prompt, and where each stands in its row
+# --- The rows of a forward pass: real tokens, their index in the row, and how many of them are prompt
 
 _UNREADABLE = (
     "real tokens cannot be told from padding, because the attention mask has not the form (row, position); pass such a "
-    "one, or say it with Steering.rows()"
+    "mask, or give the rows with Steering.rows()"
+)
+_NO_PROMPT = (
+    "a forward pass with a cache whose prompt is not known; generate with the model's generate(), or give the prompt's "
+    "length with Steering.rows()"
 )
 
 
@@ -103,7 +107,7 @@ class ForwardRows:
     Attributes:
         shape: (rows, positions).
         real: (row, position) bool, False for pads; None where every position is real.
-        index: (row, position) int64 place among the row's real tokens; None where it is not known.
+        index: (row, position) int64 number of each token among the row's real ones; None where it is not known.
         prompt: (row, 1) int64 number of prompt tokens; None where it is not known.
         tokens: (row, position) token ids; None where the model was given embeddings.
     """
@@ -126,15 +130,15 @@ class ForwardRows:
         """(row, position) bool where `positions` chooses a real token; None where it chooses every position."""
         key = (positions, device)
         if key not in self._masks:
-            found = self._mask(positions)
-            self._masks[key] = None if found is None else found.to(device)
+            mask = self._mask(positions)
+            self._masks[key] = None if mask is None else mask.to(device)
         return self._masks[key]
 
     def _mask(self, positions: str) -> torch.Tensor | None:
         if positions == ALL:
             return self.real
         if self.index is None or self.prompt is None:
-            raise InterventionError(f"positions={positions}: {_UNREADABLE}")
+            raise InterventionError(f"positions={positions}: {_UNREADABLE if self.index is None else _NO_PROMPT}")
         chosen = parse_positions(positions).mask(self.index, self.prompt)
         return chosen if self.real is None else chosen & self.real
 
@@ -142,24 +146,69 @@ class ForwardRows:
         """Number of positions that any of these forms chooses."""
         union: torch.Tensor | None = None
         for kind in kinds:
-            found = self._mask(kind)
-            if found is None:
+            mask = self._mask(kind)
+            if mask is None:
                 return self.shape[0] * self.shape[1]
-            union = found if union is None else union | found
+            union = mask if union is None else union | mask
         return 0 if union is None else union.sum()
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What a caller knows of its batch.
+    """What a caller says of its batch.
 
     Attributes:
         real: (row, position) bool of the first forward pass, False for pads; every later position is real.
-        prompt: (row, 1) int64 number of prompt tokens; None where all real tokens of the first pass are prompt.
+        prompt: (row, 1) int64 number of prompt tokens; None where all real tokens of `real` are prompt.
     """
 
     real: torch.Tensor
     prompt: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class GenerationPrompt:
+    """The prompt of a call of `generate`, whatever its forward passes read at once: a chunk of it, or more.
+
+    Attributes:
+        columns: positions of the prompt, pads included.
+        real: (row, column) bool, False for pads; None where the call had no mask.
+    """
+
+    columns: int
+    real: torch.Tensor | None
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GenerationPrompt:
+        """From the arguments of `generate` of transformers.
+
+        Raises:
+            InterventionError: if the arguments do not tell where the prompt begins.
+        """
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            return cls(mask.shape[1], mask != 0)
+        inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        source = kwargs.get("inputs_embeds") if inputs is None else inputs
+        columns = 1 if source is None else int(source.shape[1])  # without inputs a text begins with BOS
+        if columns <= _past(kwargs.get("past_key_values")):
+            raise InterventionError("generate() with past_key_values: pass the attention_mask of the whole prompt too")
+        return cls(columns, None)
+
+    def tokens(self, whole: torch.Tensor | None, rows: int, length: int, device: torch.device) -> torch.Tensor:
+        """(row, 1) number of prompt tokens.
+
+        Args:
+            whole: (row, past and present position) bool, False for pads; None where every position is real.
+            rows: of the forward pass.
+            length: past and present positions.
+            device: of the result.
+        """
+        if self.real is not None:
+            return _for_beams(self.real.to(device), rows).sum(1, keepdim=True)
+        seen = min(self.columns, length)
+        pads = 0 if whole is None else (~whole[:, :seen]).sum(1, keepdim=True)  # pads of a prompt stand on the left
+        return torch.full((rows, 1), self.columns, device=device) - pads
 
 
 class RowReader:
@@ -169,7 +218,7 @@ class RowReader:
         names = list(inspect.signature(decoder.forward).parameters.values())
         self._names = [each.name for each in names if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
         self._declared: Declared | None = None
-        self._prompt: torch.Tensor | None = None  # of the last pass without a past
+        self._generating: GenerationPrompt | None = None
 
     @contextmanager
     def declaring(self, declared: Declared) -> Iterator[None]:
@@ -178,16 +227,25 @@ class RowReader:
         try:
             yield
         finally:
-            self._declared, self._prompt = before, None
+            self._declared = before
 
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], places: bool, pads: bool) -> ForwardRows:
+    @contextmanager
+    def generating(self, prompt: GenerationPrompt) -> Iterator[None]:
+        """Forward passes inside generate after this prompt."""
+        before, self._generating = self._generating, prompt
+        try:
+            yield
+        finally:
+            self._generating = before
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], needs_index: bool, needs_pads: bool) -> ForwardRows:
         """The rows of the forward pass that begins.
 
         Args:
             args: positional ones of the decoder.
             kwargs: of the decoder.
-            places: whether it matters where each token stands and what is prompt.
-            pads: whether a pad that goes unseen would change a score.
+            needs_index: whether it matters where each token stands and what is prompt.
+            needs_pads: whether a pad that goes unseen would change a score.
 
         Raises:
             InterventionError: if the batch is not the one declared, or its pads matter and cannot be told.
@@ -200,17 +258,14 @@ class RowReader:
         rows, length = source.shape[:2]
         past = _past(given.get("past_key_values"))
         whole = self._whole(given.get("attention_mask"), rows, past + length, source.device)
-        real = None
-        if whole is not None:
-            real = whole[:, past:]
-            real = None if bool(real.all()) else real
-        found = ForwardRows((rows, length), real, tokens=tokens)
-        known = whole is not None or given.get("attention_mask") is None
-        if pads and not known:
+        real = None if whole is None or bool(whole[:, past:].all()) else whole[:, past:]
+        read = ForwardRows((rows, length), real, tokens=tokens)
+        readable = whole is not None or given.get("attention_mask") is None
+        if needs_pads and not readable:
             raise InterventionError(f"scope=sequence: {_UNREADABLE}")
-        if places and known:
-            self._place(found, whole, past, source.device)
-        return found
+        if needs_index and readable:
+            read.index, read.prompt = self._index(whole, rows, past, past + length, source.device)
+        return read
 
     def _whole(self, mask: Any, rows: int, length: int, device: torch.device) -> torch.Tensor | None:
         """(row, past and present position) bool; None where no mask tells, or none is needed."""
@@ -221,32 +276,44 @@ class RowReader:
                     f"a forward pass of {rows} rows and {length} positions in a batch declared as "
                     f"{real.shape[0]} by {real.shape[1]}"
                 )
-            real = real.repeat_interleave(rows // real.shape[0], 0)  # generation gives each beam a row
-            return torch.cat([real, real.new_ones(rows, length - real.shape[1])], 1)
+            return _with_later_positions(_for_beams(real, rows), length)
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == rows and mask.shape[1] >= length:
             return mask[:, :length] != 0
+        if self._generating is not None and self._generating.real is not None:
+            return _with_later_positions(_for_beams(self._generating.real.to(device), rows), length)
         return None
 
-    def _place(self, found: ForwardRows, whole: torch.Tensor | None, past: int, device: torch.device) -> None:
-        rows, length = found.shape
+    def _index(
+        self, whole: torch.Tensor | None, rows: int, past: int, length: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(row, position) index among the row's real tokens, and (row, 1) number of prompt tokens, None if not known.
+
+        A forward pass without a cache is all prompt, unless the caller or `generate` says otherwise: it scores a text.
+        One with a cache may go on with a prompt as well as with an answer.
+        """
         if whole is None:
-            index = torch.arange(past, past + length, device=device).expand(rows, length)
+            index = torch.arange(past, length, device=device).expand(rows, length - past)
         else:
             index = whole.long().cumsum(1)[:, past:] - 1
-        declared = self._declared.prompt if self._declared is not None else None
-        if declared is not None:
-            prompt = declared.to(device).repeat_interleave(rows // declared.shape[0], 0)
-        elif past == 0:
-            prompt = index[:, -1:] + 1  # the cumulative sum ends at the number of real tokens
-        elif self._prompt is not None and self._prompt.shape[0] == rows:
-            prompt = self._prompt.to(device)
-        else:
-            raise InterventionError(
-                "a forward pass with a cache whose prompt was not seen: attach the intervention before the prompt is "
-                "read, or say the prompt's length with Steering.rows()"
-            )
-        self._prompt = prompt
-        found.index, found.prompt = index, prompt
+        if self._declared is not None:
+            prompt = self._declared.prompt
+            prompt = self._declared.real.long().sum(1, keepdim=True) if prompt is None else prompt
+            return index, _for_beams(prompt.to(device), rows)
+        if self._generating is not None:
+            return index, self._generating.tokens(whole, rows, length, device)
+        return index, index[:, -1:] + 1 if past == 0 else None
+
+
+def _for_beams(per_row: torch.Tensor, rows: int) -> torch.Tensor:
+    """(row, ...) repeated where generation gives each beam a row."""
+    if rows % per_row.shape[0]:
+        raise InterventionError(f"a forward pass of {rows} rows for a prompt of {per_row.shape[0]}")
+    return per_row.repeat_interleave(rows // per_row.shape[0], 0)
+
+
+def _with_later_positions(real: torch.Tensor, length: int) -> torch.Tensor:
+    """(row, position) bool cut or filled up to a length; every later position is real."""
+    return torch.cat([real[:, :length], real.new_ones(len(real), max(0, length - real.shape[1]))], 1)
 
 
 def _past(cache: Any) -> int:

@@ -123,7 +123,7 @@ MATRIX = [
     ),
     (
         "language=fra,op=add,scope=sequence",
-        "scope='sequence': it speaks of a live_ statistic as value= or deactivate_to=, and there is none",
+        "scope='sequence': it applies to a live_ statistic as value= or deactivate_to=, and there is none",
     ),
     (
         "language=fra,op=add,value=live_max,scope=sentence",
@@ -131,7 +131,7 @@ MATRIX = [
     ),
     (
         "language=fra,op=add,seed=3",
-        "seed=3: it speaks of value=normal, or deactivate_to=random or noise, and there is none",
+        "seed=3: it applies to value=normal, or deactivate_to=random or noise, and there is none",
     ),
     (
         "language=fra,op=add,value=normal,seed=-1",
@@ -147,11 +147,11 @@ MATRIX = [
     ),
     (
         "language=fra,preset=p_max,op=set",
-        "op= beside preset=p_max, which says it: leave one of the two out",
+        "op= conflicts with preset=p_max, which sets it: leave one of the two out",
     ),
     (
         "language=fra,preset=deactivate,factor=2",
-        "factor= beside preset=deactivate: it sets the language's neurons to 0",
+        "factor= conflicts with preset=deactivate, which sets the language's neurons to 0",
     ),
     (
         "preset=p_max",
@@ -196,7 +196,7 @@ MATRIX = [
     ),
     (
         "intervention=steps.yaml,factor=2",
-        "factor= beside intervention=: the file holds every step; write it there",
+        "factor= conflicts with intervention=, which holds every step: write it there",
     ),
     (
         "language=fra,op=scale,tp_plan=auto",

@@ -14,8 +14,10 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.lmeval import registration
-from lm_eval_steering.metrics.likelihood import Score, lss
+from lm_eval_steering.lmeval.model import SteeredHFLM
+from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN, Score, lss, preference_shift
 from lm_eval_steering.resources import tasks_folder
+from tests.conftest import make_set, tiny_model, tiny_tokenizer
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "lss_matrix.json").read_text())
 LANGUAGES: list[str] = GOLDEN["langs"]
@@ -73,3 +75,24 @@ def test_the_matrix_is_the_published_one_and_its_diagonal_is_blank(target: str, 
 @pytest.mark.parametrize(("steered", "baseline", "expected"), GOLDEN["eval_dod_examples"])
 def test_ties_do_not_count(steered: list[float], baseline: list[float], expected: float) -> None:
     assert lss([s - b for s, b in zip(steered, baseline, strict=True)]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("scoring", ["shared", "plain"])
+@pytest.mark.parametrize(
+    "identity", [{"op": "scale"}, {"op": "add", "value": 0.0}, {"op": "add", "value": "mean", "factor": 0.0}]
+)
+def test_an_identity_in_bfloat16_has_lss_0_exactly(identity: dict[str, Any], scoring: str) -> None:
+    lm = SteeredHFLM(tiny_model("llama").bfloat16(), tokenizer=tiny_tokenizer(), batch_size=3, scoring=scoring)
+    neurons = make_set({"fra_Latn": [(0, 1), (0, 5), (2, 3)], "deu_Latn": [(0, 5), (1, 7)]})
+    pairs = [
+        (" ".join(f"w{n + k}" for k in range(n % 4 + 1)), (f" w{n + 7} w{n}", f" w{2 * n + 3}")) for n in range(12)
+    ]
+    requests = [
+        Instance("loglikelihood", {UNSTEERED_TWIN: True}, (prompt, answer), number)
+        for number, (prompt, answer) in enumerate((prompt, answer) for prompt, both in pairs for answer in both)
+    ]
+    for arguments in ({"op": "add", "value": 3.0}, identity):  # the unsteered scores of the first are used again
+        lm.intervene(neurons, language="fra_Latn", **arguments)
+        scores = lm.loglikelihood(requests)
+    shifts = [preference_shift(base, target) for base, target in zip(scores[::2], scores[1::2], strict=True)]
+    assert shifts == [0.0] * len(pairs) and lss(shifts) == 0

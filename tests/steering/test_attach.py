@@ -289,3 +289,35 @@ def test_what_others_hold_is_not_written_over() -> None:
     loss.backward()
     assert not torch.equal(steered, plain) and len(held) == 3
     assert all(torch.equal(out, copy) for out, copy in held)
+
+
+@pytest.mark.parametrize("factor", [1e20, -1e25, 1e38])
+@pytest.mark.parametrize("site", ["activation", "product"])
+def test_an_overflow_inside_a_norm_is_an_overflow(
+    model: torch.nn.Module, neuron_set: NeuronSet, site: str, factor: float
+) -> None:
+    with steer(model, neuron_set, "fra_Latn", op="add", factor=factor, site=site) as steering:
+        logits(model)
+        assert steering.overflowed()
+        steering.reset_evidence()
+        assert not steering.overflowed()
+
+
+def test_a_strong_change_is_no_overflow(model: torch.nn.Module, neuron_set: NeuronSet) -> None:
+    with steer(model, neuron_set, "fra_Latn", op="add", factor=1e6) as steering:
+        assert logits(model).isfinite().all() and not steering.overflowed()
+        assert steering.evidence().nonfinite == 0
+
+
+def test_a_hidden_state_of_zeros_is_what_a_norm_makes_of_an_overflow(neuron_set_of_llama: NeuronSet) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[:, 3] = 1e9  # a small change of the unit, a huge one of the stream
+    with steer(model, neuron_set_of_llama, "fra_Latn", op="set", value=1e12, layers="2", site="product") as steering:
+        assert logits(model).isfinite().all()
+        assert steering.evidence().nonfinite == 1 and steering.overflowed()
+
+
+@pytest.fixture
+def neuron_set_of_llama() -> NeuronSet:
+    return make_set({"fra_Latn": [(0, 1), (0, 5), (2, 3)]})

@@ -99,13 +99,14 @@ def test_prefill_and_decode_equal_one_forward(family: str, neuron_set: NeuronSet
             whole = in_batch(model, steering, [ROW], "right")
             ids, inputs = batched(model, [ROW[:, :PROMPT], LONGER[:, : PROMPT + 2]], "left")
             rest = torch.cat([ROW[:, PROMPT:], LONGER[:, PROMPT + 2 : PROMPT + 4]])
-            found = [prefill := forward(model, ids, inputs, None)]
-            for step in range(2):
-                mask = torch.cat([inputs["attention_mask"], torch.ones(2, step + 1, dtype=torch.long)], 1)
-                later = {"attention_mask": mask}
-                if "position_ids" in inputs:
-                    later["position_ids"] = mask.cumsum(1)[:, -1:] - 1
-                found.append(forward(model, rest[:, step : step + 1], later, prefill.past_key_values))
+            with steering.rows(inputs["attention_mask"]):
+                found = [prefill := forward(model, ids, inputs, None)]
+                for step in range(2):
+                    mask = torch.cat([inputs["attention_mask"], torch.ones(2, step + 1, dtype=torch.long)], 1)
+                    later = {"attention_mask": mask}
+                    if "position_ids" in inputs:
+                        later["position_ids"] = mask.cumsum(1)[:, -1:] - 1
+                    found.append(forward(model, rest[:, step : step + 1], later, prefill.past_key_values))
         cached = torch.cat([output.logits[0] for output in found])[2:]  # two pads on the left
         assert close(cached, whole), arguments
 

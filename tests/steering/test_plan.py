@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_eval_steering.errors import InterventionError, NeuronSetError
-from lm_eval_steering.steering.attach import EditAtWork, LargestChange
+from lm_eval_steering.steering.attach import AttachedEdit, LargestChange
 from lm_eval_steering.steering.compiled import CompiledIntervention, compile_intervention
 from lm_eval_steering.steering.intervention import Intervention, Step, build, from_arguments
 from lm_eval_steering.steering.live import statistic
@@ -95,7 +95,7 @@ def at_work(intervention: Intervention, units: torch.Tensor) -> torch.Tensor:
     """(layer, row, position, unit) of every layer at site activation, each edited by itself."""
     result = units.clone()
     for edit in compile_intervention(intervention, SET).edits:
-        result[edit.layer] = EditAtWork(edit, 24)(units[edit.layer], ROWS, LargestChange())
+        result[edit.layer] = AttachedEdit(edit, 24)(units[edit.layer], ROWS, LargestChange())
     return result
 
 

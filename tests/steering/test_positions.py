@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -116,9 +118,100 @@ def test_a_prompt_that_was_read_before_is_not_guessed() -> None:
     past = model(IDS, use_cache=True).past_key_values
     with (
         steer(model, SET, "fra", op="set", value=4.0, positions="generated"),
-        pytest.raises(InterventionError, match="whose prompt was not seen"),
+        pytest.raises(InterventionError, match="whose prompt is not known"),
     ):
         model(IDS[:, :1], past_key_values=past)
+
+
+# --- generation from Python
+
+PROMPTS = torch.tensor([[1, 1, 0, 5, 6, 7, 8, 5, 6, 7], [0, 9, 8, 5, 6, 7, 8, 5, 6, 7]])
+MASK = (PROMPTS != 1).long()
+FORMS = ("prompt", "generated", "last", "prompt[-3:]", "-2:", "generated[:2]", "2:11")
+METHODS: dict[str, dict[str, Any]] = {
+    "chunked prefill": {"prefill_chunk_size": 3},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "prompt look-up": {"prompt_lookup_num_tokens": 3},
+    "an assistant": {"assistant_model": True},
+}
+
+
+def by_hand(model: torch.nn.Module, ids: torch.Tensor, form: str, new: int) -> list[int]:
+    """Greedy tokens by one whole forward pass for each, with the prompt's length given."""
+    for _ in range(new):
+        steering = steer(model, SET, "fra", op="add", value=6.0, positions=form)
+        rows = steering.rows(torch.ones_like(ids), torch.tensor([PROMPTS.shape[1]]))
+        with steering, rows, torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, PROMPTS.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", FORMS)
+def test_generation_uses_the_true_length_of_the_prompt_whatever_it_reads_at_once(method: str, form: str) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = None
+    options = dict(METHODS[method])
+    if "assistant_model" in options:
+        options["assistant_model"] = tiny_model("llama")
+    row = PROMPTS[1:]
+    expected = by_hand(model, row, form, 8)
+    with steer(model, SET, "fra", op="add", value=6.0, positions=form):
+        # A static cache makes a mask of four dimensions, which needs that of the call (else an error).
+        for given in ({"attention_mask": torch.ones_like(row)}, {})[: 1 if method == "static cache" else 2]:
+            found = model.generate(row, do_sample=False, max_new_tokens=8, pad_token_id=1, **given, **options)
+            assert found[0, row.shape[1] :].tolist() == expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_padded_prompt_in_chunks_is_that_prompt(form: str) -> None:
+    model = tiny_model("llama")
+    with steer(model, SET, "fra", op="add", value=6.0, positions=form):
+        rows = [
+            model.generate(PROMPTS, attention_mask=MASK, do_sample=False, max_new_tokens=6, pad_token_id=1, **options)
+            for options in ({}, {"prefill_chunk_size": 3}, {"use_cache": False})
+        ]
+        beams = model.generate(PROMPTS, attention_mask=MASK, num_beams=2, max_new_tokens=2, pad_token_id=1)
+    assert rows[0].tolist() == rows[1].tolist() == rows[2].tolist()
+    assert beams.shape == (2, PROMPTS.shape[1] + 2)
+
+
+def test_a_prompt_that_goes_on_from_a_cache_needs_its_mask() -> None:
+    model = tiny_model("llama")
+    row = PROMPTS[1:]
+    with steer(model, SET, "fra", op="add", value=6.0, positions="last"):
+        whole = model.generate(row, do_sample=False, max_new_tokens=4, pad_token_id=1)
+        with torch.no_grad():
+            past = model(row[:, :6], use_cache=True).past_key_values
+        with pytest.raises(InterventionError, match="attention_mask"):
+            model.generate(row[:, 6:7], past_key_values=past, max_new_tokens=2)
+    assert whole.shape[1] == row.shape[1] + 4
+
+
+def test_a_loop_from_python_gives_the_prompt_or_is_refused() -> None:
+    model = tiny_model("llama")
+    row = PROMPTS[1:]
+    with steer(model, SET, "fra", op="add", value=6.0, positions="last") as steering, torch.no_grad():
+        first = model(row[:, :6], use_cache=True)  # may be all of a prompt, or a chunk of it
+        with pytest.raises(InterventionError, match=r"Steering.rows\(\)"):
+            model(row[:, 6:], past_key_values=first.past_key_values)
+        with steering.rows(torch.ones(1, 6), torch.tensor([row.shape[1]])):
+            chunk = model(row[:, :6], use_cache=True)
+            logits = model(row[:, 6:], past_key_values=chunk.past_key_values).logits
+        whole = model(row).logits[:, 6:]
+    assert torch.allclose(logits, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_generate_is_the_models_own_again_after_any_order_of_detaching() -> None:
+    model = tiny_model("llama")
+    one = steer(model, SET, "fra", op="add", value=6.0, positions="last", layers="0").attach()
+    other = steer(model, SET, "fra", op="add", value=6.0, positions="last", layers="2").attach()
+    assert "generate" in vars(model)
+    one.detach()
+    assert "generate" in vars(model)
+    other.detach()
+    assert "generate" not in vars(model)
 
 
 # --- live statistics ----------------------------------------------------------------------------------------------
