@@ -39,7 +39,7 @@ def of_whole_text(request: Instance, score: Score) -> Score:
     """The score of a request that `whole_text` has made, marked as one."""
     if not is_too_long(request):
         return score
-    return WholeTextScore(tuple(score), score.tokens, score.unsteered, score.targets)
+    return WholeTextScore((score[0], score[1]), score.tokens, score.unsteered, score.targets)
 
 
 def windows_of(request: Request, max_length: int) -> list[Request]:
