@@ -12,25 +12,36 @@ if TYPE_CHECKING:
 
 
 def rescore(
-    folder: Annotated[Path, typer.Argument(help="Output folder of lm_eval, run with --log_samples or --predict_only.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="Output folder of lm_eval, run with --log_samples or --predict_only; or a table of texts "
+            "(.csv, .tsv, .jsonl, .parquet)."
+        ),
+    ],
     target_language: Annotated[
         str | None, typer.Option(help="What lfs counts, such as fra_Latn or fra_Latn+deu_Latn; the steered by default.")
     ] = None,
     expected_language: Annotated[
-        str | None, typer.Option(help="Language that all items expect; what item or task says by default.")
+        str | None, typer.Option(help="Language that all items expect; that of item or task by default.")
     ] = None,
     about: Annotated[
         str | None, typer.Option(help="What lpr, wpr, lcpr and script_share are about: expected (default), or target.")
     ] = None,
     lid: Annotated[
-        str | None, typer.Option(help="lid.176, glotlid, openlid-v2, lid218e or a path; the run's own by default.")
+        str | None, typer.Option(help="lid.176, glotlid, openlid-v2, lid218e or a path; that of the run by default.")
     ] = None,
     lid_threshold: Annotated[float, typer.Option(help="With --lid: smallest probability that counts.")] = 0.5,
     lid_letters: Annotated[int, typer.Option(help="With --lid: smallest number of letters that counts.")] = 3,
+    text_column: Annotated[str, typer.Option(help="Of a table: what the model wrote.")] = "text",
+    target_column: Annotated[str, typer.Option(help="Of a table, if it has one: the target language.")] = "target",
+    expected_column: Annotated[
+        str, typer.Option(help="Of a table, if it has one: the language that the row expects.")
+    ] = "expected",
 ) -> None:
-    """Compute the output-language metrics of a finished run from its samples; its own files stay as they are."""
+    """Compute the output-language metrics of a finished run, or of a table of texts; its files stay as they are."""
     from lm_eval_steering.languages import normalise
-    from lm_eval_steering.lmeval.rescore import RescoreOptions, codes
+    from lm_eval_steering.lmeval.rescore import Columns, RescoreOptions, codes, rescore_table
     from lm_eval_steering.lmeval.rescore import rescore as score
     from lm_eval_steering.metrics.language_id import LanguageIdentifier
 
@@ -40,7 +51,11 @@ def rescore(
         about,
         LanguageIdentifier.named(lid, lid_threshold, lid_letters) if lid else None,
     )
-    for done in score(folder, asked):
+    if path.is_file():
+        rescored = [rescore_table(path, asked, Columns(text_column, target_column, expected_column))]
+    else:
+        rescored = score(path, asked)
+    for done in rescored:
         typer.echo(table(done))
         typer.echo(f"wrote {done.path}\n")
 

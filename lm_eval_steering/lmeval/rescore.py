@@ -1,8 +1,8 @@
 """The output-language metrics from the samples of a finished run, as the run itself would have computed them.
 
 lm-eval's `--predict_only` computes no metrics, and a run with plain `hf` knows no target language; both store what the
-model wrote. Nothing of theirs is changed: what is found goes to new files, named after the run and the settings, so
-that another target language makes another file.
+model wrote. Nothing of theirs is changed: scores go to new files, named after the run and the settings, so that another
+target language makes another file. A plain table of texts (.csv, .tsv, .jsonl, .parquet) is scored likewise.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.files import write_text
+from lm_eval_steering.errors import SteeringError, UnknownLanguageError
+from lm_eval_steering.files import write_json, write_json_lines
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.lmeval.aggregation import aggregated
 from lm_eval_steering.lmeval.expected_language import expected_language, options_of
 from lm_eval_steering.lmeval.registration import register_all
+from lm_eval_steering.lmeval.sources import LocatedRow, read_located, refuse_invalid_text
 from lm_eval_steering.metrics import pass_rates
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.metrics.output_language import EXPECTED, IdentifiedText, Value
@@ -33,13 +34,13 @@ _SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<date>{_DATE})\.jsonl")
 
 @dataclass(frozen=True)
 class RescoreOptions:
-    """What the user says beside what the run has stored.
+    """What the user asks for beyond what the run has stored.
 
     Attributes:
         targets: codes of the target languages; empty takes those that the run was steered to.
-        expected: code of the language that all items expect; None takes each item's or task's own word.
+        expected: code of the language that all items expect; None takes that of each item or task.
         about: `expected` or `target`, as for `output_metrics`; None takes what the task's metric list says.
-        identifier: None takes the run's own.
+        identifier: None takes that of the run.
     """
 
     targets: tuple[str, ...] = ()
@@ -65,8 +66,8 @@ class RunFiles:
         Raises:
             SteeringError: if it cannot be read.
         """
-        found = [path for path in self.folder.glob(f"*_{self.date}.json") if not path.name.startswith("rescored_")]
-        return _read(found[0]) if found else {}
+        paths = [path for path in self.folder.glob(f"*_{self.date}.json") if not path.name.startswith("rescored_")]
+        return _read(paths[0]) if paths else {}
 
 
 @dataclass(frozen=True)
@@ -128,43 +129,117 @@ def _rescore(run: RunFiles, asked: RescoreOptions) -> Rescored | None:
     if not values:
         return None
     settings = _settings(identifier, targets, asked)
+    files = {task: run.samples[task].name for task in values}
+    return _write(run.folder, run.date, values, settings, {"samples": files}, stored.get("config"))
+
+
+def _write(
+    folder: Path,
+    name: str,
+    values: Mapping[str, list[dict[str, Any]]],
+    settings: dict[str, Any],
+    source: Mapping[str, Any],
+    config: Any = None,
+) -> Rescored:
+    """Aggregate the items of each task, and write them and their scores to files that name the settings."""
     mark = fingerprint(settings)[:8]
     scores, counts = {}, {}
     for task, rows in values.items():
         scores[task], counts[task] = _aggregate(rows)
-        write_text(
-            run.folder / f"rescored_samples_{task}_{run.date}_{mark}.jsonl",
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        )
-    content = {
-        "results": scores,
-        "counts": counts,
-        "rescored": settings | {"samples": {task: run.samples[task].name for task in values}},
-        "config": stored.get("config"),
-    }
-    path = run.folder / f"rescored_{run.date}_{mark}.json"
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json_lines(folder / f"rescored_samples_{task}_{name}_{mark}.jsonl", rows)
+    content = {"results": scores, "counts": counts, "rescored": settings | dict(source), "config": config}
+    path = folder / f"rescored_{name}_{mark}.json"
+    write_json(path, content, indent=2)
     return Rescored(path, scores, counts, settings)
 
 
+# --- A plain table of texts ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns; those of the languages may be absent from the table.
+
+    Attributes:
+        text: what the model wrote.
+        target: code of the target language of a row, or several joined by `+`.
+        expected: code of the language that a row expects.
+    """
+
+    text: str = "text"
+    target: str = "target"
+    expected: str = "expected"
+
+
+def rescore_table(path: Path, asked: RescoreOptions, columns: Columns = Columns()) -> Rescored:
+    """Score the texts of a table; the options go before its columns.
+
+    Raises:
+        SteeringError: naming file and line, for a file that is no table, a row without a text or with an unknown
+            language.
+    """
+    register_all()
+    identifier = asked.identifier or LanguageIdentifier()
+    rows = read_located(path)
+    if not rows:
+        raise SteeringError(f"{path}: no rows")
+    settings = _settings(identifier, asked.targets, asked)
+    targets: set[str] = set()
+    scored = []
+    for number, located in enumerate(rows):
+        row_targets = asked.targets or _codes_in(located, columns.target)
+        expected = asked.expected or next(iter(_codes_in(located, columns.expected)), None)
+        text = IdentifiedText.of(_text_in(located, columns), identifier, row_targets)
+        options = {"about": asked.about} if asked.about else {}
+        values = {metric: value_of(metric, text, options, expected) for metric in METRICS}
+        scored.append(
+            {"doc_id": number, "filter": "none"}
+            | {metric: value for metric, value in values.items() if value is not None}
+        )
+        targets |= set(row_targets)
+    settings["target_languages"] = sorted(targets)
+    return _write(path.parent, path.name, {path.stem: scored}, settings, {"table": path.name})
+
+
+def _text_in(located: LocatedRow, columns: Columns) -> str:
+    refuse_invalid_text(located.row, located.where)
+    text = located.row.get(columns.text)
+    if not isinstance(text, str):
+        names = ", ".join(str(name) for name in located.row)
+        raise SteeringError(
+            f"{located.where}: no text in the column {columns.text!r}; name it by --text-column (the row has {names})"
+        )
+    return text
+
+
+def _codes_in(located: LocatedRow, column: str) -> tuple[str, ...]:
+    try:
+        return codes(str(located.row.get(column) or ""))
+    except UnknownLanguageError as error:
+        raise SteeringError(f"{located.where}, column {column!r}: {error}") from None
+
+
+# --- Reading a run ----------------------------------------------------------------------------------------------------
+
+
 def _identifier(stored: Mapping[str, Any], steering: Mapping[str, Any], asked: RescoreOptions) -> LanguageIdentifier:
-    """The one asked for, else the run's own, which must give the run's own signature."""
+    """The one asked for, else that of the run, which must give the signature that the run has."""
     if asked.identifier is not None:
         return asked.identifier
     arguments = (stored.get("config") or {}).get("model_args")
     arguments = arguments if steering and isinstance(arguments, Mapping) else {}
-    found = LanguageIdentifier.named(
+    identifier = LanguageIdentifier.named(
         str(arguments.get("lid", DEFAULT)),
         float(arguments.get("lid_threshold", THRESHOLD)),
         int(arguments.get("lid_letters", LETTERS)),
     )
-    own = steering.get("language_identifier")
-    if own and own != found.signature():
+    signature = steering.get("language_identifier")
+    if signature and signature != identifier.signature():
         raise SteeringError(
-            f"the run identified languages with {own}, this would be {found.signature()}: pass --lid (and "
+            f"the run identified languages with {signature}, this would be {identifier.signature()}: pass --lid (and "
             "--lid-threshold, --lid-letters) to say which you mean"
         )
-    return found
+    return identifier
 
 
 def _generated(path: Path, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -208,9 +283,10 @@ def _scored(
     expected = expected_language(row.get("doc"), config.get("metadata"))
     known = {name: row.get(name) for name in ("doc_id", "filter", "doc_hash", "prompt_hash")}
     over = {key: value for key, value in (("about", asked.about), ("expected", asked.expected)) if value}
-    said = _options(config)
+    options = _options(config)
     values: dict[str, Value | None] = {
-        name: value_of(name, text, options_of(row.get("doc"), said.get(name, {})) | over, expected) for name in METRICS
+        name: value_of(name, text, options_of(row.get("doc"), options.get(name, {})) | over, expected)
+        for name in METRICS
     }
     return known | {name: value for name, value in values.items() if value is not None}
 

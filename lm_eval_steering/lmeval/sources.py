@@ -12,6 +12,7 @@ each also as .parquet; FAMILY is also tried as the last part of the hub id (`flo
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -182,15 +183,34 @@ def find_file(folder: Path, source: RowsSource) -> Path | None:
 
 
 def read_located(path: Path) -> list[LocatedRow]:
-    """All rows of a JSON-lines or parquet file, each with the line or row that it stands in.
+    """All rows of a .jsonl, .parquet, .csv or .tsv file, each with the line or row that it stands in.
+
+    A .tsv file knows no quotes: a tab ends a value, whatever stands between.
 
     Raises:
-        DataError: naming the file and, where there is one, the line: not JSON, no object, no parquet, not UTF-8.
+        DataError: naming the file and, where there is one, the line: not JSON, no object, no parquet, not UTF-8; and
+            another kind of file.
     """
+    if path.suffix in (".csv", ".tsv"):
+        return _read_table(path)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path}: expected a .jsonl, .parquet, .csv or .tsv file")
     if path.suffix == ".parquet":
         return [LocatedRow(f"{path}, row {number}", row) for number, row in enumerate(_read_parquet(path), start=1)]
     lines = ((f"{path}, line {number}", line) for number, line in read_lines(path, DataError) if line.strip())
     return [LocatedRow(where, parse_json_line(line, where, DataError)) for where, line in lines]
+
+
+def _read_table(path: Path) -> list[LocatedRow]:
+    plain = path.suffix == ".tsv"
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(
+                lines, delimiter="\t" if plain else ",", quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+            )
+            return [LocatedRow(f"{path}, line {reader.line_num}", dict(row)) for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a table of text ({error})") from None
 
 
 def _read_parquet(path: Path) -> DatasetRows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lm_eval_steering.cli.rescore import rescore as verb
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.expected_language import expected_language
 from lm_eval_steering.lmeval.model import SteeredHFLM
-from lm_eval_steering.lmeval.rescore import RescoreOptions, rescore
+from lm_eval_steering.lmeval.rescore import Columns, RescoreOptions, rescore, rescore_table
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.metrics.registered import METRICS
 from lm_eval_steering.resources import demo_model
@@ -169,6 +170,52 @@ def test_the_verb_prints_a_table(plain: Path) -> None:
     assert any(row[:3] == ["rescore_own", "none", "lang_expected"] and row[-1] == "8" for row in rows)
     assert "target fra_Latn, identifier lid.176.ftz@8f3472cf" in done.output
     assert "wrote " in done.output
+
+
+TEXTS = [
+    ("Der Zug fährt heute leider nicht, wir nehmen den Bus.", "fra_Latn", "deu_Latn"),
+    ("Le train ne circule pas aujourd'hui, nous prenons le bus.", "fr", "deu_Latn"),
+    ("", "fra_Latn", ""),
+]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_a_plain_table_is_scored_like_samples(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"texts.{ending}"
+    rows = [dict(zip(("text", "target", "expected"), row, strict=True)) for row in TEXTS]
+    if ending == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            quoting = csv.QUOTE_NONE if ending == "tsv" else csv.QUOTE_MINIMAL
+            table = csv.writer(file, delimiter="\t" if ending == "tsv" else ",", quoting=quoting)
+            table.writerows([("text", "target", "expected"), *TEXTS])
+    app = Typer()
+    app.command()(verb)
+    done = CliRunner().invoke(app, [str(path)])
+    assert done.exit_code == 0, done.output
+    (written,) = tmp_path.glob("rescored_texts*.json")
+    content = json.loads(written.read_text())
+    assert content["results"]["texts"]["lfs,none"] == pytest.approx(1 / 3)
+    assert content["results"]["texts"]["lang_expected,none"] == 0.5 and content["counts"]["texts"]["lfs,none"] == 3
+    assert content["rescored"]["target_languages"] == ["fra_Latn"]
+    (samples,) = tmp_path.glob("rescored_samples_texts*.jsonl")
+    labels = [json.loads(line)["output_language"] for line in samples.read_text().splitlines()]
+    assert labels == ["deu_Latn", "fra_Latn", "unknown"]
+    german = rescore_table(path, RescoreOptions(targets=("deu_Latn",)))
+    assert german.scores["texts"]["lfs,none"] == pytest.approx(1 / 3) and german.path != written
+
+
+def test_a_faulty_table_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "texts.csv"
+    path.write_text("answer,target\nOui,fr\nNon,frensh\n")
+    with pytest.raises(SteeringError, match=r"texts\.csv, line 2: no text in the column 'text'.*answer, target"):
+        rescore_table(path, RescoreOptions())
+    with pytest.raises(SteeringError, match=r"texts\.csv, line 3, column 'target': unknown language 'frensh'"):
+        rescore_table(path, RescoreOptions(), Columns(text="answer"))
+    (tmp_path / "texts.txt").write_text("Oui")
+    with pytest.raises(SteeringError, match=r"expected a \.jsonl, \.parquet, \.csv or \.tsv file"):
+        rescore_table(tmp_path / "texts.txt", RescoreOptions())
 
 
 def test_another_identifier_is_refused_unless_it_is_asked_for(tmp_path: Path, predicted: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -143,7 +142,7 @@ def _only_text(located: LocatedRow) -> str:
 
 
 def _column(path: Path, code: str) -> list[_LocatedText]:
-    rows = _table(path)
+    rows = read_located(path)
     spelled = languages.spellings(code)
     name = next((name for name in spelled if rows and name in rows[0].row), None)
     if name is None:
@@ -152,19 +151,6 @@ def _column(path: Path, code: str) -> list[_LocatedText]:
     for located in rows:
         refuse_invalid_text({name: located.row.get(name)}, located.where)
     return [_LocatedText(located.where, str(located.row.get(name) or "")) for located in rows]
-
-
-def _table(path: Path) -> list[LocatedRow]:
-    if path.suffix in (".jsonl", ".parquet"):
-        return read_located(path)
-    if path.suffix not in (".tsv", ".csv"):
-        raise SteeringError(f"{path}: expected .tsv, .csv, .jsonl or .parquet, or {_LANG} in the name")
-    plain = path.suffix == ".tsv"
-    with path.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(
-            lines, delimiter="\t" if plain else ",", quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-        )
-        return [LocatedRow(f"{path}, line {reader.line_num}", dict(row)) for row in reader]
 
 
 # --- cutting a sentence in two ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import pytest
 import yaml
 
@@ -13,7 +14,7 @@ from lm_eval_steering import languages
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval import listing
 from lm_eval_steering.lmeval import task_families as families
-from lm_eval_steering.lmeval.evaluated_language import evaluated_language, family_prefixes, needed_language
+from lm_eval_steering.lmeval.evaluated_language import LEFT_OUT, evaluated_language, family_prefixes, needed_language
 from lm_eval_steering.lmeval.task_families import belebele, mlqa, xcopa, xquad
 from lm_eval_steering.lmeval.task_families.common import read_task_file
 from lm_eval_steering.resources import tasks_folder
@@ -140,8 +141,6 @@ def test_our_own_tasks_evaluate_the_language_they_are_named_after() -> None:
 
 
 def test_every_multilingual_task_of_lm_eval_has_a_language_or_two(lm_evals: dict[str, Any]) -> None:
-    import lm_eval.tasks
-
     root = Path(lm_eval.tasks.__file__).parent
     names = {
         name: entry for name, entry in lm_evals.items()
@@ -174,6 +173,37 @@ def _code(part: str) -> str | None:
         return None
 
 
+# Whose words look like codes: "and", "law" and "no" are languages too.
+NOT_MULTILINGUAL = {
+    "agieval", "arabic_leaderboard_complete", "arabic_leaderboard_light", "bigbench", "evalita_llm", "kmmlu",
+    "leaderboard", "libra", "score", "uncheatable_eval", "zhoblimp",
+}  # fmt: skip
+
+
+def is_code(text: str) -> bool:
+    try:
+        return bool(languages.normalise(text))
+    except SteeringError:
+        return False
+
+
+def test_every_multilingual_folder_of_lm_eval_is_known_or_left_out_by_name() -> None:
+    """Read from lm-eval's task files: names that hold at least four language codes of two or three letters."""
+    root = Path(lm_eval.tasks.__file__).parent
+    name_line = re.compile(r"""^(?:task|group):\s*["']?([\w.-]+)["']?\s*$""", re.MULTILINE)
+    folders: dict[str, set[str]] = {}
+    for path in root.rglob("*.yaml"):
+        names = name_line.findall(path.read_text(encoding="utf-8", errors="ignore"))
+        folders.setdefault(path.relative_to(root).parts[0], set()).update(names)
+    ending = re.compile(r"_([a-z]{2,3})(?:_[a-z_]*)?$")
+    endings = {folder: {match[1] for match in map(ending.search, names) if match} for folder, names in folders.items()}
+    multilingual = {folder for folder, words in endings.items() if sum(map(is_code, words)) >= 4}
+    assert multilingual >= {"afrixnli", "mmlu_prox", "mgsm", "xcopa", "multiblimp"}
+    unknown = {folder for folder in multilingual if not any(map(evaluated_language, folders[folder]))}
+    assert unknown <= {*LEFT_OUT, *NOT_MULTILINGUAL}, "a family for the table, or for LEFT_OUT"
+    assert set(folders) >= set(LEFT_OUT), "lm-eval has no such folder any more"
+
+
 @pytest.mark.parametrize(
     ("task", "code"),
     [
@@ -182,8 +212,16 @@ def _code(part: str) -> str | None:
         ("truthfulqa_fr_mc2", "fra_Latn"), ("mlqa_de_de", "deu_Latn"), ("belebele_zho_Hant", "zho_Hant"),
         ("steering_demo_continuation_fra_Latn", "fra_Latn"), ("steering_flores_eng_Latn_deu_Latn", None),
         ("mlqa_de_en", None), ("xcopa", None), ("arc_easy", None), ("arc_challenge", None), ("hellaswag", None),
-        ("truthfulqa_mc1", None), ("mmlu_anatomy", None), ("xnli_eu", None), ("xcopa_xx", None), ("paws_x", None),
-        ("steering_xcopa", None), ("", None),
+        ("truthfulqa_mc1", None), ("mmlu_anatomy", None), ("xnli_eu_native", "eus_Latn"),
+        ("xcopa_xx", None), ("paws_x", None),
+        ("steering_xcopa", None), ("", None), ("global_piqa_parallel_cloze_cmn_hant", "zho_Hant"),
+        ("global_piqa_nonparallel_generation_spa_latn_mexi", "spa_Latn"), ("global_piqa_cloze", None),
+        ("multiblimp_fra", "fra_Latn"), ("multiblimp_fra_x", None), ("mmlu_prox_lite_sw_math", "swh_Latn"),
+        ("mmmlu_pt_br_stem", "por_Latn"), ("mmmlu", None), ("afrixnli_en_direct_orm", "gaz_Latn"),
+        ("afrixnli_translate_ewe_prompt_1", None), ("afrimmlu_direct_swa_prompt_2", "swh_Latn"),
+        ("afrimgsm_cot_zul_prompt_5", "zul_Latn"), ("afrimgsm_cot_translate_zul_prompt_5", None),
+        ("arc_challenge_mt_is", "isl_Latn"), ("turblimp_passives", "tur_Latn"), ("truthfulqa-multi_gen_gl", "glg_Latn"),
+        ("paws_es_spanish_bench", "spa_Latn"), ("catalan_bench_flores_ca-en", None), ("arc_ca_easy", "cat_Latn"),
     ],
 )  # fmt: skip
 def test_never_a_guess(task: str, code: str | None) -> None:
