@@ -100,7 +100,8 @@ def _comparison(first: Sweep, second: Sweep, found: pd.DataFrame, base: pd.DataF
     items |= {cell: second.items[cell] for cell in found["cell"] if cell in second.items}
     outputs = {_FIRST + cell: own for cell, own in first.samples.outputs.items()} | second.samples.outputs
     left_out = len(_compared(second)) - len(found)
-    notes = list(dict.fromkeys([*first.facts.notes, *second.facts.notes]))
+    notes = [note for note in [*first.facts.notes, *second.facts.notes] if "no finished baseline" not in note]
+    notes = list(dict.fromkeys(notes))
     if left_out:
         notes.append(f"{left_out} cells of {second.facts.title} have no counterpart and are left out.")
     title = (

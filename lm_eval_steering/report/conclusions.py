@@ -102,7 +102,7 @@ def answer(results: Results) -> Conclusions:
         sentences += [
             _verdict(results, headline, evidence),
             _others(results, headline),
-            _chance(headline, evidence, null),
+            *([_chance(headline, evidence, null)] if null or results.sweep.against == BASELINE else []),
         ]
         sentences += _contradictions(results, headline)
         tiles += _tiles(headline, evidence, null)
@@ -232,7 +232,8 @@ def _at_best(results: Results, rows: pd.DataFrame) -> Headline:
     """Rows at the factor that was chosen for each language on one half of the items, over the other half."""
     sweep, first = results.sweep, rows.iloc[0]
     if rows.groupby("steered")["factor"].nunique().max() < 2:
-        return _with_damage(results, rows, results.effects, "the one factor that was run", False)
+        how = "the one factor that was run" if rows["factor"].notna().any() else ""
+        return _with_damage(results, rows, results.effects, how, False)
     best = results.best
     if len(best):
         best = best[(best["family"] == first["family"]) & (best["metric"] == first["metric"])]
@@ -314,38 +315,45 @@ def _verdict(results: Results, headline: Headline, evidence: Evidence) -> str:
     if sweep.is_shift(headline.metric):
         moved = f"{name} is {number(rows['score'].mean())}"
         difference = "" if np.isnan(low) else f"[{number(low)}, {number(high)}], 95 % interval"
+    elif rows["baseline"].isna().all():
+        moved, difference = f"{name} is {number(rows['score'].mean())}", "no baseline to compare it with"
     else:
-        moved = f"{name} went from {number(rows['baseline'].mean())} to {number(rows['score'].mean())}"
+        there = rows["baseline"].notna()
+        before, after = rows.loc[there, "baseline"].mean(), rows.loc[there, "score"].mean()
+        moved = f"{name} went from {number(before)} to {number(after)}"
         if sweep.against != BASELINE:
             moved += f" against {sweep.against}"
+        if not there.all():
+            moved += f" where there is a baseline ({int(there.sum())} of {len(rows)} cells)"
         difference = f"difference {with_interval(rows['difference'].mean(), low, high)}"
-        difference += ", no interval: no items were logged" if np.isnan(low) else ", 95 % interval"
+        difference += ", without an interval, for no items were logged" if np.isnan(low) else ", 95 % interval"
     better = headline.sign * rows["difference"] > 0
     facts = [difference, f"{int(better.sum())} of {len(rows)} cells improved"]
     if rows["p_holm"].notna().any():
         facts[-1] += f", {int((better & (rows['p_holm'] < ALPHA)).sum())} significantly after Holm's correction"
-    facts.append(f"n = {int(rows['n'].sum()):,} items on {headline.family}")
+    facts += [_why_no_evidence(evidence), f"n = {int(rows['n'].sum()):,} items on {headline.family}"]
     text = (
-        f"{evidence.verdict}: with {_settings_text(headline)} ({headline.how}), {moved} "
+        f"{evidence.verdict}: with {_settings_text(headline)}{f' ({headline.how})' if headline.how else ''}, {moved} "
         f"({'; '.join(fact for fact in facts if fact)}); the price: {_price(headline)}"
     )
-    return f"{text}{_why(evidence)}."
+    return f"{text}{_past_limits(evidence)}."
 
 
-def _why(evidence: Evidence) -> str:
-    """What decided, where it is not the interval alone."""
-    if evidence.verdict == DESTROYS:
-        passed = []
-        if evidence.degenerate >= DEGENERATE_LIMIT:
-            passed.append(f"{100 * DEGENERATE_LIMIT:.0f} points of degenerate outputs")
-        if evidence.nats >= NATS_LIMIT:
-            passed.append(f"{NATS_LIMIT:g} nats per token")
-        return f", past the limit of {listed(passed)}"
-    if evidence.verdict == NO_EVIDENCE and evidence.low > 0:
-        return "; LSS alone says nothing without random sets" if not evidence.reached else "; random neurons do as much"
-    if evidence.verdict == NO_EVIDENCE and not np.isnan(evidence.low):
-        return "; the interval includes 0"
-    return ""
+def _past_limits(evidence: Evidence) -> str:
+    passed = []
+    if evidence.degenerate >= DEGENERATE_LIMIT:
+        passed.append(f"{100 * DEGENERATE_LIMIT:.0f} points of degenerate outputs")
+    if evidence.nats >= NATS_LIMIT:
+        passed.append(f"{NATS_LIMIT:g} nats per token")
+    return f"; past the limit of {listed(passed)}" if passed else ""
+
+
+def _why_no_evidence(evidence: Evidence) -> str:
+    if evidence.verdict != NO_EVIDENCE or np.isnan(evidence.low):
+        return ""
+    if evidence.reached:
+        return "random neurons do as much"
+    return "LSS needs random sets to compare with" if evidence.low > 0 else "the interval includes 0"
 
 
 def _settings_text(headline: Headline) -> str:
@@ -360,7 +368,7 @@ def _settings_text(headline: Headline) -> str:
             names = listed([language for language in languages if language])
             named.append(" ".join([f"×{factor:g}" if factor else "", f"({names})" if names else ""]).strip())
         at = " at " if any(factors) else " "
-        parts.append(f"{kind or 'no steering'}{at if any(named) else ''}{listed(named)}")
+        parts.append(f"{kind}{at if any(named) else ''}{listed(named)}")
     return "; ".join(parts)
 
 

@@ -521,10 +521,12 @@ def add_baseline(sweep: Sweep, path: Path, max_samples: int = MAX_SAMPLES) -> No
         shared = sorted(set(plain.cells["task"]) & present)
         why = f"there are baselines of {', '.join(shared)} already" if shared else "it has none of these tasks"
         raise ReportError(f"--baseline {path}: nothing to add, {why}")
-    sweep.cells = pd.concat([sweep.cells, added], ignore_index=True)
-    sweep.scores = pd.concat([sweep.scores, plain.scores[plain.scores["cell"].isin(added["cell"])]], ignore_index=True)
-    sweep.items |= plain.items
-    sweep.samples.outputs |= plain.samples.outputs
+    names = {cell: f"baseline: {cell}" for cell in added["cell"]}  # files of one date have cells of one name
+    scores = plain.scores[plain.scores["cell"].isin(names)]
+    sweep.cells = pd.concat([sweep.cells, added.assign(cell=added["cell"].map(names))], ignore_index=True)
+    sweep.scores = pd.concat([sweep.scores, scores.assign(cell=scores["cell"].map(names))], ignore_index=True)
+    sweep.items |= {names[cell]: items for cell, items in plain.items.items() if cell in names}
+    sweep.samples.outputs |= {names[cell]: kept for cell, kept in plain.samples.outputs.items() if cell in names}
     sweep.facts.sources += plain.facts.sources
     sweep.facts.notes = [note for note in sweep.facts.notes if "no finished baseline" not in note] + plain.facts.notes
     sweep.facts.notes.append(f"Baselines of {', '.join(added['task'])} are from {path}.")
