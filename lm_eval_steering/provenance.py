@@ -23,7 +23,7 @@ def _plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide a number."""
-    return {name: _version(name) for name in ("lm-eval-steering", "torch", "transformers", "numpy")}
+    return {name: _version(name) for name in ("lm-eval-steering", "lm_eval", "torch", "transformers", "numpy")}
 
 
 @cache

@@ -30,7 +30,7 @@ from lm_eval_steering.metrics.statistics import (
     resampling_weights,
 )
 from lm_eval_steering.report.read import Items, Sweep, align, check_same_documents
-from lm_eval_steering.sweep.choice import REPORT, half_of
+from lm_eval_steering.sweep.halves import REPORT, half_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -24,7 +24,7 @@ from lm_eval_steering.metrics.language_id import UNKNOWN
 from lm_eval_steering.provenance import versions
 from lm_eval_steering.report import naming
 from lm_eval_steering.report.naming import SEVERAL
-from lm_eval_steering.sweep.choice import REPORT, half_of, item_of
+from lm_eval_steering.sweep.halves import REPORT, half_of, item_of
 from lm_eval_steering.sweep.store import Store
 
 # --- What a report is made of, wherever it was read from: cells, their scores, their items

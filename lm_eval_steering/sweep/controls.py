@@ -13,7 +13,7 @@ from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Search
 from lm_eval_steering.neurons.running import ModelRunner, Ranks
 from lm_eval_steering.provenance import fingerprint
-from lm_eval_steering.sweep.cells import Grid, calibration_place
+from lm_eval_steering.sweep.cells import Grid, calibration_source
 from lm_eval_steering.sweep.locks import locked
 from lm_eval_steering.sweep.store import Store
 
@@ -62,7 +62,7 @@ class ControlSets:
 
     def _measured(self, draws: list[NeuronSet], lm: Any) -> list[NeuronSet]:
         wanted, languages = self._grid.plan.controls, self._grid.neuron_set.languages
-        search = Search(calibration_place(self._grid.plan), languages, rows="sentences", sentences=wanted.sentences)
+        search = Search(calibration_source(self._grid.plan), languages, rows="sentences", sentences=wanted.sentences)
         # Rows of fixed number: a detected batch size would make the statistics depend on the machine's memory.
         runner = ModelRunner(LazyModel.of(lm.model, lm.tokenizer), batch_size=16)
         lm.intervene(None)

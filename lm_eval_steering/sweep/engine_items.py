@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
-from lm_eval_steering.sweep.cells import REPORT, Cell, Grid
-from lm_eval_steering.sweep.choice import positions_of
+from lm_eval_steering.sweep.cells import Cell, Grid
 
 _SEED = 1234  # of lm_eval's command, for examples in the prompt
 
@@ -57,10 +56,7 @@ def prepared(grid: Grid, cell: Cell) -> Any:
 
 def positions(grid: Grid, cell: Cell) -> list[int] | None:
     """Places of the cell's documents where it has not all of them."""
-    rule = grid.plan.choose
-    if cell.items != REPORT or rule is None:
-        return None
-    return positions_of(grid.book.task(cell.task, cell.target), cell.task, REPORT, rule.seed, rule.item)
+    return grid.positions(cell.task, cell.target, cell.items)
 
 
 def items_of(grid: Grid, cell: Cell, template: Template | None) -> dict[int, Item]:

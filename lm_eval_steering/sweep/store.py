@@ -7,9 +7,9 @@ runs/x/sweep.json            which model the folder is for
        halves/KEY.json       its metrics on each half of the items, under the last plan's rule
        timings/KEY.json      how long it took, and where
        failed/KEY.json       why it failed, with the traceback
-       locks/KEY.lock        held by the runner that is at it
+       locks/KEY.lock        held by the runner that evaluates the cell
        controls/             calibrated random neuron sets
-       damaged/              what was found broken and was put aside
+       damaged/              cells that were not whole
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.files import write_bytes
+from lm_eval_steering.files import write_text
+from lm_eval_steering.provenance import versions
 from lm_eval_steering.sweep import locks
-from lm_eval_steering.sweep.cells import ALL, CHOOSE, REPORT
+from lm_eval_steering.sweep.halves import ALL, CHOOSE, REPORT, half_of, item_of
 
 # --- One finished cell on disk, and JSON files of a sweep's folder, read with care
 
@@ -59,6 +60,11 @@ class StoredCell:
         return dict(self.facts["files"])
 
     @property
+    def versions(self) -> dict[str, str]:
+        """Package -> release that made the cell."""
+        return dict(self.facts["versions"])
+
+    @property
     def samples_file(self) -> str:
         """Name of the file with lm-eval's samples."""
         return next(name for name in self.files if name.startswith("samples_"))
@@ -89,6 +95,17 @@ class StoredCell:
             raise StoreError(f"{self.folder / 'cell.json'}: of another cell")
         for name in self.files:
             self.text(name)
+
+
+def cell_versions() -> dict[str, str]:
+    """Releases that stand beside a cell's fingerprint: lm-eval-steering, lm_eval, transformers, torch."""
+    installed = versions()
+    return {name: installed[name] for name in ("lm-eval-steering", "lm_eval", "transformers", "torch")}
+
+
+def versions_text(found: Mapping[str, str]) -> str:
+    """Such as `lm-eval-steering 0.9.0 lm_eval 0.4.13 transformers 5.1.0 torch 2.9.0`."""
+    return " ".join(f"{name} {release}" for name, release in found.items())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,20 +150,20 @@ def metric_rows(
     `n_report` count the items that have the metric.
     """
     facts, halves = stored.facts, halves or {}
-    own = stored.results["results"][facts["cell"]["task"]]
+    scores = stored.results["results"][facts["cell"]["task"]]
     for key, value in sorted(facts["metrics"].items()):
         metric, _, filter_ = key.partition(",")
-        own_halves = {half: halves.get(half, {}) for half in (CHOOSE, REPORT)}
+        by_half = {half: halves.get(half, {}) for half in (CHOOSE, REPORT)}
         yield {
             **identity(facts),
             "metric": metric,
             "filter": filter_,
             "value": _number(value),
-            "stderr": _number(own.get(f"{metric}_stderr,{filter_}")),
+            "stderr": _number(scores.get(f"{metric}_stderr,{filter_}")),
             "text": value if isinstance(value, str) else None,
             "n": facts["n"].get(key, 0),
-            **{f"value_{half}": _number(part.get("metrics", {}).get(key)) for half, part in own_halves.items()},
-            **{f"n_{half}": part["n"].get(key, 0) if part else None for half, part in own_halves.items()},
+            **{f"value_{half}": _number(part.get("metrics", {}).get(key)) for half, part in by_half.items()},
+            **{f"n_{half}": part["n"].get(key, 0) if part else None for half, part in by_half.items()},
             "higher_is_better": facts["higher_is_better"].get(metric),
             "planned": planned,
         }
@@ -162,8 +179,6 @@ def item_rows(
         samples: its samples.
         rule: how the plan halves the items; a cell of one half alone has its own.
     """
-    from lm_eval_steering.sweep.choice import half_of, item_of
-
     facts = stored.facts
     split = facts.get("split") or rule
     for sample in samples:
@@ -183,28 +198,30 @@ def item_rows(
 
 
 def identity(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a cell from others, as columns; of an intervention of several steps the last one that steers."""
+    """What identifies a cell, as columns; of an intervention of several steps the last one that steers."""
     cell = facts["cell"]
-    variant = cell["variant"]
-    steps = variant["intervention"]["steps"]
+    intervention = cell["intervention"]
+    steps = intervention["resolved"]["steps"]
     step = next((step for step in reversed(steps) if not step["deactivation"]), steps[-1] if steps else {})
     silenced = [code for step in steps if step["deactivation"] for code in step["languages"]]
     return {
         "cell": cell["name"],
         "model": facts["model"],
         "task": cell["task"],
-        "intervention": variant["name"],
-        "languages": "+".join(variant["languages"]),
-        "preset": variant["arguments"].get("preset"),
+        "intervention": intervention["name"],
+        "languages": "+".join(intervention["languages"]),
+        "preset": intervention["arguments"].get("preset"),
         **{column: None if step.get(name) is None else str(step[name]) for name, column in _STEP.items()},
         "factor": step.get("factor"),
         "deactivated": "+".join(silenced),
-        "control": variant["control"],
+        "control": intervention["control"],
         "target": cell["target"],
+        "evaluated": cell.get("evaluated"),
         "items": cell.get("items", ALL),
         "stage": cell["stage"],
         "fingerprint": facts["fingerprint"],
         "signature": facts["signature"],
+        "versions": versions_text(facts.get("versions", {})),
     }
 
 
@@ -212,17 +229,17 @@ def table(rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> pd.DataFra
     """A table of rows, sorted; whole numbers stay whole where some are absent."""
     import pandas as pd
 
-    found = pd.DataFrame(list(rows))
+    frame = pd.DataFrame(list(rows))
     for name in ("control", "n", "n_choose", "n_report", "stage", "doc_id"):
-        if name in found:
-            found[name] = found[name].astype("Int64")
-    if found.empty:
-        return found
-    return found.sort_values(list(order), kind="stable", ignore_index=True)
+        if name in frame:
+            frame[name] = frame[name].astype("Int64")
+    if frame.empty:
+        return frame
+    return frame.sort_values(list(order), kind="stable", ignore_index=True)
 
 
-def _number(found: Any) -> float | None:
-    return float(found) if isinstance(found, int | float) else None
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 if TYPE_CHECKING:
@@ -230,9 +247,9 @@ if TYPE_CHECKING:
 
     from lm_eval_steering.sweep.cells import Cell, Grid
 
-FORMAT_VERSION = 2
-# What may lie in the folder of a sweep that other runners are beginning at this moment.
-_OURS = {
+FORMAT_VERSION = 3
+# Files that other runners may have written already, before this one begins the sweep.
+_KNOWN_FILES = {
     "plan.json", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs", "engine",
     "missing.csv",
 }  # fmt: skip
@@ -240,7 +257,7 @@ DONE, RUNNING, FAILED, MISSING = "done", "running", "failed", "missing"
 
 
 class Store:
-    """What a sweep has done so far.
+    """The folder of a sweep: what was done so far.
 
     Attributes:
         path: the folder.
@@ -319,6 +336,26 @@ class Store:
             if found["plan_hash"] == plan["plan_hash"]:
                 cells += [Cell.read(cell) for cell in found["cells"]]
         return list({cell.key: cell for cell in cells}.values())
+
+    def evaluated(self) -> dict[str, str]:
+        """Task -> language of its items, for each task with a finished cell where the task or the plan says it."""
+        plan = self.json("plan.json")["plan"] if (self.path / "plan.json").is_file() else {}
+        stated = dict(plan.get("evaluated", {}))
+        return stated | {
+            stored.cell["task"]: stored.cell["evaluated"] for stored in self.stored() if stored.cell.get("evaluated")
+        }
+
+    def mixed_versions(self, cells: Iterable[Cell]) -> str | None:
+        """One line where finished cells were made with other releases than those installed; None where none was."""
+        folders, installed = self.folders(), cell_versions()
+        made = [StoredCell(folders[cell.key[:10]]).versions for cell in cells if cell.key[:10] in folders]
+        other = [found for found in made if found != installed]
+        if not other:
+            return None
+        return (
+            f"warning: {len(other)} finished cells were made with {', '.join(sorted(set(map(versions_text, other))))}; "
+            f"the others are made with {versions_text(installed)}"
+        )
 
     def rule(self) -> dict[str, Any] | None:
         """How the last plan halves the items (seed, item); None where it does not."""
@@ -411,19 +448,19 @@ class Store:
             if path.stem[:10] in there:
                 yield path.stem, read_json(path)
 
-    def keep(self, place: str, content: Mapping[str, Any]) -> None:
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file of the folder, in one step."""
         try:
-            write_bytes(self.path / place, as_json(content).encode())
+            write_text(self.path / name, as_json(content))
         except OSError as error:
             raise StoreError(
-                f"{self.path / place}: {error.strerror or error}; what was finished before is whole: make room and run "
-                "the same command again"
+                f"{self.path / name}: {error.strerror or error}; what was finished before is whole: free some "
+                "space and run the same command again"
             ) from error
 
-    def json(self, place: str) -> dict[str, Any]:
+    def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder."""
-        return read_json(self.path / place)
+        return read_json(self.path / name)
 
     # --- for runners ------------------------------------------------------------------------------------------------
 
@@ -433,16 +470,20 @@ class Store:
         Raises:
             StoreError: naming both.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"--out {self.path} is a file; expected a folder for the cells, or the name of a new one")
         if not (self.path / "sweep.json").is_file():
             there = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-            if foreign := sorted(name for name in there - _OURS if not name.endswith(".partial")):
-                raise StoreError(f"{self.path}: there are files here and no sweep ({foreign[0]}); take another folder")
+            if foreign := sorted(name for name in there - _KNOWN_FILES if not name.endswith(".partial")):
+                raise StoreError(
+                    f"{self.path}: there are files here and no sweep ({foreign[0]}); choose another folder"
+                )
             return
-        found = self._begun()
-        if found["model"] != grid.model:
-            wrong = sorted(k for k in {*found["model"], *grid.model} if found["model"].get(k) != grid.model.get(k))
-            said = ", ".join(f"{key}: {found['model'].get(key)!r} here, {grid.model.get(key)!r} now" for key in wrong)
-            raise StoreError(f"{self.path} is the sweep of another model ({said}); take another folder")
+        model = self._begun()["model"]
+        if model != grid.model:
+            wrong = sorted(key for key in {*model, *grid.model} if model.get(key) != grid.model.get(key))
+            difference = ", ".join(f"{key}: {model.get(key)!r} here, {grid.model.get(key)!r} now" for key in wrong)
+            raise StoreError(f"{self.path} is the sweep of another model ({difference}); choose another folder")
 
     def begin(self, grid: Grid) -> None:
         """Note the model and the plan; what is finished stays, whatever the plan was before."""
@@ -473,21 +514,21 @@ class Store:
 
     def put_aside_damaged(self, cells: Iterable[Cell]) -> list[str]:
         """Move finished cells that are not whole out of the way, to be done again; says which, and why."""
-        there, said = self.folders(), []
+        folders, lines = self.folders(), []
         for cell in cells:
-            folder = there.get(cell.key[:10])
+            folder = folders.get(cell.key[:10])
             if folder is None:
                 continue
             try:
                 StoredCell(folder).check(cell.key)
             except StoreError as error:
-                place = self.path / "damaged"
-                place.mkdir(exist_ok=True)
-                number = len(list(place.iterdir()))
+                damaged = self.path / "damaged"
+                damaged.mkdir(exist_ok=True)
+                number = len(list(damaged.iterdir()))
                 with suppress(FileNotFoundError):  # another runner was faster
-                    folder.rename(place / f"{folder.name}.{number}")
-                said.append(f"{error}; it is in {place} now and is done again")
-        return said
+                    folder.rename(damaged / f"{folder.name}.{number}")
+                lines.append(f"{error}; it is in {damaged} now and is done again")
+        return lines
 
 
 def _halved(stored: StoredCell, rule: Mapping[str, Any]) -> dict[str, Any]:

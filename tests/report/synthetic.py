@@ -34,7 +34,7 @@ class FolderOfCells:
         self.path = path
         (path / "cells").mkdir(parents=True)
         (path / "timings").mkdir()
-        (path / "sweep.json").write_text(json.dumps({"format_version": 2, "model": {"name": "made-up"}}))
+        (path / "sweep.json").write_text(json.dumps({"format_version": 3, "model": {"name": "made-up"}}))
 
     def add(
         self, task: str, metrics: dict[str, list[Any]], steered: str = "", factor: float = 0, control: int | None = None,  # noqa: E501
@@ -49,9 +49,9 @@ class FolderOfCells:
             "op": op, "languages": [steered], "value": None if op == "scale" else 1.0, "factor": factor,
             "site": "activation", "layers": None, "positions": "all", "scope": "token", "seed": 0, "deactivation": False,  # noqa: E501
         }  # fmt: skip
-        variant = {
+        planned = {
             "name": name, "arguments": {"op": op} if steered else {}, "languages": [steered] if steered else [],
-            "intervention": {"steps": [step] if steered else []}, "entry": 0, "factor": factor or None,
+            "resolved": {"steps": [step] if steered else []}, "entry": 0, "factor": factor or None,
             "control": control,
         }  # fmt: skip
         folder = self.path / "cells" / f"{name}--{task}--{key[:10]}"
@@ -64,8 +64,8 @@ class FolderOfCells:
         said = f"op:{op}|factor:{factor:g}|lang:{steered}|site:activation|layers:all" if steered else "none"
         if steered and op != "scale":
             said = said.replace("|factor", "|value:1|factor")
-        cell = {"key": key, "name": folder.name, "variant": variant, "task": task, "target": target, "items": "all",
-                "stage": 1}  # fmt: skip
+        cell = {"key": key, "name": folder.name, "intervention": planned, "task": task, "target": target,
+                "items": "all", "stage": 1}  # fmt: skip
         facts = {
             "cell": cell, "model": "made-up", "fingerprint": key, "signature": f"{said}|fp:{key[:8]}|v:0",
             "metrics": value, "higher_is_better": {name: BETTER[name] for name in metrics},

@@ -121,8 +121,8 @@ def numbers(found: Any) -> list[float]:
 
 def test_scores_are_those_of_hooks(read_back: Path, by_hooks: Store) -> None:
     store = Store(read_back)
-    ours = {(cell.variant.name, cell.task): cell for cell in by_hooks.planned()}
-    theirs = {(cell.variant.name, cell.task): cell for cell in store.planned()}
+    ours = {(cell.intervention.name, cell.task): cell for cell in by_hooks.planned()}
+    theirs = {(cell.intervention.name, cell.task): cell for cell in store.planned()}
     assert set(theirs) == set(ours) and len(theirs) == 9
     for place, cell in theirs.items():
         assert cell.key != ours[place].key
@@ -155,8 +155,8 @@ def test_a_cell_says_what_ran_it_and_how_that_was_verified(read_back: Path) -> N
         steering = config["steering"]
         assert config["model"] == steering["engine"]["name"] == "hf"
         assert steering["fingerprint"] == store.read(cell.key).facts["fingerprint"]
-        assert steering["intervention"] == cell.variant.intervention
-        if cell.variant.is_baseline:
+        assert steering["intervention"] == cell.intervention.resolved
+        if cell.intervention.is_baseline:
             assert "evidence" not in steering
             continue
         record = json.loads((Path(config["model_args"]["pretrained"]) / "steering.json").read_text())
@@ -263,7 +263,7 @@ def test_an_export_that_was_replaced_is_noticed(rehearsal: Grid, answered: Path,
     outcome = sweep(rehearsal, out)
     assert (outcome.exit_code, len(outcome.failed)) == (SOME_FAILED, 3)  # `then` included
     for cell in outcome.failed:
-        assert cell.variant.control == 0 and "000, this sweep exported" in Store(out).why(cell)
+        assert cell.intervention.control == 0 and "000, this sweep exported" in Store(out).why(cell)
     assert sorted(path.name.split("--")[0] for path in (out / "cells").iterdir()) == [
         "baseline", "baseline-for-deu_Latn", "deu_Latn-add-mean-x8-product", "deu_Latn-add-mean-x8-product",
     ]  # fmt: skip
