@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def merge(folders: Sequence[Path], out: Path, items: bool = False) -> tuple[list[Path], list[str]]:
-    """Write `metrics` (one row a cell and metric), `timings`, and on request `items` (one row a cell and item).
+    """Write `metrics` (one row per cell and metric), `timings`, and on request `items` (one row per cell and item).
 
     A cell that is in several folders is taken from the first that has it.
 

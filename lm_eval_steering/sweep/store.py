@@ -143,7 +143,7 @@ _STEP = {
 def metric_rows(
     stored: StoredCell, planned: bool = True, halves: Mapping[str, Any] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One row a metric of a finished cell.
+    """One row per metric of a finished cell.
 
     `value` is lm-eval's, over the items of the cell (`items`: all, or the half to report on); `value_choose` and
     `value_report` are over the `halves` where there are any; what is no number stands in `text`. `n`, `n_choose` and
@@ -269,7 +269,7 @@ class Store:
     # --- for people -----------------------------------------------------------------------------------------------
 
     def frame(self) -> pd.DataFrame:
-        """One row a finished cell and metric; `planned` says whether the cell belongs to the last plan.
+        """One row per finished cell and metric; `planned` says whether the cell belongs to the last plan.
 
         Raises:
             StoreError: if a finished cell is damaged; it names the file.
@@ -286,7 +286,7 @@ class Store:
         return table(rows, ("cell", "metric", "filter"))
 
     def items(self) -> pd.DataFrame:
-        """One row a finished cell and item, with every number that the item got."""
+        """One row per finished cell and item, with every number that the item got."""
 
         self._refuse_no_sweep()
         rule = self.rule()
@@ -317,11 +317,11 @@ class Store:
         return pd.DataFrame(rows, columns=["cell", "task", "stage", "status", "why"])
 
     def timings(self) -> pd.DataFrame:
-        """Seconds, tokens and place of each finished cell: everything that differs from run to run."""
+        """Seconds, tokens and machine of each finished cell: everything that differs from run to run."""
 
         return table([found for _, found in sorted(self.timing_files())], ("cell",))
 
-    # --- what is there ----------------------------------------------------------------------------------------------
+    # --- finished cells ---------------------------------------------------------------------------------------------
 
     def planned(self) -> list[Cell]:
         """Cells of the last plan, those of `then` as far as they are known; none where no plan was run."""
@@ -366,12 +366,12 @@ class Store:
 
     def states(self) -> dict[str, str]:
         """Key of each planned cell -> `done`, `running`, `failed` or `missing`."""
-        held, there = locks.owners(self.path / "locks"), self.folders()
-        return {cell.key: self.state(cell.key, there, held) for cell in self.planned()}
+        held, folders = locks.owners(self.path / "locks"), self.folders()
+        return {cell.key: self.state(cell.key, folders, held) for cell in self.planned()}
 
-    def state(self, key: str, there: Mapping[str, Path], held: Mapping[str, Any]) -> str:
+    def state(self, key: str, folders: Mapping[str, Path], held: Mapping[str, Any]) -> str:
         """State of one cell, given the finished folders and the locks that are held."""
-        if key[:10] in there:
+        if key[:10] in folders:
             return DONE
         if key in held:
             return RUNNING
@@ -380,8 +380,8 @@ class Store:
     def folders(self) -> dict[str, Path]:
         """First ten digits of the key -> folder, of each finished cell."""
         cells = self.path / "cells"
-        found = cells.iterdir() if cells.is_dir() else ()
-        return {path.name.rsplit("--", 1)[-1]: path for path in found if not path.name.startswith(".")}
+        finished = cells.iterdir() if cells.is_dir() else ()
+        return {path.name.rsplit("--", 1)[-1]: path for path in finished if not path.name.startswith(".")}
 
     def is_done(self, key: str) -> bool:
         """Whether a cell is finished."""
@@ -443,9 +443,9 @@ class Store:
 
     def timing_files(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(key, timing) of each finished cell that has one."""
-        there = self.folders()
+        folders = self.folders()
         for path in sorted((self.path / "timings").glob("*.json")):
-            if path.stem[:10] in there:
+            if path.stem[:10] in folders:
                 yield path.stem, read_json(path)
 
     def keep(self, name: str, content: Mapping[str, Any]) -> None:

@@ -53,10 +53,10 @@ def test_at_most_bounds_the_rise_over_the_baseline_on_the_choosing_items(spell: 
 
 def test_a_bound_that_no_task_measures_is_refused_by_name(spell: Spell) -> None:
     grid = spell(BOUNDED, choose={"metric": "lss", "at_most": {"degenerate": 0.1}})
-    with pytest.raises(SteeringError, match="choose.at_most: no task of the plan measures degenerate"):
+    with pytest.raises(SteeringError, match=r"choose.at_most: no task of the plan measures degenerate"):
         check_choice(grid)
     for rise in (-0.1, float("inf"), float("nan")):
-        with pytest.raises(SteeringError, match="choose.at_most: degenerate: .*0 or more"):
+        with pytest.raises(SteeringError, match=r"choose.at_most: degenerate: .*0 or more"):
             build_plan(PLAIN | {"choose": {"at_most": {"degenerate": rise}}})
 
 
@@ -75,7 +75,7 @@ def test_the_damage_is_that_of_the_steered_languages_text(spell: Spell) -> None:
 
 def test_the_metric_is_lfs_clean_by_default_and_must_be_named_elsewhere(spell: Spell) -> None:
     assert metric_of(spell(PLAIN, tasks=["small_choice", "small_clean"], choose={"seed": 2})) == "lfs_clean"
-    with pytest.raises(SteeringError, match="choose.metric is missing.*lfs_clean.*acc"):
+    with pytest.raises(SteeringError, match=r"choose.metric is missing.*lfs_clean.*acc"):
         check_choice(spell(PLAIN, tasks=["small_choice"], choose={"seed": 2}))
 
 

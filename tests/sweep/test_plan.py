@@ -134,7 +134,7 @@ def test_a_deactivation_carries_the_name_of_its_language(spell: Spell) -> None:
 def test_a_key_that_is_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text("tasks: [small_choice]\nneurons: demo\ntasks: [small_lss]\n")
-    with pytest.raises(SteeringError, match="plan.yaml: .*'tasks' is written twice, in line 1 and in line 3"):
+    with pytest.raises(SteeringError, match=r"plan.yaml: .*'tasks' is written twice, in line 1 and in line 3"):
         read_plan(path)
     path.write_text(yaml.safe_dump(PLAIN).replace("batch_size: 4", "batch_size: 4\n  batch_size: 8"))
     with pytest.raises(SteeringError, match="'batch_size' is written twice"):
@@ -166,9 +166,9 @@ def test_the_language_of_a_tasks_items(spell: Spell) -> None:
     assert [cell.key for cell in grid.cells] == [cell.key for cell in before.cells]
     ours = spell(PLAIN, tasks=["steering_demo_perplexity_deu_Latn"])
     assert {cell.evaluated for cell in ours.cells} == {"deu_Latn"}
-    with pytest.raises(SteeringError, match="evaluated: .*small_chioce is not among.*did you mean 'small_choice'"):
+    with pytest.raises(SteeringError, match=r"evaluated: .*small_chioce is not among.*did you mean 'small_choice'"):
         spell(PLAIN, evaluated={"small_chioce": "de"})
-    with pytest.raises(SteeringError, match="evaluated: .*steering_demo_perplexity_deu_Latn.*fra.*leave it out"):
+    with pytest.raises(SteeringError, match=r"evaluated: .*steering_demo_perplexity_deu_Latn.*fra.*leave it out"):
         spell(PLAIN, tasks=["steering_demo_perplexity_deu_Latn"], evaluated={"steering_demo_perplexity_deu_Latn": "fr"})
 
 
