@@ -41,9 +41,9 @@ class PlannedIntervention:
         arguments: flat arguments; empty for the baseline.
         resolved: the `Intervention` with the neuron set's language codes, as plain data.
         languages: steered ones.
-        entry: place in the plan's `interventions`, -1 for the baseline.
+        entry: position in the plan's `interventions`, -1 for the baseline.
         factor: as written in the plan, None where none was.
-        control: seed of the matched random set that is used in place of the language's own neurons.
+        control: seed of the matched random set that is used instead of the language's neurons.
     """
 
     name: str
@@ -138,13 +138,13 @@ def _is_identity(step: Step) -> bool:
 
 
 def _refuse_unmeasured(planned: PlannedIntervention) -> None:
-    """A neuron set holds statistics of its own neurons alone."""
+    """A neuron set holds statistics of its neurons alone."""
     for step in planned.resolved["steps"]:
         value = step["value"]
         if isinstance(value, str) and not value.startswith("live_") and value != "normal":
             raise PlanError(
                 f"controls.random: {planned.name} needs the statistic {value!r} of random neurons, and a neuron set "
-                "has statistics of its own neurons alone; name a text to measure them, controls: {random: "
+                "has statistics of its neurons alone; name a text to measure them, controls: {random: "
                 "..., calibration: CORPUS}, or use numbers as values"
             )
 
@@ -379,8 +379,8 @@ class Grid:
 
     def _documents(self, task: str, target: str | None, items: str) -> dict[str, Any]:
         """Which documents of a task are evaluated, and what their few-shot examples are drawn from; for keys."""
-        place = (task, target if self.book.is_targeted(task) else None, items)
-        if place not in self._documents_of:
+        documents = (task, target if self.book.is_targeted(task) else None, items)
+        if documents not in self._documents_of:
             plan, built = self.plan, self.book.task(task, target)
             positions = self.positions(task, target, items)
             split = None
@@ -390,12 +390,12 @@ class Grid:
             if positions is not None and plan.limit is not None:
                 chosen = fingerprint({"documents": [built.eval_docs[position] for position in positions]})
             examples = fewshot_source(built, plan.num_fewshot)
-            self._documents_of[place] = {
+            self._documents_of[documents] = {
                 "split": split,
                 "documents": chosen,
                 "fewshot": None if examples is None else fingerprint(examples),
             }
-        return self._documents_of[place]
+        return self._documents_of[documents]
 
     def evaluated(self, task: str, target: str | None = None) -> str | None:
         """Language of a task's items: its metadata first, then its name, then the plan's `evaluated`.

@@ -92,7 +92,7 @@ def _metrics_of(grid: Grid, cell: Cell) -> set[str]:
 def _cells_with(grid: Grid, metric: str, candidates: Sequence[PlannedIntervention]) -> list[Cell]:
     """Cells of candidates and baseline on the tasks that measure a metric.
 
-    Damage is that of the steered language's own text: where tasks are known to be in that language, those alone.
+    Damage is that of text in the steered language: where tasks are known to be in that language, those alone.
 
     Raises:
         PlanError: if no task measures it.
@@ -121,7 +121,7 @@ def metric_of(grid: Grid) -> str:
     """Name of the metric that candidates are compared by: `choose.metric`, else `lfs_clean`.
 
     Raises:
-        PlanError: if neither is there.
+        PlanError: if the plan names none and no task measures `lfs_clean`.
     """
     choose = grid.plan.choose
     assert choose is not None

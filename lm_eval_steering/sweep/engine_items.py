@@ -55,7 +55,7 @@ def prepared(grid: Grid, cell: Cell) -> Any:
 
 
 def positions(grid: Grid, cell: Cell) -> list[int] | None:
-    """Places of the cell's documents where it has not all of them."""
+    """Positions of the cell's documents where they are not the first `limit`, or all."""
     return grid.positions(cell.task, cell.target, cell.items)
 
 
@@ -71,7 +71,7 @@ def items_of(grid: Grid, cell: Cell, template: Template | None) -> dict[int, Ite
 
     task, plan, chosen = prepared(grid, cell), grid.plan, positions(grid, cell)
     task.build_all_requests(
-        limit=plan.limit,
+        limit=None if chosen else plan.limit,
         samples=chosen,
         system_instruction=plan.system_instruction,
         apply_chat_template=template is not None,

@@ -303,6 +303,8 @@ def _why_no_engine(plan: SweepPlan) -> str | None:
         return f"model.dtype {model.dtype} conflicts with engine.arguments.dtype {engine.arguments['dtype']}: write one"
     if plan.bootstrap_iters != BOOTSTRAPS:
         return f"bootstrap_iters: lm_eval's command has {BOOTSTRAPS} alone; leave it out with engine {engine.name}"
+    if plan.limit is not None and plan.choose is not None and plan.choose.split == "half":
+        return f"limit conflicts with choose.split=half under engine {engine.name}, whose command takes one of the two"
     if len(plan.include_path) > 1:
         return "include_path: lm_eval's command takes one folder; put the task files into one"
     return None

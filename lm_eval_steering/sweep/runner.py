@@ -144,7 +144,7 @@ class SweepRunner:
             for note in self.grid.notes:
                 self.progress.say(note)
             if reason := why_unsafe(self.store.path):
-                self.progress.say(f"warning: {reason}; run one runner at a time, or shards in folders of their own")
+                self.progress.say(f"warning: {reason}; run one runner at a time, or one folder per shard")
             self._estimate = Estimate(timing for _, timing in self.store.timing_files())
             self._tidy(cells)
             if mixed := self.store.mixed_versions(cells):

@@ -103,9 +103,9 @@ def cell_versions() -> dict[str, str]:
     return {name: installed[name] for name in ("lm-eval-steering", "lm_eval", "transformers", "torch")}
 
 
-def versions_text(found: Mapping[str, str]) -> str:
+def versions_text(releases: Mapping[str, str]) -> str:
     """Such as `lm-eval-steering 0.9.0 lm_eval 0.4.13 transformers 5.1.0 torch 2.9.0`."""
-    return " ".join(f"{name} {release}" for name, release in found.items())
+    return " ".join(f"{name} {release}" for name, release in releases.items())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def as_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, sort_keys=True, ensure_ascii=False, indent=1) + "\n"
 
 
-# --- Rows of the merged tables, from finished cells. Nothing here knows time or place, so equal work gives equal bytes
+# --- Rows of the merged tables, from finished cells. No dates or machines, so equal work gives equal bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -319,7 +319,7 @@ class Store:
     def timings(self) -> pd.DataFrame:
         """Seconds, tokens and machine of each finished cell: everything that differs from run to run."""
 
-        return table([found for _, found in sorted(self.timing_files())], ("cell",))
+        return table([timing for _, timing in sorted(self.timing_files())], ("cell",))
 
     # --- finished cells ---------------------------------------------------------------------------------------------
 
@@ -330,11 +330,11 @@ class Store:
         if not (self.path / "plan.json").is_file():
             return []
         plan = self.json("plan.json")
-        cells = [Cell.read(found) for found in plan["cells"]]
+        cells = [Cell.read(cell) for cell in plan["cells"]]
         for path in sorted((self.path / "then").glob("*.json")):
-            found = read_json(path)
-            if found["plan_hash"] == plan["plan_hash"]:
-                cells += [Cell.read(cell) for cell in found["cells"]]
+            choice = read_json(path)
+            if choice["plan_hash"] == plan["plan_hash"]:
+                cells += [Cell.read(cell) for cell in choice["cells"]]
         return list({cell.key: cell for cell in cells}.values())
 
     def evaluated(self) -> dict[str, str]:
@@ -349,7 +349,7 @@ class Store:
         """One line where finished cells were made with other releases than those installed; None where none was."""
         folders, installed = self.folders(), cell_versions()
         made = [StoredCell(folders[cell.key[:10]]).versions for cell in cells if cell.key[:10] in folders]
-        other = [found for found in made if found != installed]
+        other = [releases for releases in made if releases != installed]
         if not other:
             return None
         return (
@@ -409,10 +409,12 @@ class Store:
         self._begun()
 
     def _begun(self) -> dict[str, Any]:
-        found = self.json("sweep.json")
-        if found.get("format_version") != FORMAT_VERSION:
-            raise StoreError(f"{self.path}: format {found.get('format_version')}, this release reads {FORMAT_VERSION}")
-        return found
+        sweep = self.json("sweep.json")
+        if (version := sweep.get("format_version")) != FORMAT_VERSION:
+            raise StoreError(
+                f"{self.path}: format {version}, this release reads {FORMAT_VERSION}; run the plan in a new folder"
+            )
+        return sweep
 
     def _key(self, cell: Cell | str) -> str:
         return (cell.rsplit("--", 1)[-1] if isinstance(cell, str) else cell.key)[:10]
@@ -422,8 +424,8 @@ class Store:
         path = self.path / "halves" / f"{stored.cell['key']}.json"
         if rule is None or not path.is_file():
             return None
-        found = read_json(path)
-        return dict(found["halves"]) if found["of"] == _halved(stored, rule) else None
+        kept = read_json(path)
+        return dict(kept["halves"]) if kept["of"] == _halved(stored, rule) else None
 
     def keep_halves(self, stored: StoredCell, rule: Mapping[str, Any], halves: Mapping[str, Any]) -> None:
         """Note a finished cell's metrics on each half, and what they were computed from."""
@@ -438,8 +440,8 @@ class Store:
 
     def why(self, cell: Cell) -> str:
         """One line on why a cell is not done, empty where it was not tried."""
-        found = self.failure(cell.key)
-        return str(found["error"]).strip().splitlines()[0] if found else ""
+        failure = self.failure(cell.key)
+        return str(failure["error"]).strip().splitlines()[0] if failure else ""
 
     def timing_files(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(key, timing) of each finished cell that has one."""
@@ -473,8 +475,8 @@ class Store:
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(f"--out {self.path} is a file; expected a folder for the cells, or the name of a new one")
         if not (self.path / "sweep.json").is_file():
-            there = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-            if foreign := sorted(name for name in there - _KNOWN_FILES if not name.endswith(".partial")):
+            names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+            if foreign := sorted(name for name in names - _KNOWN_FILES if not name.endswith(".partial")):
                 raise StoreError(
                     f"{self.path}: there are files here and no sweep ({foreign[0]}); choose another folder"
                 )
@@ -507,10 +509,10 @@ class Store:
         Raises:
             StoreError: naming the folder.
         """
-        found = self.json("sweep.json")
-        if found.setdefault("weights", digest) != digest:
+        sweep = self.json("sweep.json")
+        if sweep.setdefault("weights", digest) != digest:
             raise StoreError(f"{self.path}: the model of this name had other weights when this sweep began")
-        self.keep("sweep.json", found)
+        self.keep("sweep.json", sweep)
 
     def put_aside_damaged(self, cells: Iterable[Cell]) -> list[str]:
         """Move finished cells that are not whole out of the way, to be done again; says which, and why."""

@@ -24,6 +24,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"interventions": [{"op": "scale", "factor": 2, "factors": [2]}]}, "factor conflicts with factors"),
     ({"languages": ["french_Latn"]}, "french_Latn"),
     ({"choose": None, "then": {"tasks": ["small_nats"]}}, "then without choose"),
+    (
+        {"engine": "hf", "choose": {"metric": "acc"}, "limit": 3},
+        "limit conflicts with choose.split=half under engine hf",
+    ),
     ({"languages": [False]}, 'an unquoted no as false: write "no" with quotes, or nob_Latn'),
     ({"interventions": [{"deactivate": False}]}, "unquoted no as false"),
     ({"evaluated": {"small_choice": False}}, "unquoted no as false"),
