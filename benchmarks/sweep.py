@@ -77,8 +77,8 @@ def loop_once(grid: Grid, cell: Cell, controls: Path, out: Path) -> float:
 
 def scores(results: dict[str, Any], task: str) -> dict[str, Any]:
     """Metrics of a results file, without standard errors, which the loop bootstraps."""
-    found = results["results"][task]
-    return {key: value for key, value in found.items() if "," in key and "_stderr," not in key}
+    metrics = results["results"][task]
+    return {key: value for key, value in metrics.items() if "," in key and "_stderr," not in key}
 
 
 def measured_controls(grid: Grid, folder: Path) -> Path:
