@@ -156,8 +156,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(spell: Spell, tmp_path: Path
 
     outcome = run(grid, tmp_path / "run", load=load, progress=CellLog(stream=said))
     assert (outcome.exit_code, outcome.done) == (0, len(grid.cells))
-    assert "out of memory, going on with 3 rows a forward pass" in said.getvalue()
-    assert "out of memory, going on with 1 rows a forward pass" in said.getvalue()
+    assert "out of memory, going on with 3 rows per forward pass" in said.getvalue()
+    assert "out of memory, going on with 1 rows per forward pass" in said.getvalue()
     assert models[0].asked[:2] == [7, 3]
     assert set(models[0].asked[2:]) == {1}
 
@@ -194,7 +194,7 @@ def test_a_full_disk_ends_it_with_a_clear_message_and_loses_nothing(spell: Spell
 
     ended(forked(limited))
     said = (tmp_path / "said").read_text()
-    assert "is evaluated and cannot be stored: File too large" in said and "make room" in said
+    assert "is evaluated and cannot be stored: File too large" in said and "free some space" in said
     assert sorted(Store(out).folders()) == before and not list(out.glob("cells/.*"))
     assert len(Store(out).frame()) > 0
     assert run(grid, out).ran == len(grid.cells) - len(before)
@@ -208,7 +208,7 @@ def test_a_small_full_file_system(spell: Spell, tmp_path: Path) -> None:
         pytest.skip("this account may not mount a small file system; a limited file size is tested beside this")
     try:
         grid = spell(PLAIN, interventions=[{"op": "scale", "factors": [2, 3, 4, 5, 6, 7, 8]}])
-        with pytest.raises(SteeringError, match=r"cannot be stored: No space left on device .*make room"):
+        with pytest.raises(SteeringError, match=r"cannot be stored: No space left on device .*free some space"):
             run(grid, place / "run")
         store = Store(place / "run")
         done = len(store.folders())
