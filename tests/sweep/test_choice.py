@@ -68,9 +68,9 @@ def test_the_damage_is_that_of_the_steered_languages_text(spell: Spell) -> None:
     both = spell(BOUNDED, choose=bounded(1), languages=["deu_Latn", "tur_Latn"], **tasks)
     by_language = {group.name: {cell.task for cell in group.bounded["nats_per_token"]} for group in groups_of(both)}
     assert by_language == {"deu_Latn": {"small_nats", "small_fragile"}, "tur_Latn": {"small_nats", "small_fragile"}}
-    said = {"evaluated": {"small_nats": "deu", "small_fragile": "tr"}}
-    told = spell(BOUNDED, choose=bounded(1), languages=["deu_Latn", "tur_Latn"], **tasks, **said)
-    by_language = {group.name: {cell.task for cell in group.bounded["nats_per_token"]} for group in groups_of(told)}
+    stated = {"evaluated": {"small_nats": "deu", "small_fragile": "tr"}}
+    named = spell(BOUNDED, choose=bounded(1), languages=["deu_Latn", "tur_Latn"], **tasks, **stated)
+    by_language = {group.name: {cell.task for cell in group.bounded["nats_per_token"]} for group in groups_of(named)}
     assert by_language == {"deu_Latn": {"small_nats"}, "tur_Latn": {"small_fragile"}}
 
 

@@ -37,10 +37,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), WRONG, ids=[said for _, said in WRONG])
-def test_a_wrong_plan_is_refused_in_one_line(changes: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_wrong_plan_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
     found = {key: value for key, value in (PLAIN | changes).items() if value is not None}
-    with pytest.raises(SteeringError, match=said) as error:
+    with pytest.raises(SteeringError, match=message) as error:
         build_plan(found)
     assert "\n" not in str(error.value)
 
@@ -59,16 +59,16 @@ SPELLED_WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), SPELLED_WRONG, ids=[said for _, said in SPELLED_WRONG])
+@pytest.mark.parametrize(("changes", "message"), SPELLED_WRONG, ids=[message for _, message in SPELLED_WRONG])
 def test_what_no_cell_could_do_is_refused_before_a_model_is_loaded(
-    spell: Spell, changes: dict[str, Any], said: str
+    spell: Spell, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SteeringError, match=said):
+    with pytest.raises(SteeringError, match=message):
         spell(PLAIN, **changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"choose": {"metric": "acc", "item": "sentence"}}, r"no sentence to split them by.*fields: .*id"),
         ({"choose": {"metric": "acc", "seed": 0}}, "small_choice: no item falls into the half to choose on"),
@@ -76,9 +76,9 @@ def test_what_no_cell_could_do_is_refused_before_a_model_is_loaded(
     ],
 )
 def test_a_choice_that_could_not_be_made_is_refused_before_anything_runs(
-    spell: Spell, tmp_path: Path, changes: dict[str, Any], said: str
+    spell: Spell, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SteeringError, match=said):
+    with pytest.raises(SteeringError, match=message):
         describe(spell(PLAIN, **changes), tmp_path / "run")
 
 
@@ -87,8 +87,8 @@ def test_overrides(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(PLAN))
     plan = read_plan(path, ["controls.random=5", "interventions.0.factors=[1.5, 3]", "model.dtype=bfloat16"])
     assert (plan.controls.random, plan.interventions[0].factors, plan.model.dtype) == (5, (1.5, 3), "bfloat16")
-    for wrong, said in (("controls", "expected key=value"), ("neurons.x=1", "neurons is 'demo', which has no keys")):
-        with pytest.raises(SteeringError, match=said):
+    for wrong, message in (("controls", "expected key=value"), ("neurons.x=1", "neurons is 'demo', which has no keys")):
+        with pytest.raises(SteeringError, match=message):
             read_plan(path, [wrong])
 
 

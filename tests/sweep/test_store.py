@@ -157,15 +157,15 @@ def test_the_whole_set_where_the_plan_says_so(spell: Spell, tmp_path: Path) -> N
 def test_sweep_status_and_merge(command, spell: Spell, task_files: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     plan, out = tmp_path / "plan.yaml", tmp_path / "run"
     plan.write_text(yaml.safe_dump(PLAIN | {"include_path": [str(task_files)]}))
-    code, said, _ = command("sweep", plan, "--out", out, "--set", "interventions.0.factors=[2]", "--dry-run")
-    assert code == 0 and "2 cells: baseline, 1 interventions and 0 random controls, on 1 tasks" in said
-    code, said, err = command("sweep", plan, "--out", out, "--shard", "1/2")
-    assert code == 0 and "2 cells done, 2 of them now" in said
+    code, message, _ = command("sweep", plan, "--out", out, "--set", "interventions.0.factors=[2]", "--dry-run")
+    assert code == 0 and "2 cells: baseline, 1 interventions and 0 random controls, on 1 tasks" in message
+    code, message, err = command("sweep", plan, "--out", out, "--shard", "1/2")
+    assert code == 0 and "2 cells done, 2 of them now" in message
     assert "[0/2] baseline--small_choice--" in err and "tokens/s" in err and "left" in err
-    code, said, _ = command("status", out)
-    assert code == 0 and "wrote" in said
+    code, message, _ = command("status", out)
+    assert code == 0 and "wrote" in message
     assert list(pd.read_csv(out / "missing.csv").status) == ["missing"]
-    code, said, _ = command("merge", out, "--out", tmp_path / "tables", "--items")
+    code, message, _ = command("merge", out, "--out", tmp_path / "tables", "--items")
     assert code == 0
     table = pd.read_parquet(tmp_path / "tables" / "metrics.parquet")
     assert table.cell.nunique() == 2 and pd.read_csv(tmp_path / "tables" / "metrics.csv").shape == table.shape
@@ -177,6 +177,6 @@ def test_sweep_status_and_merge(command, spell: Spell, task_files: Path, tmp_pat
 
 
 def test_the_demo_plan_ships(command) -> None:  # type: ignore[no-untyped-def]
-    code, said, _ = command("where", "demo-plan")
+    code, message, _ = command("where", "demo-plan")
     assert code == 0
-    assert yaml.safe_load(Path(said.strip()).read_text())["model"]["pretrained"] == "demo"
+    assert yaml.safe_load(Path(message.strip()).read_text())["model"]["pretrained"] == "demo"
