@@ -60,12 +60,12 @@ def timed(command: Sequence[str]) -> float:
 
 def loop_once(grid: Grid, cell: Cell, controls: Path, out: Path) -> float:
     """Seconds of the `lm_eval` command that does one cell."""
-    arguments = model_arguments(grid.plan) | cell.variant.arguments
-    if cell.variant.control is not None:
-        arguments["neurons"] = str(next(controls.glob(f"random{cell.variant.control}-*")))
-    elif not cell.variant.is_baseline:
+    arguments = model_arguments(grid.plan) | cell.intervention.arguments
+    if cell.intervention.control is not None:
+        arguments["neurons"] = str(next(controls.glob(f"random{cell.intervention.control}-*")))
+    elif not cell.intervention.is_baseline:
         arguments["neurons"] = grid.plan.neurons
-    if cell.target and cell.variant.is_baseline:
+    if cell.target and cell.intervention.is_baseline:
         arguments["target_language"] = cell.target
     rows = str(arguments.pop("batch_size"))
     text = ",".join(f"{name}={value}" for name, value in arguments.items())
@@ -77,8 +77,8 @@ def loop_once(grid: Grid, cell: Cell, controls: Path, out: Path) -> float:
 
 def scores(results: dict[str, Any], task: str) -> dict[str, Any]:
     """Metrics of a results file, without standard errors, which the loop bootstraps."""
-    found = results["results"][task]
-    return {key: value for key, value in found.items() if "," in key and "_stderr," not in key}
+    metrics = results["results"][task]
+    return {key: value for key, value in metrics.items() if "," in key and "_stderr," not in key}
 
 
 def measured_controls(grid: Grid, folder: Path) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -108,6 +109,35 @@ def parse_json_line(line: str, where: str, error: ErrorClass = SteeringError) ->
     if not isinstance(record, dict):
         raise error(f"{where}: expected a JSON object, got {type(record).__name__}")
     return record
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if key in lines:
+                raise yaml.YAMLError(f"the key {key!r} is written twice, in line {lines[key]} and in line {line}")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(source: Path | str, error: ErrorClass = SteeringError) -> Any:
+    """The value of a YAML file, or of YAML text: a `Path` is read, a `str` is the text itself.
+
+    Raises:
+        error: naming the file, if it cannot be read, is no YAML, or has a key twice in one mapping (naming both lines).
+    """
+    prefix = f"{source}: " if isinstance(source, Path) else ""
+    try:
+        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        return yaml.load(text, _StrictLoader)
+    except OSError as problem:
+        raise error(f"{prefix}{problem.strerror or problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as problem:
+        raise error(f"{prefix}not a YAML file: {' '.join(str(problem).split())}") from None
 
 
 # --- Tensors with metadata ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Verbs of sweeps: sweep, status, merge."""
+"""Commands of sweeps: sweep, status, merge."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def sweep(
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the cells, what is done, and an estimate.")] = False,
     shard: Annotated[str | None, typer.Option(help="Run a part of the plan, such as 2/8.")] = None,
-    launcher: Annotated[Launcher, typer.Option(help="Deal the plan to jobs.")] = Launcher.NONE,
+    launcher: Annotated[Launcher, typer.Option(help="Divide the plan among jobs.")] = Launcher.NONE,
     workers: Annotated[int | None, typer.Option(min=1, help="Number of those jobs.")] = None,
     retry_failed: Annotated[bool, typer.Option(help="Try failed cells again.")] = False,
 ) -> None:
@@ -43,18 +43,20 @@ def sweep(
     from lm_eval_steering.sweep.run import run_sweep
     from lm_eval_steering.sweep.runner import Shard
 
-    found = read_plan(plan, set_ or ())
+    spec = read_plan(plan, set_ or ())
     part = Shard.parse(shard) if shard else None
     from lm_eval_steering.sweep.cells import spell_out
 
-    if launcher is not Launcher.NONE and found.engine.is_external:
-        raise SteeringError(f"--launcher with engine {found.engine.name}: its commands are what is dealt to jobs")
+    if launcher is not Launcher.NONE and spec.engine.is_external:
+        raise SteeringError(f"--launcher with engine {spec.engine.name}: divide its commands among jobs instead")
     if launcher is not Launcher.NONE and part is not None:
-        raise SteeringError("--shard beside --launcher, which deals the shards itself: leave one of the two out")
+        raise SteeringError(
+            "--shard conflicts with --launcher, which makes the shards itself: leave one of the two out"
+        )
     be_quiet()
     ranks = launched()[0]
-    grid = spell_out(found)
-    if found.engine.is_external:
+    grid = spell_out(spec)
+    if spec.engine.is_external:
         from lm_eval_steering.sweep.engine import engine_grid  # with peft and more, which others can do without
 
         grid = engine_grid(grid)
@@ -86,9 +88,9 @@ def status(out: Folder) -> None:
 def merge(
     folders: Annotated[list[Path], typer.Argument(help="Folders of sweeps.")],
     out: Annotated[Path, typer.Option(help="Folder for the tables.")],
-    items: Annotated[bool, typer.Option(help="One row an item too.")] = False,
+    items: Annotated[bool, typer.Option(help="One row per item too.")] = False,
 ) -> None:
-    """Make one table, parquet and CSV, of any number of sweeps: one row a cell and metric."""
+    """Make one table, parquet and CSV, of any number of sweeps: one row per cell and metric."""
     from lm_eval_steering.sweep.merge import merge as make
 
     paths, notes = make(folders, out, items)
@@ -103,19 +105,19 @@ def _launch(grid: Any, out: Path, launcher: Launcher, workers: int | None, retry
     typer.echo(describe(grid, out))  # and refuses here what every job would refuse
     plan = grid.plan
     if launcher is Launcher.SUBMITIT:
-        found = launch_slurm(plan, out, workers, retry_failed)
-        typer.echo(f"submitted {', '.join(found.jobs)}; scripts and logs are in {found.folder}")
+        launched_jobs = launch_slurm(plan, out, workers, retry_failed)
+        typer.echo(f"submitted {', '.join(launched_jobs.jobs)}; scripts and logs are in {launched_jobs.folder}")
         return
     if not workers:
         raise SteeringError("--launcher local: say how many, --workers 2")
     try:
-        found = launch_local(plan, out, workers, retry_failed)
+        jobs = launch_local(plan, out, workers, retry_failed)
     except KeyboardInterrupt:
         typer.echo(_INTERRUPTED)
         raise typer.Exit(130) from None
-    typer.echo(f"{workers} workers ended; logs are in {found.folder}")
-    if found.exit_code:
-        raise typer.Exit(found.exit_code)
+    typer.echo(f"{workers} workers ended; logs are in {jobs.folder}")
+    if jobs.exit_code:
+        raise typer.Exit(jobs.exit_code)
 
 
 def _report(outcome: Any, out: Path) -> None:

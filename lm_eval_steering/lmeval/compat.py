@@ -11,9 +11,11 @@ import ast
 import copy
 import inspect
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -142,13 +144,32 @@ def be_quiet() -> None:
 
 
 def describe_machine_once() -> None:
-    """lm-eval describes the machine and its checkout anew in each result file, half a second each time."""
+    """lm-eval describes the machine and its checkout anew in each result file, half a second each time.
+
+    It asks git with our stderr, and outside a repository git complains there; so the first answer is taken without it.
+    """
     from lm_eval import evaluator
     from torch.utils import collect_env
 
     for module, name in ((collect_env, "get_pretty_env_info"), (evaluator, "get_git_commit_hash")):
         if not hasattr(getattr(module, name), "cache_info"):
             setattr(module, name, cache(getattr(module, name)))
+    with _without_stderr():
+        evaluator.get_git_commit_hash()
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Inside, what child processes write to stderr is dropped: the descriptor is, not `sys.stderr` alone."""
+    sys.stderr.flush()
+    kept, silent = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(silent, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(silent)
 
 
 # What `evaluate` of lm-eval 0.4.13 hands to `gather_object` with `log_samples=True`, in this order: {task: samples},

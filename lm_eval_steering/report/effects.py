@@ -28,7 +28,7 @@ from lm_eval_steering.metrics.statistics import (
     interval_of_items,
 )
 from lm_eval_steering.report.read import CLEAN, DEGENERATE, FORCED, LANG_UNKNOWN, Items, Sweep, align, forced
-from lm_eval_steering.sweep.choice import REPORT, half_of
+from lm_eval_steering.sweep.halves import REPORT, half_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -24,7 +24,7 @@ from lm_eval_steering.metrics.degenerate import degenerate
 from lm_eval_steering.metrics.language_id import UNKNOWN, in_language
 from lm_eval_steering.provenance import versions
 from lm_eval_steering.report import naming
-from lm_eval_steering.sweep.choice import REPORT, half_of, item_of
+from lm_eval_steering.sweep.halves import REPORT, half_of, item_of
 from lm_eval_steering.sweep.store import Store
 
 if TYPE_CHECKING:

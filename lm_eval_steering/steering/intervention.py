@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import InterventionError, SteeringError, did_you_mean
+from lm_eval_steering.files import read_yaml
 from lm_eval_steering.steering.positions import ALL, FORMS, parse_positions
 
 # --- Fields of a step: each error names the key and the nearest valid word
@@ -411,7 +411,8 @@ def _from_list(given: Any) -> Intervention:
     """Steps of a file, or of a list that stands for one; errors say in which step."""
     where = "intervention"
     if isinstance(given, str | Path):
-        where, given = f"intervention={given}", _read(Path(given))
+        where = f"intervention={given}"
+        given = read_yaml(Path(given), lambda message: InterventionError(f"intervention={message}"))
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise InterventionError(f"{where}: expected a list of steps, each a mapping such as language: fra_Latn")
     steps: list[dict[str, Any]] = []
@@ -430,26 +431,6 @@ def _from_list(given: Any) -> Intervention:
             raise InterventionError(f"{here}: neither language nor deactivate: it would do nothing")
         steps += written
     return build({"steps": steps})
-
-
-class _Strict(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML silently keeps the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                raise yaml.YAMLError(f"the key {key!r} is written twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Strict)
-    except OSError as error:
-        raise InterventionError(f"intervention={path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InterventionError(f"intervention={path}: not a YAML file: {' '.join(str(error).split())}") from None
 
 
 def _steps(given: dict[str, Any]) -> list[dict[str, Any]]:

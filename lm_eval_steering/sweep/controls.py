@@ -13,7 +13,7 @@ from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Search
 from lm_eval_steering.neurons.running import ModelRunner, Ranks
 from lm_eval_steering.provenance import fingerprint
-from lm_eval_steering.sweep.cells import Grid, calibration_place
+from lm_eval_steering.sweep.cells import Grid, calibration_source
 from lm_eval_steering.sweep.locks import locked
 from lm_eval_steering.sweep.store import Store
 
@@ -33,8 +33,8 @@ class ControlSets:
         return self._sets[seed]
 
     def _make(self, lm: Any) -> None:
-        wanted = self._grid.plan.controls
-        draws = [random_set(self._grid.neuron_set, seed) for seed in range(wanted.random)]
+        controls = self._grid.plan.controls
+        draws = [random_set(self._grid.neuron_set, seed) for seed in range(controls.random)]
         if self._grid.calibration is None:
             self._sets = dict(enumerate(draws))
             return
@@ -42,11 +42,11 @@ class ControlSets:
         paths = [
             self._folder / f"random{n}-{draw.content_hash()[:10]}-{text}.safetensors" for n, draw in enumerate(draws)
         ]
-        self._ranks.after_first(lambda: self._measure_or_say(draws, paths, lm))
+        self._ranks.after_first(lambda: self._measure_or_refuse(draws, paths, lm))
         self._sets = {number: NeuronSet.load(path) for number, path in enumerate(paths)}
 
-    def _measure_or_say(self, draws: list[NeuronSet], paths: list[Path], lm: Any) -> None:
-        """With every error as one that `after_first` hands to the processes that wait."""
+    def _measure_or_refuse(self, draws: list[NeuronSet], paths: list[Path], lm: Any) -> None:
+        """With every error as one that `after_first` passes to the processes that wait."""
         try:
             self._measure(draws, paths, lm)
         except SteeringError:
@@ -61,8 +61,8 @@ class ControlSets:
                     measured.save(path)
 
     def _measured(self, draws: list[NeuronSet], lm: Any) -> list[NeuronSet]:
-        wanted, languages = self._grid.plan.controls, self._grid.neuron_set.languages
-        search = Search(calibration_place(self._grid.plan), languages, rows="sentences", sentences=wanted.sentences)
+        controls, languages = self._grid.plan.controls, self._grid.neuron_set.languages
+        search = Search(calibration_source(self._grid.plan), languages, rows="sentences", sentences=controls.sentences)
         # Rows of fixed number: a detected batch size would make the statistics depend on the machine's memory.
         runner = ModelRunner(LazyModel.of(lm.model, lm.tokenizer), batch_size=16)
         lm.intervene(None)

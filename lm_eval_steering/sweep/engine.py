@@ -75,9 +75,9 @@ def engine_grid(grid: Grid) -> Grid:
     """The grid as the plan's engine has it; as it is where the engine is `steered-hf`."""
     if not grid.plan.engine.is_external or isinstance(grid, EngineGrid):
         return grid
-    own = EngineGrid(grid.plan, grid.book, grid.neuron_set, grid.variants, notes=list(grid.notes))
-    codes = {code for variant in grid.variants for code in variant.languages}
-    own.cells = own._product(grid.variants, grid.plan.tasks, 1, codes)
+    own = EngineGrid(grid.plan, grid.book, grid.neuron_set, grid.interventions, notes=list(grid.notes))
+    codes = {code for planned in grid.interventions for code in planned.languages}
+    own.cells = own._product(grid.interventions, grid.plan.tasks, 1, codes)
     return own
 
 
@@ -86,28 +86,28 @@ class Run:
     """What one command evaluates: one model on some tasks.
 
     Attributes:
-        variant: the intervention.
+        intervention: which one, or the baseline.
         target: language that the documents are made for.
         items: `all` or `report`.
         cells: one a task.
     """
 
-    variant: PlannedIntervention
+    intervention: PlannedIntervention
     target: str | None
     items: str
     cells: tuple[Cell, ...]
 
     def name(self, grid: Grid) -> str:
         """Folder of its results: the same whatever the tasks are, so that a plan can grow."""
-        seed = self.variant.control
+        seed = self.intervention.control
         control = None if seed is None else {"seed": seed, "calibration": grid.calibration}
         mark = fingerprint(
             {
                 "model": grid.model, "neurons": grid.neuron_set.content_hash(), "control": control,
-                "intervention": self.variant.intervention, "options": options_of(grid.plan),
+                "intervention": self.intervention.resolved, "options": options_of(grid.plan),
             }
         )  # fmt: skip
-        parts = [self.variant.name[:120], self.target if self.variant.is_baseline else None]
+        parts = [self.intervention.name[:120], self.target if self.intervention.is_baseline else None]
         parts.append(None if self.items == ALL else self.items)
         return f"{'-'.join(part for part in parts if part)}--{mark[:10]}"
 
@@ -116,8 +116,8 @@ def runs_of(cells: Iterable[Cell]) -> list[Run]:
     """Cells put together, so that lm-eval starts once for all tasks of an intervention."""
     found: dict[tuple[str, str | None, str], list[Cell]] = {}
     for cell in cells:
-        found.setdefault((cell.variant.name, cell.target, cell.items), []).append(cell)
-    return [Run(own[0].variant, target, items, tuple(own)) for (_, target, items), own in found.items()]
+        found.setdefault((cell.intervention.name, cell.target, cell.items), []).append(cell)
+    return [Run(own[0].intervention, target, items, tuple(own)) for (_, target, items), own in found.items()]
 
 
 def refuse(grid: Grid, store: Store) -> None:
@@ -188,7 +188,7 @@ class EngineRunner(SweepRunner):
             answer = answer_of(self._folder / "results" / run.name(self.grid), cell.task)
             if answer is None:
                 return MISSING
-            asked = self._asked(run.variant)
+            asked = self._asked(run.intervention)
             version = (prepared(self.grid, cell).config.metadata or {}).get("version")
             check(answer, self.grid.plan, cell.task, asked, self._items_of(cell), version)
             store_answer(self.store.path / "cells", self.grid, cell, answer, asked)
@@ -200,13 +200,13 @@ class EngineRunner(SweepRunner):
         self.outcome.ran += 1
         return DONE
 
-    def _asked(self, variant: PlannedIntervention) -> Asked:
-        if variant.is_baseline:
-            return Asked(self._arguments(variant))
-        note = self.exports.note(variant)
+    def _asked(self, planned: PlannedIntervention) -> Asked:
+        if planned.is_baseline:
+            return Asked(self._arguments(planned))
+        note = self.exports.note(planned)
         if note is None:
-            raise SteeringError(f"{variant.name}: there are results, and this sweep has not exported that model")
-        return Asked(self._arguments(variant), note["export"], note["verified"])
+            raise SteeringError(f"{planned.name}: there are results, and this sweep has not exported that model")
+        return Asked(self._arguments(planned), note["export"], note["verified"])
 
     def _items_of(self, cell: Cell) -> dict[int, Item]:
         place = (cell.task, cell.target if self.grid.book.is_targeted(cell.task) else None, cell.items)
@@ -253,16 +253,16 @@ class EngineRunner(SweepRunner):
 
     def _exported(self, run: Run) -> bool:
         """Whether the run's model is there, made now where it was not; why not is noted with its cells."""
-        variant, control = run.variant, run.variant.control
+        planned, control = run.intervention, run.intervention.control
         try:
-            if variant.is_baseline or self.exports.is_made(variant):
+            if planned.is_baseline or self.exports.is_made(planned):
                 return True
             if control is None:
                 neurons = self.grid.neuron_set
             else:
                 measured = self.grid.plan.controls.calibration is not None
                 neurons = self._controls(control, self._model() if measured else None)
-            said = self.exports.make(variant, neurons, self._prompts)
+            said = self.exports.make(planned, neurons, self._prompts)
         except StorageFullError:
             raise
         except SteeringError as error:
@@ -270,7 +270,7 @@ class EngineRunner(SweepRunner):
                 self._fail(cell, error)
             self.outcome.failed += [cell for cell in run.cells if cell not in self.outcome.failed]
             return False
-        self.progress.say(f"exported {variant.name}: {said}")
+        self.progress.say(f"exported {planned.name}: {said}")
         return True
 
     @cached_property
@@ -283,20 +283,20 @@ class EngineRunner(SweepRunner):
             for item in self._items_of(cell).values():
                 yield "".join(item.texts[0])
 
-    def _arguments(self, variant: PlannedIntervention) -> dict[str, Any]:
+    def _arguments(self, planned: PlannedIntervention) -> dict[str, Any]:
         """Arguments of the engine's model class."""
         plain = model_arguments(self.grid.plan)
         named, folder = plain["pretrained"], Path(plain["pretrained"])
         found = {key: str(plain[key]) for key in ("revision", "dtype") if plain.get(key)}
-        if not variant.is_baseline:
-            named, _ = str(self.exports.path(variant)), found.pop("revision", None)
+        if not planned.is_baseline:
+            named, _ = str(self.exports.path(planned)), found.pop("revision", None)
         elif folder.is_dir():
             named = str(folder.absolute())
         return {"pretrained": named} | found | dict(self.grid.plan.engine.arguments)
 
     def _command(self, run: Run) -> str:
         plan, name = self.grid.plan, run.name(self.grid)
-        arguments = self._arguments(run.variant)
+        arguments = self._arguments(run.intervention)
         # vLLM makes its own batches.
         options = {"batch_size": plan.model.batch_size if plan.engine.name == "hf" else "auto"}
         options |= {key: arguments.pop(key) for key in _OPTIONS if key in arguments}

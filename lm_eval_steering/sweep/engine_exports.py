@@ -49,55 +49,55 @@ class Exports:
         Raises:
             PlanError: naming the intervention.
         """
-        for variant in self._grid.variants:
-            if variant.is_baseline or variant.control is not None:  # a control takes its intervention's steps
+        for planned in self._grid.interventions:
+            if planned.is_baseline or planned.control is not None:  # a control takes its intervention's steps
                 continue
-            job = self._job(variant, self._grid.neuron_set, ())
+            job = self._job(planned, self._grid.neuron_set, ())
             try:
                 model = Exported(job)
                 target_of(model.lazy.config, model.maps(job.plan()), MULTIPLE)
             except SteeringError as error:
                 engine = self._grid.plan.engine.name
-                raise PlanError(f"engine {engine}: {variant.name} (interventions.{variant.entry}): {error}") from None
+                raise PlanError(f"engine {engine}: {planned.name} (interventions.{planned.entry}): {error}") from None
 
-    def path(self, variant: PlannedIntervention) -> Path:
+    def path(self, planned: PlannedIntervention) -> Path:
         """Folder of one export; its name ends in a hash of everything that decides it."""
         own = self._grid
         mark = fingerprint(
             {
                 "model": own.model,
                 "neurons": own.neuron_set.content_hash(),
-                "intervention": variant.intervention,
-                "control": variant.control,
-                "calibration": None if variant.control is None else own.calibration,
+                "intervention": planned.resolved,
+                "control": planned.control,
+                "calibration": None if planned.control is None else own.calibration,
                 "dtype": self.loader().dtype,
             }
         )
-        return self.folder / f"{variant.name[:_LONGEST]}--{mark[:16]}"
+        return self.folder / f"{planned.name[:_LONGEST]}--{mark[:16]}"
 
-    def make(self, variant: PlannedIntervention, neurons: NeuronSet, prompts: Sequence[str]) -> str:
+    def make(self, planned: PlannedIntervention, neurons: NeuronSet, prompts: Sequence[str]) -> str:
         """Write one export, and compare it with the hooks; says how that went.
 
         Raises:
             VerificationError: if it is not the steered model.
         """
-        job = self._job(variant, neurons, prompts)
+        job = self._job(planned, neurons, prompts)
         said = export_checkpoint(job)[-1]
         verified = said.removeprefix("verified: ") if prompts else None
         record = read_json(job.out / RECORD)
-        self._store.keep(self._note(variant), {"export": record, "verified": verified})
+        self._store.keep(self._note(planned), {"export": record, "verified": verified})
         return said if prompts else "not compared with the hooks (engine.verify is 0)"
 
-    def note(self, variant: PlannedIntervention) -> dict[str, Any] | None:
+    def note(self, planned: PlannedIntervention) -> dict[str, Any] | None:
         """What is known of one export: its `steering.json`, and how it was verified; None where it was not made.
 
         Raises:
-            StoreError: if the folder holds another one by now, or is not what this variant asks for.
+            StoreError: if the folder holds another one by now, or is not what this intervention asks for.
         """
-        place = self._store.path / self._note(variant)
+        place = self._store.path / self._note(planned)
         if not place.is_file():
             return None
-        found, record = read_json(place), self.path(variant) / RECORD
+        found, record = read_json(place), self.path(planned) / RECORD
         if record.is_file() and (other := read_json(record)) != found["export"]:
             raise StoreError(
                 f"{record}: fingerprint {other.get('fingerprint')}, this sweep exported "
@@ -105,17 +105,17 @@ class Exports:
             )
         return found
 
-    def is_made(self, variant: PlannedIntervention) -> bool:
+    def is_made(self, planned: PlannedIntervention) -> bool:
         """Whether the export can be run."""
-        return self.note(variant) is not None and (self.path(variant) / RECORD).is_file()
+        return self.note(planned) is not None and (self.path(planned) / RECORD).is_file()
 
-    def _note(self, variant: PlannedIntervention) -> str:
-        return f"engine/notes/{self.path(variant).name}.json"
+    def _note(self, planned: PlannedIntervention) -> str:
+        return f"engine/notes/{self.path(planned).name}.json"
 
-    def _job(self, variant: PlannedIntervention, neurons: NeuronSet, prompts: Sequence[str]) -> Job:
+    def _job(self, planned: PlannedIntervention, neurons: NeuronSet, prompts: Sequence[str]) -> Job:
         plan = self._grid.plan
         return Job(
-            self.loader(), neurons, variant.arguments, self.path(variant), plan.allow_empty, plan.force, prompts,
+            self.loader(), neurons, planned.arguments, self.path(planned), plan.allow_empty, plan.force, prompts,
             Log(show=False),
         )  # fmt: skip
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from lm_eval_steering.lmeval.compat import release_requests
 from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
-from lm_eval_steering.sweep.cells import REPORT, Cell, Grid
-from lm_eval_steering.sweep.choice import positions_of
+from lm_eval_steering.sweep.cells import Cell, Grid
 
 _SEED = 1234  # of lm_eval's command, for examples in the prompt
 
@@ -57,11 +56,8 @@ def prepared(grid: Grid, cell: Cell) -> Any:
 
 
 def positions(grid: Grid, cell: Cell) -> list[int] | None:
-    """Places of the cell's documents where it has not all of them."""
-    rule = grid.plan.choose
-    if cell.items != REPORT or rule is None:
-        return None
-    return positions_of(grid.book.task(cell.task, cell.target), cell.task, REPORT, rule.seed, rule.item)
+    """Positions of the cell's documents where they are not the first `limit`, or all."""
+    return grid.positions(cell.task, cell.target, cell.items)
 
 
 def items_of(grid: Grid, cell: Cell, template: Template | None) -> dict[int, Item]:
@@ -76,7 +72,7 @@ def items_of(grid: Grid, cell: Cell, template: Template | None) -> dict[int, Ite
 
     task, plan, chosen = prepared(grid, cell), grid.plan, positions(grid, cell)
     task.build_all_requests(
-        limit=plan.limit,
+        limit=None if chosen else plan.limit,
         samples=chosen,
         system_instruction=plan.system_instruction,
         apply_chat_template=template is not None,

@@ -116,12 +116,12 @@ def steering_report(
     grid: Grid, cell: Cell, asked: Asked, identifier: LanguageIdentifier, targets: Sequence[str]
 ) -> dict[str, Any]:
     """What was done, and the proof of it: no hooks ran, so the proof is the export's comparison with them."""
-    intervention, export = Intervention.model_validate(cell.variant.intervention), asked.export
+    intervention, export = Intervention.model_validate(cell.intervention.resolved), asked.export
     whole = fingerprint(
         {
             "model": grid.model,
             "export": export["fingerprint"] if export else None,
-            "intervention": cell.variant.intervention,
+            "intervention": cell.intervention.resolved,
             "identifier": identifier.signature(),
             "targets": list(targets),
         }
@@ -132,7 +132,7 @@ def steering_report(
     report: dict[str, Any] = {
         "signature": "|".join([*parts, f"v:{versions()['lm-eval-steering']}"]),
         "fingerprint": whole,
-        "intervention": cell.variant.intervention,
+        "intervention": cell.intervention.resolved,
         "lookahead": False,
         "target_languages": list(targets),
         "language_identifier": identifier.signature(),

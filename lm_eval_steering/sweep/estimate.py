@@ -1,4 +1,4 @@
-"""What a runner says while it works, and how long the rest will take."""
+"""What a runner prints while it works, and how long the rest will take."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Estimate:
 
     def of(self, cells: Iterable[Cell]) -> float | None:
         """Seconds for some cells, one after the other; None where nothing was run yet."""
-        everything = [seconds for own in self._seconds.values() for seconds in own]
+        everything = [seconds for of_task in self._seconds.values() for seconds in of_task]
         if not everything:
             return None
-        means = {task: sum(own) / len(own) for task, own in self._seconds.items()}
+        means = {task: sum(of_task) / len(of_task) for task, of_task in self._seconds.items()}
         rest = sum(everything) / len(everything)
         return sum(means.get(cell.task, rest) for cell in cells)
 
 
 class CellLog:
-    """One line a cell: a log where the output is a file, one line that changes on a terminal."""
+    """One line per cell: a log where the output is a file, one line that changes on a terminal."""
 
     def __init__(self, show: bool = True, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr

@@ -8,17 +8,19 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.lmeval.fewshot import SEED, draw_per_document
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.sweep.cells import REPORT, Cell, Grid, model_arguments, options_of
-from lm_eval_steering.sweep.choice import positions_of
-from lm_eval_steering.sweep.store import FORMAT_VERSION, as_json
+from lm_eval_steering.provenance import fingerprint
+from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments, options_of
+from lm_eval_steering.sweep.halves import REPORT
+from lm_eval_steering.sweep.store import FORMAT_VERSION, as_json, cell_versions
 from lm_eval_steering.sweep.sweep_model import SweepModel
 
 
@@ -33,34 +35,36 @@ def evaluate(lm: SweepModel, grid: Grid, cell: Cell, neuron_set: NeuronSet) -> d
         lm: the loaded model.
         grid: of the cell.
         cell: what to evaluate.
-        neuron_set: the plan's, or the control's in its place.
+        neuron_set: the plan's, or the control's instead of it.
     """
     from lm_eval import simple_evaluate
 
-    variant, plan = cell.variant, grid.plan
-    if variant.is_baseline:
+    planned, plan = cell.intervention, grid.plan
+    if planned.is_baseline:
         lm.intervene(None, target_language=cell.target)
     else:
         lm.intervene(
-            neuron_set, target_language=cell.target, allow_empty=plan.allow_empty, force=plan.force, **variant.arguments
+            neuron_set, target_language=cell.target, allow_empty=plan.allow_empty, force=plan.force, **planned.arguments
         )
     task = grid.book.task(cell.task, cell.target)
     manager = grid.book.manager(cell.task, cell.target)
-    chosen = None
-    if cell.items == REPORT and plan.choose is not None:
-        chosen = {cell.task: positions_of(task, cell.task, REPORT, plan.choose.seed, plan.choose.item)}
+    positions = grid.positions(cell.task, cell.target, cell.items)
     options = {key: value for key, value in options_of(plan).items() if key != "metadata"}
-    found: dict[str, Any] | None
+    if positions is not None:
+        options["limit"] = None  # lm-eval takes one of the two
+    draw_per_document(task, positions, options["limit"], lm.rank, lm.world_size)
+    results: dict[str, Any] | None
     with lm.together():
-        found = simple_evaluate(
-            model=lm, tasks=[task], task_manager=manager, samples=chosen, log_samples=True, **options
-        )
-    return found
+        results = simple_evaluate(
+            model=lm, tasks=[task], task_manager=manager, log_samples=True,
+            samples=None if positions is None else {cell.task: positions}, fewshot_random_seed=SEED, **options,
+        )  # fmt: skip
+    return results
 
 
-def store_cell(folder: Path, lm: SweepModel, grid: Grid, cell: Cell, found: Mapping[str, Any]) -> None:
+def store_cell(folder: Path, lm: SweepModel, grid: Grid, cell: Cell, evaluation: Mapping[str, Any]) -> None:
     """Put an evaluated cell into the store, as `put_cell` does."""
-    results, samples = dict(found), list(found["samples"][cell.task])
+    results, samples = dict(evaluation), list(evaluation["samples"][cell.task])
     del results["samples"]
     facts = facts_of(lm, grid, cell, results, samples)
     date = datetime.now().isoformat().replace(":", "-")
@@ -72,7 +76,7 @@ def store_cell(folder: Path, lm: SweepModel, grid: Grid, cell: Cell, found: Mapp
 
 
 def put_cell(folder: Path, cell: Cell, texts: Mapping[str, str], facts: dict[str, Any]) -> None:
-    """Write a cell's files beside their place and put them there in one step; a reader sees all of them or none.
+    """Write a cell's files into a temporary folder and rename it: a reader sees all of them or none.
 
     Raises:
         StorageFullError: if they cannot be written; nothing half written stays.
@@ -94,7 +98,7 @@ def put_cell(folder: Path, cell: Cell, texts: Mapping[str, str], facts: dict[str
     except OSError as error:
         raise StorageFullError(
             f"{cell.name} is evaluated and cannot be stored: {error.strerror or error} ({folder}, "
-            f"{_free(folder)} free); what was finished before is whole: make room and run the same command again"
+            f"{_free(folder)} free); what was finished before is whole: free some space and run the same command again"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -115,15 +119,17 @@ class Scored(Protocol):
 def facts_of(
     lm: Scored, grid: Grid, cell: Cell, results: Mapping[str, Any], samples: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `cell.json` holds beside the files: nothing in it depends on time or place."""
-    own, plan = results["results"][cell.task], grid.plan
-    metrics = {key: own[key] for key in own if "," in key and "_stderr," not in key}
+    """What `cell.json` holds besides the files: nothing in it depends on when or where the cell was evaluated."""
+    scores, plan = results["results"][cell.task], grid.plan
+    metrics = {key: scores[key] for key in scores if "," in key and "_stderr," not in key}
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "cell": cell.describe(),
         "model": grid.model["name"],
         "fingerprint": lm.fingerprint,
         "signature": lm.signature,
+        "versions": cell_versions(),
+        "prompts": prompts_digest(samples),
         "metrics": metrics,
         "higher_is_better": results["higher_is_better"].get(cell.task, {}),
         "n": Counter(f"{metric},{sample['filter']}" for sample in samples for metric in sample["metrics"]),
@@ -133,6 +139,12 @@ def facts_of(
     return facts
 
 
+def prompts_digest(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Hash over every prompt that was sent, few-shot examples and template included, in the order of the documents."""
+    prompts = [sample["prompt_hash"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    return fingerprint({"prompts": prompts})
+
+
 def _results_text(
     lm: SweepModel, grid: Grid, cell: Cell, results: dict[str, Any], samples: list[dict[str, Any]]
 ) -> str:
@@ -140,7 +152,7 @@ def _results_text(
     from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
     from lm_eval.utils import handle_non_serializable, hash_string
 
-    arguments = {**model_arguments(grid.plan), **_neurons(lm, grid, cell), **cell.variant.arguments}
+    arguments = {**model_arguments(grid.plan), **_neurons(lm, grid, cell), **cell.intervention.arguments}
     if cell.target and "language" not in arguments:
         arguments["target_language"] = cell.target
     results["config"] |= {"model": "steered-hf", "model_args": arguments, "batch_size": str(lm.batch_size)}
@@ -161,13 +173,13 @@ def _results_text(
 
 def _neurons(lm: SweepModel, grid: Grid, cell: Cell) -> dict[str, Any]:
     """Model arguments that say which neurons; of a control its seed and its hash, as it is no set that has a name."""
-    plan, control = grid.plan, cell.variant.control
-    if cell.variant.is_baseline:
+    plan, control = grid.plan, cell.intervention.control
+    if cell.intervention.is_baseline:
         return {}
-    found: dict[str, Any] = {"neurons": plan.neurons}
+    arguments: dict[str, Any] = {"neurons": plan.neurons}
     if control is not None and lm.neuron_set is not None:
-        found["neurons"] = f"random{control}:{lm.neuron_set.content_hash()[:8]}"
-    return found | {name: True for name in ("allow_empty", "force") if getattr(plan, name)}
+        arguments["neurons"] = f"random{control}:{lm.neuron_set.content_hash()[:8]}"
+    return arguments | {name: True for name in ("allow_empty", "force") if getattr(plan, name)}
 
 
 def _lines(samples: list[dict[str, Any]]) -> Iterator[str]:
@@ -176,8 +188,8 @@ def _lines(samples: list[dict[str, Any]]) -> Iterator[str]:
 
     for sample in samples:
         arguments = {
-            f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(found)}
-            for i, found in enumerate(sample["arguments"])
+            f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(request)}
+            for i, request in enumerate(sample["arguments"])
         }
         plain = sample | {
             "resps": sanitize_list(sample["resps"]),

@@ -1,4 +1,4 @@
-"""A plan dealt to several jobs through submitit: processes of this machine, or a SLURM job array."""
+"""A plan divided among several jobs through submitit: processes of this machine, or a SLURM job array."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ShardJob:
         return submitit.helpers.DelayedSubmission(self)
 
     def _join_other_processes(self) -> None:
-        """One process a GPU: tell each its rank, as accelerate would."""
+        """One process per GPU: tell each its rank, as accelerate would."""
         import submitit
 
         if submitit.JobEnvironment().num_tasks > 1:
@@ -132,10 +132,10 @@ def _exit_code(job: Any) -> int:
         ) from None
 
 
-def _why(said: str) -> str:
+def _why(message: str) -> str:
     """The error's own line out of what submitit says: a trace between lines of dashes, and where the logs are."""
-    lines = [line for line in said.partition("You can check full logs")[0].splitlines() if line.strip("- ")]
-    return lines[-1] if "with trace:" in said else " ".join(lines[:2])
+    lines = [line for line in message.partition("You can check full logs")[0].splitlines() if line.strip("- ")]
+    return lines[-1] if "with trace:" in message else " ".join(lines[:2])
 
 
 def launch_slurm(plan: SweepPlan, out: Path, shards: int | None = None, retry_failed: bool = False) -> Launched:
@@ -156,26 +156,26 @@ def launch_slurm(plan: SweepPlan, out: Path, shards: int | None = None, retry_fa
 def _array(plan: SweepPlan, out: Path, number: int, retry_failed: bool, dependency: str | None) -> list[str]:
     import submitit
 
-    wanted = plan.slurm
+    slurm = plan.slurm
     try:
         executor = submitit.SlurmExecutor(folder=out / "jobs", max_num_timeout=100)
     except RuntimeError as error:
-        raise SteeringError(f"--launcher submitit: {error}; on one machine take --launcher local") from None
-    given: dict[str, Any] = {
+        raise SteeringError(f"--launcher submitit: {error}; on one machine use --launcher local") from None
+    parameters: dict[str, Any] = {
         "job_name": f"sweep-{out.name}",
-        "time": wanted.minutes,
-        "partition": wanted.partition,
-        "ntasks_per_node": max(wanted.gpus, 1),
-        "gpus_per_node": wanted.gpus or None,
-        "cpus_per_task": wanted.cpus,
-        "mem": f"{wanted.memory_gb}GB" if wanted.memory_gb else None,
-        "account": wanted.account,
-        "setup": list(wanted.setup) or None,
-        "array_parallelism": wanted.parallel,
+        "time": slurm.minutes,
+        "partition": slurm.partition,
+        "ntasks_per_node": max(slurm.gpus, 1),
+        "gpus_per_node": slurm.gpus or None,
+        "cpus_per_task": slurm.cpus,
+        "mem": f"{slurm.memory_gb}GB" if slurm.memory_gb else None,
+        "account": slurm.account,
+        "setup": list(slurm.setup) or None,
+        "array_parallelism": slurm.parallel,
         "dependency": dependency,
-        "additional_parameters": {"requeue": True, **wanted.more},
+        "additional_parameters": {"requeue": True, **slurm.more},
     }
-    executor.update_parameters(**{key: value for key, value in given.items() if value is not None})
+    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     with executor.batch():
         jobs = [executor.submit(_job(plan, out, index, number, retry_failed)) for index in range(number)]
     return [job.job_id for job in jobs]

@@ -1,8 +1,8 @@
-"""One runner a cell: locks that the kernel drops when their owner dies, however it dies.
+"""One runner per cell: locks that the kernel drops when their owner dies, however it dies.
 
 `flock` works between the processes of a machine and, on Linux, between the machines that mount one NFS or Lustre
-folder, unless the mount says that locks are its own machine's affair; `why_unsafe` tells. Where a lock fails all the
-same, a cell is computed twice and stored once, because a finished folder is put in place by one rename.
+folder, unless it is mounted with locks that are local to each machine, which `why_unsafe` reports. Where a lock fails
+all the same, a cell is computed twice and stored once, because a finished folder appears by one rename.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _is_same(handle: int, path: Path) -> bool:
 
 def owners(folder: Path) -> dict[str, dict[str, Any]]:
     """Name of each lock that is held, and who holds it; locks of dead owners are not among them."""
-    found: dict[str, dict[str, Any]] = {}
+    owners_by_key: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.lock")):
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -87,12 +87,12 @@ def owners(folder: Path) -> dict[str, dict[str, Any]]:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            found[path.stem] = _owner(handle)
+            owners_by_key[path.stem] = _owner(handle)
         except OSError:
             continue
         finally:
             os.close(handle)
-    return found
+    return owners_by_key
 
 
 def _owner(handle: int) -> dict[str, Any]:
@@ -111,9 +111,9 @@ def why_unsafe(folder: Path, mounts: Path = Path("/proc/mounts")) -> str | None:
     around = [line for line in lines if len(line) >= 4 and whole.startswith(line[1].rstrip("/") + "/")]
     if not around:
         return None
-    _, place, kind, options, *_ = max(around, key=lambda line: len(line[1]))
+    _, mount_point, kind, options, *_ = max(around, key=lambda line: len(line[1]))
     if wrong := _LOCAL & set(options.split(",")):
-        return f"{place} ({kind}) is mounted with {sorted(wrong)[0]}: locks do not reach other machines"
+        return f"{mount_point} ({kind}) is mounted with {sorted(wrong)[0]}: locks do not reach other machines"
     if kind == "lustre" and "flock" not in options.split(","):
-        return f"{place} (lustre) is mounted without flock: locks do not reach other machines"
+        return f"{mount_point} (lustre) is mounted without flock: locks do not reach other machines"
     return None

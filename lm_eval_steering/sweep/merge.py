@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_steering.files import write_bytes
+from lm_eval_steering.files import write_bytes, write_text
 from lm_eval_steering.sweep.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def merge(folders: Sequence[Path], out: Path, items: bool = False) -> tuple[list[Path], list[str]]:
-    """Write `metrics` (one row a cell and metric), `timings`, and on request `items` (one row a cell and item).
+    """Write `metrics` (one row per cell and metric), `timings`, and on request `items` (one row per cell and item).
 
     A cell that is in several folders is taken from the first that has it.
 
@@ -30,6 +30,8 @@ def merge(folders: Sequence[Path], out: Path, items: bool = False) -> tuple[list
     Raises:
         StoreError: if a folder is no sweep's, holds nothing finished, or is damaged.
     """
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"--out {out} is a file; expected a folder for the tables, or the name of a new one")
     stores = [Store(folder) for folder in folders]
     metrics = [store.frame() for store in stores]
     if all(frame.empty for frame in metrics):
@@ -44,20 +46,22 @@ def merge(folders: Sequence[Path], out: Path, items: bool = False) -> tuple[list
 def _one(frames: Sequence[pd.DataFrame], key: list[str]) -> tuple[pd.DataFrame, list[str]]:
     import pandas as pd
 
-    there = [frame for frame in frames if not frame.empty]
-    if not there:
+    filled = [frame for frame in frames if not frame.empty]
+    if not filled:
         return pd.DataFrame(columns=key), []
-    whole = pd.concat(there, ignore_index=True)
-    twice = whole.duplicated(key, keep="first")
+    whole = pd.concat(filled, ignore_index=True)
+    repeated = whole.duplicated(key, keep="first")
     notes = []
-    if twice.any() and "value" in whole:
+    if "versions" in whole and len(mixed := sorted(whole.versions.unique())) > 1:
+        notes.append(f"warning: the cells were made with different releases: {'; '.join(mixed)}")
+    if repeated.any() and "value" in whole:
         # A metric that is no number stands in `text`.
         spread = whole.groupby(key, dropna=False)[["value", "text"]].nunique(dropna=False).max(axis=1)
         differing = spread[spread > 1]
-        notes.append(f"{int(twice.sum())} rows are in several folders; the first folder's are kept")
+        notes.append(f"{int(repeated.sum())} rows are in several folders; the first folder's are kept")
         if len(differing):
             notes.append(f"{len(differing)} of them differ between folders, such as {' '.join(differing.index[0])}")
-    return whole[~twice].sort_values(key, kind="stable", ignore_index=True), notes
+    return whole[~repeated].sort_values(key, kind="stable", ignore_index=True), notes
 
 
 def _write(table: pd.DataFrame, out: Path, name: str) -> list[Path]:
@@ -65,5 +69,5 @@ def _write(table: pd.DataFrame, out: Path, name: str) -> list[Path]:
     table.to_parquet(parquet, index=False, engine="pyarrow")
     paths = [out / f"{name}.parquet", out / f"{name}.csv"]
     write_bytes(paths[0], parquet.getvalue())
-    write_bytes(paths[1], table.to_csv(index=False, lineterminator="\n").encode())
+    write_text(paths[1], table.to_csv(index=False, lineterminator="\n"))
     return paths

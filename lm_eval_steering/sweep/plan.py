@@ -5,20 +5,22 @@ Every key is a field of one of these classes, and its description is the documen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lm_eval_steering import languages as codes
 from lm_eval_steering.errors import SteeringError, did_you_mean
+from lm_eval_steering.files import read_yaml
 from lm_eval_steering.lmeval.aggregation import BOOTSTRAPS
 
 Number = float | int
 STEERED_HF: Literal["steered-hf"] = "steered-hf"
 _RESCORING = {"lid", "lid_threshold", "lid_letters"}  # arguments of `steered-hf` that are about finished text
+DEFAULT_METRIC = "lfs_clean"  # what `choose` compares where the plan has a generation task that measures it
 
 
 class PlanError(SteeringError):
@@ -37,18 +39,23 @@ class ModelPart(BaseModel):
     pretrained: str = Field(description="Hub id or folder; `demo` is the model that ships (`./demo` a folder).")
     dtype: str | None = Field(None, description="Of the weights; the checkpoint's by default.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
-    batch_size: int | str = Field(8, description="Rows a forward pass, or auto; halved where memory runs out.")
+    batch_size: int | str = Field(8, description="Rows per forward pass, or auto; halved where memory runs out.")
+
+    @field_validator("pretrained")
+    @classmethod
+    def _expand(cls, path: str) -> str:
+        return expand_home(path)
 
 
 class InterventionEntry(_Part):
-    """One kind of intervention; it is done to every language of the plan, with every factor."""
+    """One kind of intervention, for every language of the plan and every factor."""
 
     op: str | None = Field(None, description="`scale`, `add` or `set`.")
     value: Number | str | None = Field(None, description="A number or a statistic, for `add` and `set`.")
     preset: str | None = Field(None, description="A paper's name for op, value and scope, such as p_max.")
     factors: tuple[Number, ...] | None = Field(None, min_length=1, description="Factors to sweep over.")
     factor: Number | None = Field(None, description="One factor; 1 by default.")
-    languages: tuple[str, ...] | None = Field(None, min_length=1, description="In place of the plan's.")
+    languages: tuple[str, ...] | None = Field(None, min_length=1, description="Instead of the plan's.")
     deactivate: str | None = Field(None, description="Languages to silence, joined by +, or others.")
     deactivate_to: Number | str | None = Field(None, description="What they are set to; 0 by default.")
     keep_shared: bool | None = Field(None, description="False silences neurons that are steered too.")
@@ -61,19 +68,24 @@ class InterventionEntry(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> InterventionEntry:
         if self.factor is not None and self.factors is not None:
-            raise ValueError("factor beside factors: write one of the two")
+            raise ValueError("factor conflicts with factors: write one of the two")
         if self.op is None and self.preset is None and self.deactivate is None:
             raise ValueError("expected op, preset or deactivate: it would do nothing")
         return self
 
     @field_validator("languages")
     @classmethod
-    def _normalise(cls, found: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return _codes(found) if found else None
+    def _normalise(cls, languages: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return _normalised(languages) if languages else None
+
+    @field_validator("languages", "deactivate", mode="before")
+    @classmethod
+    def _no_booleans(cls, languages: Any) -> Any:
+        return _refuse_false(languages)
 
 
 class ControlsPart(_Part):
-    """Matched random neuron sets, each put through every intervention of the plan."""
+    """Matched random neuron sets; every intervention of the plan is repeated with each of them."""
 
     random: int = Field(0, ge=0, description="Number of sets; their seeds are 0, 1, ...")
     calibration: str | None = Field(
@@ -81,13 +93,27 @@ class ControlsPart(_Part):
         description="Text that measures the random neurons (docs/corpora.md; `demo` is the text that ships); needed "
         "where an intervention's value is a calibrated statistic.",
     )
-    sentences: int = Field(100, gt=0, description="Calibration sentences a language.")
+    sentences: int = Field(100, gt=0, description="Calibration sentences per language.")
+
+    @field_validator("calibration")
+    @classmethod
+    def _expand(cls, path: str | None) -> str | None:
+        return expand_home(path)
 
 
 class Choose(_Part):
     """How to choose one intervention for each language, before `then`."""
 
-    metric: str = Field(description="Name of the metric; its mean over the tasks that have it is compared.")
+    metric: str | None = Field(
+        None,
+        description="Name of the metric; its mean over the tasks that have it is compared. By default `lfs_clean`, "
+        "where a task to choose on has it.",
+    )
+    at_most: Mapping[str, Number] = Field(
+        default_factory=dict,
+        description="Largest allowed rise over the baseline on the items to choose on, by metric, such as "
+        "`{degenerate: 0.1, nats_per_token: 0.5}`; where no candidate keeps to it, the baseline is chosen.",
+    )
     by: Literal["language", "intervention"] = Field(
         "language", description="`language`: one for each language; `intervention`: one factor for each entry too."
     )
@@ -103,6 +129,14 @@ class Choose(_Part):
         "idx, question_id, item_id. `doc_id` takes its position.",
     )
 
+    @field_validator("at_most")
+    @classmethod
+    def _rises(cls, at_most: Mapping[str, Number]) -> Mapping[str, Number]:
+        for metric, rise in at_most.items():
+            if not (math.isfinite(rise) and rise >= 0):
+                raise ValueError(f"{metric}: {rise}: expected a finite rise over the baseline, 0 or more")
+        return at_most
+
 
 class Then(_Part):
     """The second stage: what only the chosen interventions are evaluated on."""
@@ -114,11 +148,11 @@ class Slurm(_Part):
     """What `--launcher submitit` asks the scheduler for."""
 
     partition: str | None = Field(None, description="Name of the partition.")
-    gpus: int = Field(1, ge=0, description="GPUs a job, each with a process of its own.")
-    cpus: int = Field(8, ge=1, description="CPU cores a GPU.")
-    memory_gb: int | None = Field(None, gt=0, description="Memory a job.")
-    minutes: int = Field(240, gt=0, description="Time limit of a job.")
-    shards: int = Field(1, gt=0, description="Jobs that the plan is dealt to; `--workers` overrides it.")
+    gpus: int = Field(1, ge=0, description="GPUs per job, each with a process of its own.")
+    cpus: int = Field(8, ge=1, description="CPU cores per GPU.")
+    memory_gb: int | None = Field(None, gt=0, description="Memory per job.")
+    minutes: int = Field(240, gt=0, description="Time limit per job.")
+    shards: int = Field(1, gt=0, description="Jobs that the plan is divided among; `--workers` overrides it.")
     parallel: int = Field(16, gt=0, description="Jobs that run at the same time.")
     account: str | None = Field(None, description="Account to charge.")
     setup: tuple[str, ...] = Field((), description="Shell lines before the job, such as `module load cuda`.")
@@ -129,7 +163,7 @@ class Engine(_Part):
     """What runs the cells. All but `steered-hf` run exported models, by commands that the sweep writes."""
 
     name: Literal["steered-hf", "vllm", "hf"] = Field(
-        STEERED_HF, description="`steered-hf`, `vllm`, or `hf`, which rehearses the way of `vllm` on any machine."
+        STEERED_HF, description="`steered-hf`, `vllm`, or `hf`, which rehearses `vllm` on any machine."
     )
     arguments: Mapping[str, str | bool | Number] = Field(
         default_factory=dict, description="Of that model class of lm-eval, such as `tensor_parallel_size`."
@@ -138,6 +172,11 @@ class Engine(_Part):
     verify: int = Field(
         4, ge=0, description="Prompts of the plan's tasks on which each export is compared with the hooks."
     )
+
+    @field_validator("exports")
+    @classmethod
+    def _expand(cls, path: str | None) -> str | None:
+        return expand_home(path)
 
     @property
     def is_external(self) -> bool:
@@ -161,7 +200,13 @@ class SweepPlan(_Part):
     engine: Engine = Field(
         default_factory=lambda: Engine.model_validate({}), description="What runs the cells; a name alone will do."
     )
-    limit: int | None = Field(None, gt=0, description="First items of each task; all by default.")
+    evaluated: Mapping[str, str] = Field(
+        default_factory=dict,
+        description="Task -> language of its items, for tasks whose metadata and name do not say it (docs/tasks.md).",
+    )
+    limit: int | None = Field(
+        None, gt=0, description="First items of each task, with `split: half` of each half; all by default."
+    )
     num_fewshot: int | None = Field(None, ge=0, description="Examples in the prompt; the task's own by default.")
     apply_chat_template: bool = Field(False, description="Put prompts into the tokenizer's chat template.")
     system_instruction: str | None = Field(None, description="For the chat template.")
@@ -177,18 +222,45 @@ class SweepPlan(_Part):
 
     @field_validator("languages")
     @classmethod
-    def _normalise(cls, found: tuple[str, ...]) -> tuple[str, ...]:
-        return _codes(found)
+    def _normalise(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
+        return _normalised(languages)
+
+    @field_validator("languages", mode="before")
+    @classmethod
+    def _no_booleans(cls, languages: Any) -> Any:
+        return _refuse_false(languages)
+
+    @field_validator("evaluated", mode="before")
+    @classmethod
+    def _evaluated_codes(cls, evaluated: Any) -> Any:
+        if not isinstance(evaluated, Mapping):
+            return evaluated
+        return {task: codes.normalise(str(_refuse_false(code))) for task, code in evaluated.items()}
 
     @field_validator("include_path", mode="before")
     @classmethod
-    def _one_or_more(cls, found: Any) -> Any:
-        return (found,) if isinstance(found, str) else found
+    def _one_or_more(cls, folders: Any) -> Any:
+        return (folders,) if isinstance(folders, str) else folders
+
+    @field_validator("include_path")
+    @classmethod
+    def _expand_folders(cls, folders: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(expand_home, folders))
+
+    @field_validator("neurons")
+    @classmethod
+    def _expand_neurons(cls, path: str) -> str:
+        return expand_home(path)
+
+    @field_validator("metadata")
+    @classmethod
+    def _expand_metadata(cls, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {key: expand_home(value) for key, value in metadata.items()}
 
     @field_validator("engine", mode="before")
     @classmethod
-    def _name_alone(cls, found: Any) -> Any:
-        return {"name": found} if isinstance(found, str) else found
+    def _name_alone(cls, engine: Any) -> Any:
+        return {"name": engine} if isinstance(engine, str) else engine
 
     @model_validator(mode="after")
     def _one_engine(self) -> SweepPlan:
@@ -200,9 +272,19 @@ class SweepPlan(_Part):
     def _consistent(self) -> SweepPlan:
         if self.then is not None and self.choose is None:
             raise ValueError("then without choose: say how the interventions for it are chosen")
-        if self.limit is not None and self.then is not None and self.choose and self.choose.split == "half":
-            raise ValueError("limit beside choose.split=half: the first items are no half; leave one of the two out")
         return self
+
+
+def expand_home(path: Any) -> Any:
+    """A path with `~` replaced by the home folder; what is no text, or does not begin with `~`, as it is."""
+    return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~") else path
+
+
+def _refuse_false(languages: Any) -> Any:
+    """YAML reads an unquoted `no` (Norwegian) as false."""
+    if any(value is False for value in (languages if isinstance(languages, list | tuple) else [languages])):
+        raise ValueError('YAML reads an unquoted no as false: write "no" with quotes, or nob_Latn')
+    return languages
 
 
 def _why_no_engine(plan: SweepPlan) -> str | None:
@@ -216,66 +298,62 @@ def _why_no_engine(plan: SweepPlan) -> str | None:
         if key in ("pretrained", "revision", "peft", "lora_local_path", "tokenizer"):
             return f"engine.arguments.{key}: the sweep says which model is loaded"
         if set(",=") & set(f"{key}{value}"):
-            return f"engine.arguments.{key}: {value!r} cannot stand in --model_args, which splits at , and ="
+            return f"engine.arguments.{key}: {value!r} cannot be passed in --model_args, which splits at , and ="
     if model.dtype is not None and engine.arguments.get("dtype", model.dtype) != model.dtype:
-        return f"model.dtype {model.dtype} beside engine.arguments.dtype {engine.arguments['dtype']}: write one"
+        return f"model.dtype {model.dtype} conflicts with engine.arguments.dtype {engine.arguments['dtype']}: write one"
     if plan.bootstrap_iters != BOOTSTRAPS:
         return f"bootstrap_iters: lm_eval's command has {BOOTSTRAPS} alone; leave it out with engine {engine.name}"
+    if plan.limit is not None and plan.choose is not None and plan.choose.split == "half":
+        return f"limit conflicts with choose.split=half under engine {engine.name}, whose command takes one of the two"
     if len(plan.include_path) > 1:
         return "include_path: lm_eval's command takes one folder; put the task files into one"
     return None
 
 
-def _codes(found: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(codes.normalise(code) for code in found))
+def _normalised(languages: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(codes.normalise(code) for code in languages))
 
 
 def read_plan(path: Path, overrides: Sequence[str] = ()) -> SweepPlan:
     """The plan of a YAML file, with `key=value` overrides such as `controls.random=5`.
 
     Raises:
-        PlanError: one line that names the key, what was found and the nearest key.
+        PlanError: one line that names the key, what was given and the nearest key, or both lines of a repeated key.
     """
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
+    data = read_yaml(path, PlanError)
+    if not isinstance(data, dict):
         raise PlanError(f"{path}: expected keys such as model, neurons, languages, interventions, tasks")
     for override in overrides:
-        _set(found, override)
-    return build_plan(found, str(path))
+        _set(data, override)
+    return build_plan(data, str(path))
 
 
-def build_plan(found: Mapping[str, Any], where: str = "plan") -> SweepPlan:
+def build_plan(data: Mapping[str, Any], where: str = "plan") -> SweepPlan:
     """A plan from plain data.
 
     Raises:
         PlanError: for the first thing that is wrong.
     """
     try:
-        return SweepPlan.model_validate(found)
+        return SweepPlan.model_validate(data)
     except ValidationError as failure:
         error = failure.errors(include_url=False)[0]
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, SteeringError):
         raise PlanError(f"{where}: {cause}")
-    place = ".".join(str(part) for part in error["loc"])
+    key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(str(error["loc"][-1]), _keys_at(error["loc"][:-1]))
-        raise PlanError(f"{where}: unknown key {place!r}{hint}")
+        raise PlanError(f"{where}: unknown key {key!r}{hint}")
     if error["type"] == "missing":
-        raise PlanError(f"{where}: {place} is missing")
-    said = str(cause) if cause else f"{error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
-    raise PlanError(f"{where}: {place + ': ' if place else ''}{said}")
+        raise PlanError(f"{where}: {key} is missing")
+    reason = str(cause) if cause else f"{error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    raise PlanError(f"{where}: {key + ': ' if key else ''}{reason}")
 
 
-def _keys_at(place: Sequence[Any]) -> list[str]:
-    """Keys that the part of a plan at this place knows."""
-    part: Any = SweepPlan
-    kinds: dict[str, Any] = {
+def _keys_at(location: Sequence[Any]) -> list[str]:
+    """Keys that the part of a plan at this location knows."""
+    parts: dict[str, type[BaseModel]] = {
         "model": ModelPart,
         "interventions": InterventionEntry,
         "controls": ControlsPart,
@@ -284,9 +362,7 @@ def _keys_at(place: Sequence[Any]) -> list[str]:
         "engine": Engine,
         "slurm": Slurm,
     }
-    if place:
-        part = kinds[str(place[0])]
-    return list(part.model_fields)
+    return list((parts[str(location[0])] if location else SweepPlan).model_fields)
 
 
 def _set(plan: dict[str, Any], override: str) -> None:
@@ -294,30 +370,27 @@ def _set(plan: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise PlanError(f"--set {override}: expected key=value, such as controls.random=5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PlanError(f"--set {override}: {' '.join(str(error).split())}") from None
+    value = read_yaml(text, lambda message: PlanError(f"--set {override}: {message}"))
     *path, last = key.split(".")
     part: Any = plan
     for name in path:
         part = _child(part, name, override)
     if isinstance(part, list):
-        part[_place(part, last, override)] = value
+        part[_index(part, last, override)] = value
     else:
         part[last] = value
 
 
 def _child(part: Any, name: str, override: str) -> Any:
     if isinstance(part, list):
-        return part[_place(part, name, override)]
+        return part[_index(part, name, override)]
     child = part.setdefault(name, {})
     if not isinstance(child, dict | list):
         raise PlanError(f"--set {override}: {name} is {child!r}, which has no keys")
     return child
 
 
-def _place(part: list[Any], name: str, override: str) -> int:
-    if not name.isdecimal() or int(name) >= len(part):
-        raise PlanError(f"--set {override}: expected a number below {len(part)} in place of {name!r}")
+def _index(entries: list[Any], name: str, override: str) -> int:
+    if not name.isdecimal() or int(name) >= len(entries):
+        raise PlanError(f"--set {override}: expected a number below {len(entries)} instead of {name!r}")
     return int(name)

@@ -17,5 +17,5 @@ def run_sweep(grid: Grid, out: Path, shard: Shard | None = None, retry_failed: b
     if not engine.is_external:
         return SweepRunner(grid, Store(out), shard, retry_failed).run()
     if shard is not None:
-        raise PlanError(f"--shard with engine {engine.name}: its commands are what is dealt to jobs")
+        raise PlanError(f"--shard with engine {engine.name}: divide its commands among jobs instead")
     return EngineRunner(grid, Store(out)).run()

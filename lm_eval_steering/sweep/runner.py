@@ -18,7 +18,7 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.compat import be_quiet, describe_machine_once
 from lm_eval_steering.neurons.running import launched
 from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments
-from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves
+from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves, why_baseline
 from lm_eval_steering.sweep.controls import ControlSets
 from lm_eval_steering.sweep.estimate import CellLog, Estimate
 from lm_eval_steering.sweep.evaluate import StorageFullError, evaluate, store_cell
@@ -34,7 +34,7 @@ _PATIENCE = 1.0  # seconds between two looks at cells that other runners are at
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a plan: every `number`-th cell, which deals each task's cells evenly.
+    """A part of a plan: every `number`-th cell, so that each task's cells are divided evenly.
 
     Attributes:
         index: from 0.
@@ -58,12 +58,12 @@ class Shard:
 
     def of(self, cells: Sequence[Cell], shift: int = 0) -> list[Cell]:
         """This part's cells."""
-        return [cell for place, cell in enumerate(cells) if (place + shift) % self.number == self.index]
+        return [cell for position, cell in enumerate(cells) if (position + shift) % self.number == self.index]
 
 
 @dataclass
 class Outcome:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         done: cells of this part that are finished, whoever ran them.
@@ -90,7 +90,7 @@ class Outcome:
 
 
 class SweepRunner:
-    """One process (or the processes of one `accelerate launch`) at work on one folder."""
+    """One process (or the processes of one `accelerate launch`) that works on one folder."""
 
     def __init__(
         self,
@@ -125,10 +125,10 @@ class SweepRunner:
         describe_machine_once()
         check_choice(self.grid)
         try:
-            own = self.shard.of(self.grid.cells)
-            self._begin(own)
-            self._drain(own)
-            self.ranks.after_first(lambda: keep_halves(self.grid, self.store, own))
+            cells = self.shard.of(self.grid.cells)
+            self._begin(cells)
+            self._drain(cells)
+            self.ranks.after_first(lambda: keep_halves(self.grid, self.store, cells))
             self._drain(self._second_stage())
         except KeyboardInterrupt:
             self.outcome.interrupted = True
@@ -136,15 +136,17 @@ class SweepRunner:
             self.progress.close()
         return self.outcome
 
-    def _begin(self, own: Sequence[Cell]) -> None:
+    def _begin(self, cells: Sequence[Cell]) -> None:
         def begin() -> None:
             self.store.begin(self.grid)
             for note in self.grid.notes:
                 self.progress.say(note)
             if reason := why_unsafe(self.store.path):
-                self.progress.say(f"warning: {reason}; run one runner at a time, or shards in folders of their own")
+                self.progress.say(f"warning: {reason}; run one runner at a time, or one folder per shard")
             self._estimate = Estimate(timing for _, timing in self.store.timing_files())
-            self._tidy(own)
+            self._tidy(cells)
+            if mixed := self.store.mixed_versions(cells):
+                self.progress.say(mixed)
 
         self.ranks.after_first(begin)
 
@@ -159,23 +161,25 @@ class SweepRunner:
         """Cells of `then` that follow from what is chosen by now; what is not chosen yet is noted."""
         if self.grid.plan.choose is None:
             return []
-        found: list[Cell] = []
+        then: list[Cell] = []
         for number, group in enumerate(groups_of(self.grid)):
-            open_cells = self._same([cell.name for cell in group.cells if not self.store.is_done(cell.key)])
+            open_cells = self._same([cell.name for cell in group.needed if not self.store.is_done(cell.key)])
             if open_cells:
                 self.outcome.waiting.append(
                     f"{group.name}: {len(open_cells)} cells to choose on are not done, such as {open_cells[0]}"
                 )
                 continue
             choice = choose(self.grid, self.store, group)
-            self.ranks.after_first(partial(self.store.keep, group.place, choice))
-            found += self.shard.of([Cell.read(cell) for cell in choice["cells"]], number)
-        cells = list({cell.key: cell for cell in found}.values())
+            self.ranks.after_first(partial(self.store.keep, group.file, choice))
+            if reason := why_baseline(choice):
+                self.progress.say(reason)
+            then += self.shard.of([Cell.read(cell) for cell in choice["cells"]], number)
+        cells = list({cell.key: cell for cell in then}.values())
         self.ranks.after_first(lambda: self._tidy(cells))
         return cells
 
     def _drain(self, cells: Sequence[Cell]) -> None:
-        """All cells, each done here or seen done; those that others are at are waited for, and taken over at need."""
+        """Until each cell is done, here or elsewhere; cells that other runners hold are waited for, or taken over."""
         self._rest = list(cells)
         self._total += len(cells)
         while self._rest:
@@ -220,9 +224,9 @@ class SweepRunner:
         lm = self._model()  # outside: a model that cannot be loaded is no failure of a cell
         begun, tokens = time.monotonic(), lm.tokens
         try:
-            found = self._evaluated(lm, cell)
+            results = self._evaluated(lm, cell)
             seconds, tokens = time.monotonic() - begun, lm.tokens - tokens
-            self.ranks.after_first(lambda: self._store(lm, cell, found))
+            self.ranks.after_first(lambda: self._store(lm, cell, results))
         except StorageFullError:
             raise
         except Exception as error:
@@ -235,7 +239,7 @@ class SweepRunner:
         return DONE
 
     def _evaluated(self, lm: SweepModel, cell: Cell) -> dict[str, Any] | None:
-        control = cell.variant.control
+        control = cell.intervention.control
         neuron_set = self.grid.neuron_set if control is None else self._controls(control, lm)
         documents = (cell.task, cell.target if self.grid.book.is_targeted(cell.task) else None)
         if documents != self._last_task:
@@ -250,13 +254,13 @@ class SweepRunner:
                     raise
             # Only here is the error gone, whose traceback holds the tensors.
             smaller = lm.halve_batch()
-            self.progress.say(f"{cell.name}: out of memory, going on with {smaller} rows a forward pass")
+            self.progress.say(f"{cell.name}: out of memory, going on with {smaller} rows per forward pass")
 
-    def _store(self, lm: SweepModel, cell: Cell, found: dict[str, Any] | None) -> None:
-        """Put a cell in its place, with every error as one that `after_first` hands to the processes that wait."""
-        assert found is not None
+    def _store(self, lm: SweepModel, cell: Cell, results: dict[str, Any] | None) -> None:
+        """Store a cell, with every error as one that `after_first` passes to the processes that wait."""
+        assert results is not None
         try:
-            store_cell(self.store.path / "cells", lm, self.grid, cell, found)
+            store_cell(self.store.path / "cells", lm, self.grid, cell, results)
         except SteeringError:
             raise
         except Exception as error:
@@ -266,11 +270,11 @@ class SweepRunner:
         """Note why a cell failed."""
         if not self.ranks.first:
             return
-        said = str(error) if isinstance(error, RankError) else traceback.format_exc()
-        line = said.strip().splitlines()[-1]
+        trace = str(error) if isinstance(error, RankError) else traceback.format_exc()
+        line = trace.strip().splitlines()[-1]
         self.store.keep(
             f"failed/{cell.key}.json",
-            {"cell": cell.name, "error": line, "traceback": said, "host": socket.gethostname()},
+            {"cell": cell.name, "error": line, "traceback": trace, "host": socket.gethostname()},
         )
         self.progress.say(f"failed: {cell.name}: {line}")
 

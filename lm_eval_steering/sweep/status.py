@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lm_eval_steering.files import write_bytes
+from lm_eval_steering.files import write_text
 from lm_eval_steering.progress import readable_seconds
 from lm_eval_steering.sweep import locks
 from lm_eval_steering.sweep.cells import Cell, Grid
@@ -36,13 +36,13 @@ def status(out: Path) -> str:
     ]
     lines += [f"failed   {cell.name}  {store.why(cell)}" for cell in cells if states[cell.key] == FAILED]
     left = [cell for cell in cells if states[cell.key] in (MISSING, RUNNING)]
-    lines += _left(store, left)
+    lines += _cells_left(store, left)
     if not any(cell.stage == 2 for cell in cells) and (bound := _then_bound(store)):
         lines.append(f"then: at most {bound} more cells, known when the choosing cells are done")
     other = len(store.folders()) - sum(state == DONE for state in states.values())
     if other:
         lines.append(f"{other} finished cells are not in the last plan")
-    write_bytes(out / "missing.csv", missing.to_csv(index=False, lineterminator="\n").encode())
+    write_text(out / "missing.csv", missing.to_csv(index=False, lineterminator="\n"))
     if left and (out / "engine" / "commands.txt").is_file():
         lines.append(f"an engine's commands for them are in {out / 'engine' / 'commands.txt'}; then sweep again")
     lines.append(f"wrote {out / 'missing.csv'}")
@@ -62,16 +62,16 @@ def describe(grid: Grid, out: Path) -> str:
         refuse(grid, store)
     store.check(grid)
     check_choice(grid)
-    there, held = store.folders(), locks.owners(out / "locks")
-    states = {cell.key: store.state(cell.key, there, held) for cell in grid.cells}
-    controls = sum(variant.control is not None for variant in grid.variants)
-    own = len(grid.variants) - controls - 1
+    folders, held = store.folders(), locks.owners(out / "locks")
+    states = {cell.key: store.state(cell.key, folders, held) for cell in grid.cells}
+    controls = sum(planned.control is not None for planned in grid.interventions)
+    interventions = len(grid.interventions) - controls - 1
     lines = [
-        f"{len(grid.cells)} cells: baseline, {own} interventions and {controls} random controls, "
+        f"{len(grid.cells)} cells: baseline, {interventions} interventions and {controls} random controls, "
         f"on {len({cell.task for cell in grid.cells})} tasks",
         *grid.notes,
         _table(grid.cells, states),
-        *_left(store, [cell for cell in grid.cells if states[cell.key] in (MISSING, RUNNING)]),
+        *_cells_left(store, [cell for cell in grid.cells if states[cell.key] in (MISSING, RUNNING)]),
     ]
     if bound := grid.then_bound():
         lines.append(f"then: at most {bound} cells, known when the choosing cells are done")
@@ -88,7 +88,7 @@ def _table(cells: Sequence[Cell], states: Mapping[str, str]) -> str:
     return "\n".join(rows)
 
 
-def _left(store: Store, cells: Sequence[Cell]) -> list[str]:
+def _cells_left(store: Store, cells: Sequence[Cell]) -> list[str]:
     if not cells:
         return []
     seconds = Estimate(timing for _, timing in store.timing_files()).of(cells)

@@ -7,9 +7,9 @@ runs/x/sweep.json            which model the folder is for
        halves/KEY.json       its metrics on each half of the items, under the last plan's rule
        timings/KEY.json      how long it took, and where
        failed/KEY.json       why it failed, with the traceback
-       locks/KEY.lock        held by the runner that is at it
+       locks/KEY.lock        held by the runner that evaluates the cell
        controls/             calibrated random neuron sets
-       damaged/              what was found broken and was put aside
+       damaged/              cells that were not whole
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.files import write_bytes
+from lm_eval_steering.files import write_text
+from lm_eval_steering.provenance import versions
 from lm_eval_steering.sweep import locks
-from lm_eval_steering.sweep.cells import ALL, CHOOSE, REPORT
+from lm_eval_steering.sweep.halves import ALL, CHOOSE, REPORT, half_of, item_of
 
 # --- One finished cell on disk, and JSON files of a sweep's folder, read with care
 
@@ -57,6 +58,11 @@ class StoredCell:
     def files(self) -> dict[str, dict[str, Any]]:
         """Name -> bytes and sha256."""
         return dict(self.facts["files"])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Package -> release that made the cell."""
+        return dict(self.facts["versions"])
 
     @property
     def samples_file(self) -> str:
@@ -91,6 +97,17 @@ class StoredCell:
             self.text(name)
 
 
+def cell_versions() -> dict[str, str]:
+    """Releases that stand beside a cell's fingerprint: lm-eval-steering, lm_eval, transformers, torch."""
+    installed = versions()
+    return {name: installed[name] for name in ("lm-eval-steering", "lm_eval", "transformers", "torch")}
+
+
+def versions_text(releases: Mapping[str, str]) -> str:
+    """Such as `lm-eval-steering 0.9.0 lm_eval 0.4.13 transformers 5.1.0 torch 2.9.0`."""
+    return " ".join(f"{name} {release}" for name, release in releases.items())
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a sweep's folder.
 
@@ -110,7 +127,7 @@ def as_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, sort_keys=True, ensure_ascii=False, indent=1) + "\n"
 
 
-# --- Rows of the merged tables, from finished cells. Nothing here knows time or place, so equal work gives equal bytes
+# --- Rows of the merged tables, from finished cells. No dates or machines, so equal work gives equal bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,27 +143,27 @@ _STEP = {
 def metric_rows(
     stored: StoredCell, planned: bool = True, halves: Mapping[str, Any] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One row a metric of a finished cell.
+    """One row per metric of a finished cell.
 
     `value` is lm-eval's, over the items of the cell (`items`: all, or the half to report on); `value_choose` and
     `value_report` are over the `halves` where there are any; what is no number stands in `text`. `n`, `n_choose` and
     `n_report` count the items that have the metric.
     """
     facts, halves = stored.facts, halves or {}
-    own = stored.results["results"][facts["cell"]["task"]]
+    scores = stored.results["results"][facts["cell"]["task"]]
     for key, value in sorted(facts["metrics"].items()):
         metric, _, filter_ = key.partition(",")
-        own_halves = {half: halves.get(half, {}) for half in (CHOOSE, REPORT)}
+        by_half = {half: halves.get(half, {}) for half in (CHOOSE, REPORT)}
         yield {
             **identity(facts),
             "metric": metric,
             "filter": filter_,
             "value": _number(value),
-            "stderr": _number(own.get(f"{metric}_stderr,{filter_}")),
+            "stderr": _number(scores.get(f"{metric}_stderr,{filter_}")),
             "text": value if isinstance(value, str) else None,
             "n": facts["n"].get(key, 0),
-            **{f"value_{half}": _number(part.get("metrics", {}).get(key)) for half, part in own_halves.items()},
-            **{f"n_{half}": part["n"].get(key, 0) if part else None for half, part in own_halves.items()},
+            **{f"value_{half}": _number(part.get("metrics", {}).get(key)) for half, part in by_half.items()},
+            **{f"n_{half}": part["n"].get(key, 0) if part else None for half, part in by_half.items()},
             "higher_is_better": facts["higher_is_better"].get(metric),
             "planned": planned,
         }
@@ -162,8 +179,6 @@ def item_rows(
         samples: its samples.
         rule: how the plan halves the items; a cell of one half alone has its own.
     """
-    from lm_eval_steering.sweep.choice import half_of, item_of
-
     facts = stored.facts
     split = facts.get("split") or rule
     for sample in samples:
@@ -183,28 +198,30 @@ def item_rows(
 
 
 def identity(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a cell from others, as columns; of an intervention of several steps the last one that steers."""
+    """What identifies a cell, as columns; of an intervention of several steps the last one that steers."""
     cell = facts["cell"]
-    variant = cell["variant"]
-    steps = variant["intervention"]["steps"]
+    intervention = cell["intervention"]
+    steps = intervention["resolved"]["steps"]
     step = next((step for step in reversed(steps) if not step["deactivation"]), steps[-1] if steps else {})
     silenced = [code for step in steps if step["deactivation"] for code in step["languages"]]
     return {
         "cell": cell["name"],
         "model": facts["model"],
         "task": cell["task"],
-        "intervention": variant["name"],
-        "languages": "+".join(variant["languages"]),
-        "preset": variant["arguments"].get("preset"),
+        "intervention": intervention["name"],
+        "languages": "+".join(intervention["languages"]),
+        "preset": intervention["arguments"].get("preset"),
         **{column: None if step.get(name) is None else str(step[name]) for name, column in _STEP.items()},
         "factor": step.get("factor"),
         "deactivated": "+".join(silenced),
-        "control": variant["control"],
+        "control": intervention["control"],
         "target": cell["target"],
+        "evaluated": cell.get("evaluated"),
         "items": cell.get("items", ALL),
         "stage": cell["stage"],
         "fingerprint": facts["fingerprint"],
         "signature": facts["signature"],
+        "versions": versions_text(facts.get("versions", {})),
     }
 
 
@@ -212,17 +229,17 @@ def table(rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> pd.DataFra
     """A table of rows, sorted; whole numbers stay whole where some are absent."""
     import pandas as pd
 
-    found = pd.DataFrame(list(rows))
+    frame = pd.DataFrame(list(rows))
     for name in ("control", "n", "n_choose", "n_report", "stage", "doc_id"):
-        if name in found:
-            found[name] = found[name].astype("Int64")
-    if found.empty:
-        return found
-    return found.sort_values(list(order), kind="stable", ignore_index=True)
+        if name in frame:
+            frame[name] = frame[name].astype("Int64")
+    if frame.empty:
+        return frame
+    return frame.sort_values(list(order), kind="stable", ignore_index=True)
 
 
-def _number(found: Any) -> float | None:
-    return float(found) if isinstance(found, int | float) else None
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 if TYPE_CHECKING:
@@ -230,9 +247,9 @@ if TYPE_CHECKING:
 
     from lm_eval_steering.sweep.cells import Cell, Grid
 
-FORMAT_VERSION = 2
-# What may lie in the folder of a sweep that other runners are beginning at this moment.
-_OURS = {
+FORMAT_VERSION = 3
+# Files that other runners may have written already, before this one begins the sweep.
+_KNOWN_FILES = {
     "plan.json", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs", "engine",
     "missing.csv",
 }  # fmt: skip
@@ -240,7 +257,7 @@ DONE, RUNNING, FAILED, MISSING = "done", "running", "failed", "missing"
 
 
 class Store:
-    """What a sweep has done so far.
+    """The folder of a sweep: what was done so far.
 
     Attributes:
         path: the folder.
@@ -252,7 +269,7 @@ class Store:
     # --- for people -----------------------------------------------------------------------------------------------
 
     def frame(self) -> pd.DataFrame:
-        """One row a finished cell and metric; `planned` says whether the cell belongs to the last plan.
+        """One row per finished cell and metric; `planned` says whether the cell belongs to the last plan.
 
         Raises:
             StoreError: if a finished cell is damaged; it names the file.
@@ -269,7 +286,7 @@ class Store:
         return table(rows, ("cell", "metric", "filter"))
 
     def items(self) -> pd.DataFrame:
-        """One row a finished cell and item, with every number that the item got."""
+        """One row per finished cell and item, with every number that the item got."""
 
         self._refuse_no_sweep()
         rule = self.rule()
@@ -300,11 +317,11 @@ class Store:
         return pd.DataFrame(rows, columns=["cell", "task", "stage", "status", "why"])
 
     def timings(self) -> pd.DataFrame:
-        """Seconds, tokens and place of each finished cell: everything that differs from run to run."""
+        """Seconds, tokens and machine of each finished cell: everything that differs from run to run."""
 
-        return table([found for _, found in sorted(self.timing_files())], ("cell",))
+        return table([timing for _, timing in sorted(self.timing_files())], ("cell",))
 
-    # --- what is there ----------------------------------------------------------------------------------------------
+    # --- finished cells ---------------------------------------------------------------------------------------------
 
     def planned(self) -> list[Cell]:
         """Cells of the last plan, those of `then` as far as they are known; none where no plan was run."""
@@ -313,12 +330,32 @@ class Store:
         if not (self.path / "plan.json").is_file():
             return []
         plan = self.json("plan.json")
-        cells = [Cell.read(found) for found in plan["cells"]]
+        cells = [Cell.read(cell) for cell in plan["cells"]]
         for path in sorted((self.path / "then").glob("*.json")):
-            found = read_json(path)
-            if found["plan_hash"] == plan["plan_hash"]:
-                cells += [Cell.read(cell) for cell in found["cells"]]
+            choice = read_json(path)
+            if choice["plan_hash"] == plan["plan_hash"]:
+                cells += [Cell.read(cell) for cell in choice["cells"]]
         return list({cell.key: cell for cell in cells}.values())
+
+    def evaluated(self) -> dict[str, str]:
+        """Task -> language of its items, for each task with a finished cell where the task or the plan says it."""
+        plan = self.json("plan.json")["plan"] if (self.path / "plan.json").is_file() else {}
+        stated = dict(plan.get("evaluated", {}))
+        return stated | {
+            stored.cell["task"]: stored.cell["evaluated"] for stored in self.stored() if stored.cell.get("evaluated")
+        }
+
+    def mixed_versions(self, cells: Iterable[Cell]) -> str | None:
+        """One line where finished cells were made with other releases than those installed; None where none was."""
+        folders, installed = self.folders(), cell_versions()
+        made = [StoredCell(folders[cell.key[:10]]).versions for cell in cells if cell.key[:10] in folders]
+        other = [releases for releases in made if releases != installed]
+        if not other:
+            return None
+        return (
+            f"warning: {len(other)} finished cells were made with {', '.join(sorted(set(map(versions_text, other))))}; "
+            f"the others are made with {versions_text(installed)}"
+        )
 
     def rule(self) -> dict[str, Any] | None:
         """How the last plan halves the items (seed, item); None where it does not."""
@@ -329,12 +366,12 @@ class Store:
 
     def states(self) -> dict[str, str]:
         """Key of each planned cell -> `done`, `running`, `failed` or `missing`."""
-        held, there = locks.owners(self.path / "locks"), self.folders()
-        return {cell.key: self.state(cell.key, there, held) for cell in self.planned()}
+        held, folders = locks.owners(self.path / "locks"), self.folders()
+        return {cell.key: self.state(cell.key, folders, held) for cell in self.planned()}
 
-    def state(self, key: str, there: Mapping[str, Path], held: Mapping[str, Any]) -> str:
+    def state(self, key: str, folders: Mapping[str, Path], held: Mapping[str, Any]) -> str:
         """State of one cell, given the finished folders and the locks that are held."""
-        if key[:10] in there:
+        if key[:10] in folders:
             return DONE
         if key in held:
             return RUNNING
@@ -343,8 +380,8 @@ class Store:
     def folders(self) -> dict[str, Path]:
         """First ten digits of the key -> folder, of each finished cell."""
         cells = self.path / "cells"
-        found = cells.iterdir() if cells.is_dir() else ()
-        return {path.name.rsplit("--", 1)[-1]: path for path in found if not path.name.startswith(".")}
+        finished = cells.iterdir() if cells.is_dir() else ()
+        return {path.name.rsplit("--", 1)[-1]: path for path in finished if not path.name.startswith(".")}
 
     def is_done(self, key: str) -> bool:
         """Whether a cell is finished."""
@@ -372,10 +409,12 @@ class Store:
         self._begun()
 
     def _begun(self) -> dict[str, Any]:
-        found = self.json("sweep.json")
-        if found.get("format_version") != FORMAT_VERSION:
-            raise StoreError(f"{self.path}: format {found.get('format_version')}, this release reads {FORMAT_VERSION}")
-        return found
+        sweep = self.json("sweep.json")
+        if (version := sweep.get("format_version")) != FORMAT_VERSION:
+            raise StoreError(
+                f"{self.path}: format {version}, this release reads {FORMAT_VERSION}; run the plan in a new folder"
+            )
+        return sweep
 
     def _key(self, cell: Cell | str) -> str:
         return (cell.rsplit("--", 1)[-1] if isinstance(cell, str) else cell.key)[:10]
@@ -385,8 +424,8 @@ class Store:
         path = self.path / "halves" / f"{stored.cell['key']}.json"
         if rule is None or not path.is_file():
             return None
-        found = read_json(path)
-        return dict(found["halves"]) if found["of"] == _halved(stored, rule) else None
+        kept = read_json(path)
+        return dict(kept["halves"]) if kept["of"] == _halved(stored, rule) else None
 
     def keep_halves(self, stored: StoredCell, rule: Mapping[str, Any], halves: Mapping[str, Any]) -> None:
         """Note a finished cell's metrics on each half, and what they were computed from."""
@@ -401,29 +440,29 @@ class Store:
 
     def why(self, cell: Cell) -> str:
         """One line on why a cell is not done, empty where it was not tried."""
-        found = self.failure(cell.key)
-        return str(found["error"]).strip().splitlines()[0] if found else ""
+        failure = self.failure(cell.key)
+        return str(failure["error"]).strip().splitlines()[0] if failure else ""
 
     def timing_files(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(key, timing) of each finished cell that has one."""
-        there = self.folders()
+        folders = self.folders()
         for path in sorted((self.path / "timings").glob("*.json")):
-            if path.stem[:10] in there:
+            if path.stem[:10] in folders:
                 yield path.stem, read_json(path)
 
-    def keep(self, place: str, content: Mapping[str, Any]) -> None:
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file of the folder, in one step."""
         try:
-            write_bytes(self.path / place, as_json(content).encode())
+            write_text(self.path / name, as_json(content))
         except OSError as error:
             raise StoreError(
-                f"{self.path / place}: {error.strerror or error}; what was finished before is whole: make room and run "
-                "the same command again"
+                f"{self.path / name}: {error.strerror or error}; what was finished before is whole: free some "
+                "space and run the same command again"
             ) from error
 
-    def json(self, place: str) -> dict[str, Any]:
+    def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder."""
-        return read_json(self.path / place)
+        return read_json(self.path / name)
 
     # --- for runners ------------------------------------------------------------------------------------------------
 
@@ -433,16 +472,20 @@ class Store:
         Raises:
             StoreError: naming both.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"--out {self.path} is a file; expected a folder for the cells, or the name of a new one")
         if not (self.path / "sweep.json").is_file():
-            there = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-            if foreign := sorted(name for name in there - _OURS if not name.endswith(".partial")):
-                raise StoreError(f"{self.path}: there are files here and no sweep ({foreign[0]}); take another folder")
+            names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+            if foreign := sorted(name for name in names - _KNOWN_FILES if not name.endswith(".partial")):
+                raise StoreError(
+                    f"{self.path}: there are files here and no sweep ({foreign[0]}); choose another folder"
+                )
             return
-        found = self._begun()
-        if found["model"] != grid.model:
-            wrong = sorted(k for k in {*found["model"], *grid.model} if found["model"].get(k) != grid.model.get(k))
-            said = ", ".join(f"{key}: {found['model'].get(key)!r} here, {grid.model.get(key)!r} now" for key in wrong)
-            raise StoreError(f"{self.path} is the sweep of another model ({said}); take another folder")
+        model = self._begun()["model"]
+        if model != grid.model:
+            wrong = sorted(key for key in {*model, *grid.model} if model.get(key) != grid.model.get(key))
+            difference = ", ".join(f"{key}: {model.get(key)!r} here, {grid.model.get(key)!r} now" for key in wrong)
+            raise StoreError(f"{self.path} is the sweep of another model ({difference}); choose another folder")
 
     def begin(self, grid: Grid) -> None:
         """Note the model and the plan; what is finished stays, whatever the plan was before."""
@@ -466,28 +509,28 @@ class Store:
         Raises:
             StoreError: naming the folder.
         """
-        found = self.json("sweep.json")
-        if found.setdefault("weights", digest) != digest:
+        sweep = self.json("sweep.json")
+        if sweep.setdefault("weights", digest) != digest:
             raise StoreError(f"{self.path}: the model of this name had other weights when this sweep began")
-        self.keep("sweep.json", found)
+        self.keep("sweep.json", sweep)
 
     def put_aside_damaged(self, cells: Iterable[Cell]) -> list[str]:
         """Move finished cells that are not whole out of the way, to be done again; says which, and why."""
-        there, said = self.folders(), []
+        folders, lines = self.folders(), []
         for cell in cells:
-            folder = there.get(cell.key[:10])
+            folder = folders.get(cell.key[:10])
             if folder is None:
                 continue
             try:
                 StoredCell(folder).check(cell.key)
             except StoreError as error:
-                place = self.path / "damaged"
-                place.mkdir(exist_ok=True)
-                number = len(list(place.iterdir()))
+                damaged = self.path / "damaged"
+                damaged.mkdir(exist_ok=True)
+                number = len(list(damaged.iterdir()))
                 with suppress(FileNotFoundError):  # another runner was faster
-                    folder.rename(place / f"{folder.name}.{number}")
-                said.append(f"{error}; it is in {place} now and is done again")
-        return said
+                    folder.rename(damaged / f"{folder.name}.{number}")
+                lines.append(f"{error}; it is in {damaged} now and is done again")
+        return lines
 
 
 def _halved(stored: StoredCell, rule: Mapping[str, Any]) -> dict[str, Any]:

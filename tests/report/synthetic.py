@@ -36,7 +36,7 @@ class FolderOfCells:
         self.path = path
         (path / "cells").mkdir(parents=True)
         (path / "timings").mkdir()
-        (path / "sweep.json").write_text(json.dumps({"format_version": 2, "model": {"name": "made-up"}}))
+        (path / "sweep.json").write_text(json.dumps({"format_version": 3, "model": {"name": "made-up"}}))
 
     def add(
         self, task: str, metrics: dict[str, list[Any]], steered: str = "", factor: float = 0, control: int | None = None,  # noqa: E501
@@ -54,10 +54,10 @@ class FolderOfCells:
             "factor": factor, "site": "activation", "layers": None, "positions": "all", "scope": "token", "seed": 0,
             "deactivation": off,
         }  # fmt: skip
-        variant = {
+        planned = {
             "name": name, "arguments": {"op": op} if steered else {},
             "languages": [steered] if steered and not off else [],
-            "intervention": {"steps": [step] if steered else []}, "entry": 0, "factor": factor or None,
+            "resolved": {"steps": [step] if steered else []}, "entry": 0, "factor": factor or None,
             "control": control,
         }  # fmt: skip
         folder = self.path / "cells" / f"{name}--{task}--{key[:10]}"
@@ -75,8 +75,8 @@ class FolderOfCells:
             said = f"op:set|value:0|factor:1|deactivate:{steered}|site:activation|layers:all"
         elif steered and op != "scale":
             said = said.replace("|factor", "|value:1|factor")
-        cell = {"key": key, "name": folder.name, "variant": variant, "task": task, "target": target, "items": "all",
-                "stage": stage}  # fmt: skip
+        cell = {"key": key, "name": folder.name, "intervention": planned, "task": task, "target": target,
+                "items": "all", "stage": stage}  # fmt: skip
         facts = {
             "cell": cell, "model": "made-up", "fingerprint": key, "signature": f"{said}|fp:{key[:8]}|v:0",
             "metrics": value, "higher_is_better": {name: BETTER[name] for name in metrics if name in BETTER},

@@ -10,7 +10,7 @@ import pytest
 
 from lm_eval_steering.report.read import read_results
 from lm_eval_steering.report.tables import compute
-from lm_eval_steering.sweep.choice import REPORT, half_of
+from lm_eval_steering.sweep.halves import REPORT, half_of
 from lm_eval_steering.sweep.merge import merge
 from tests.conftest import Command
 from tests.report.synthetic import FolderOfCells, right

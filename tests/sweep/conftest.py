@@ -22,35 +22,38 @@ ITEMS = 7  # odd, so that two processes do not get equally many
 # Seven documents of the demo's tasks, and one task that fails while a file says so.
 FUNCTIONS = f"""
 from pathlib import Path
-from lm_eval_steering.lmeval import tasks
+from lm_eval_steering.lmeval.task_families import demo
 
 def few(made):
     return {{"test": made["test"].select(range({ITEMS}))}}
 
 def lss(**settings):
-    return few(tasks.lss_documents(**settings))
+    return few(demo.lss_documents(**settings))
 
 def continuation(**settings):
-    return few(tasks.continuation_documents(**settings))
+    return few(demo.continuation_documents(**settings))
 
 def forcing(**settings):
-    return few(tasks.forcing_documents(**settings))
+    return few(demo.forcing_documents(**settings))
 
 def perplexity(**settings):
-    return few(tasks.perplexity_documents(**settings))
+    return few(demo.perplexity_documents(**settings))
 
 def fragile(document, results):
     broken = Path(__file__).parent / "broken"
     if broken.exists() and broken.read_text() in ("", str(document["id"])):
         raise ArithmeticError("the metric of item %s is not defined" % document["id"])
-    return tasks.perplexity_metrics(document, results)
+    return demo.perplexity_metrics(document, results)
 
 def separated(**settings):
-    documents = few(tasks.perplexity_documents(**settings))["test"]
+    documents = few(demo.perplexity_documents(**settings))["test"]
     return {{"test": documents.map(lambda one: {{"text": one["text"] + "\\u2028\\u2029\\u0085."}})}}
 
 def partial(document, results):
     return {{"even": 1.0}} if document["id"] % 2 == 0 else {{"odd": 0.0}}
+
+def clean(document, results):
+    return {{"lfs_clean": float(document["id"] % 2)}}
 
 def nothing_json_knows(values):
     return object()
@@ -78,6 +81,13 @@ TASKS = {
         "separated",
         "process_results: !function functions.partial\n"
         "metric_list: [{metric: even, aggregation: mean}, {metric: odd, aggregation: mean}]",
+    ),
+    "small_clean": (
+        "_perplexity",
+        "{evaluated: deu_Latn, items: report}",
+        "perplexity",
+        "process_results: !function functions.clean\n"
+        "metric_list: [{metric: lfs_clean, aggregation: mean, higher_is_better: true}]",
     ),
     "small_unwritable": (
         "_perplexity",

@@ -121,8 +121,8 @@ def numbers(found: Any) -> list[float]:
 
 def test_scores_are_those_of_hooks(read_back: Path, by_hooks: Store) -> None:
     store = Store(read_back)
-    ours = {(cell.variant.name, cell.task): cell for cell in by_hooks.planned()}
-    theirs = {(cell.variant.name, cell.task): cell for cell in store.planned()}
+    ours = {(cell.intervention.name, cell.task): cell for cell in by_hooks.planned()}
+    theirs = {(cell.intervention.name, cell.task): cell for cell in store.planned()}
     assert set(theirs) == set(ours) and len(theirs) == 9
     for place, cell in theirs.items():
         assert cell.key != ours[place].key
@@ -155,8 +155,8 @@ def test_a_cell_says_what_ran_it_and_how_that_was_verified(read_back: Path) -> N
         steering = config["steering"]
         assert config["model"] == steering["engine"]["name"] == "hf"
         assert steering["fingerprint"] == store.read(cell.key).facts["fingerprint"]
-        assert steering["intervention"] == cell.variant.intervention
-        if cell.variant.is_baseline:
+        assert steering["intervention"] == cell.intervention.resolved
+        if cell.intervention.is_baseline:
             assert "evidence" not in steering
             continue
         record = json.loads((Path(config["model_args"]["pretrained"]) / "steering.json").read_text())
@@ -166,8 +166,8 @@ def test_a_cell_says_what_ran_it_and_how_that_was_verified(read_back: Path) -> N
 
 
 def test_status_merge_and_report_take_it_for_a_sweep(read_back: Path, tmp_path: Path) -> None:
-    said = status(read_back)
-    assert "9        0        0        0" in said and "commands" not in said
+    message = status(read_back)
+    assert "9        0        0        0" in message and "commands" not in message
     tables = merged([read_back], tmp_path / "tables")
     assert set(tables) == {"metrics.parquet", "metrics.csv", "items.parquet", "items.csv"}
     frame = Store(read_back).frame()
@@ -233,9 +233,9 @@ SPOILT: list[tuple[Spoil, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "said"), SPOILT, ids=[said for _, said in SPOILT])
+@pytest.mark.parametrize(("spoil", "message"), SPOILT, ids=[message for _, message in SPOILT])
 def test_wrong_results_are_refused_by_name_and_nothing_else_is_lost(
-    spoil: Spoil, said: str, rehearsal: Grid, answered: Path, tmp_path: Path
+    spoil: Spoil, message: str, rehearsal: Grid, answered: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     moved(answered, out)
@@ -246,7 +246,7 @@ def test_wrong_results_are_refused_by_name_and_nothing_else_is_lost(
     assert first.exit_code == SOME_FAILED
     store = Store(out)
     failed = {cell.task: store.why(cell) for cell in first.failed}
-    assert re.search(said, failed["small_choice"]), failed
+    assert re.search(message, failed["small_choice"]), failed
     assert "small_choice" in " ".join(commands_of(out)[0])  # to be run again
     assert first.done == 6 - len(failed) and f"failed   {first.failed[0].name}" in status(out)
     shutil.rmtree(own)
@@ -263,7 +263,7 @@ def test_an_export_that_was_replaced_is_noticed(rehearsal: Grid, answered: Path,
     outcome = sweep(rehearsal, out)
     assert (outcome.exit_code, len(outcome.failed)) == (SOME_FAILED, 3)  # `then` included
     for cell in outcome.failed:
-        assert cell.variant.control == 0 and "000, this sweep exported" in Store(out).why(cell)
+        assert cell.intervention.control == 0 and "000, this sweep exported" in Store(out).why(cell)
     assert sorted(path.name.split("--")[0] for path in (out / "cells").iterdir()) == [
         "baseline", "baseline-for-deu_Latn", "deu_Latn-add-mean-x8-product", "deu_Latn-add-mean-x8-product",
     ]  # fmt: skip
@@ -291,9 +291,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), WRONG, ids=[said for _, said in WRONG])
-def test_a_plan_that_no_engine_can_be_asked_is_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(SteeringError, match=said):
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_plan_that_no_engine_can_be_asked_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SteeringError, match=message):
         build_plan(PLAIN | changes)
 
 
@@ -312,13 +312,13 @@ STEPS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), STEPS, ids=[said for _, said in STEPS])
+@pytest.mark.parametrize(("changes", "message"), STEPS, ids=[message for _, message in STEPS])
 def test_what_weights_cannot_say_is_refused_before_anything_is_written(
-    changes: dict[str, Any], said: str, spell: Spell, tmp_path: Path
+    changes: dict[str, Any], message: str, spell: Spell, tmp_path: Path
 ) -> None:
     grid = spell(PLAIN, **changes, engine="hf")
     for asked in (run_sweep, lambda grid, out: describe(engine_grid(grid), out)):
-        with pytest.raises(SteeringError, match=said):
+        with pytest.raises(SteeringError, match=message):
             asked(grid, tmp_path / "run")
     with pytest.raises(SteeringError, match="--shard with engine hf"):
         run_sweep(grid, tmp_path / "run", Shard(0, 2))
@@ -357,10 +357,10 @@ def test_the_commands_for_vllm(spell: Spell, tmp_path: Path) -> None:
     stand_in.chmod(0o755)
     environment = os.environ | {"PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
     script = ["bash", str(out / "engine" / "run.sh")]
-    said = [
+    message = [
         subprocess.run([*script, *number], env=environment, capture_output=True, text=True, check=True).stdout
         for number in ([], ["2"])
     ]
-    assert said == [f"{baseline[-2]}\n{steered[-2]}\n", f"{steered[-2]}\n"]
+    assert message == [f"{baseline[-2]}\n{steered[-2]}\n", f"{steered[-2]}\n"]
     (out / "engine" / "notes" / f"{model.name}.json").unlink()
     assert "there is something already" in Store(out).why(sweep(one, out).failed[0])

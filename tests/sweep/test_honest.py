@@ -14,7 +14,8 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.report.read import read_results
 from lm_eval_steering.resources import demo_calibration, demo_model
 from lm_eval_steering.sweep.cells import Cell, Grid
-from lm_eval_steering.sweep.choice import check_choice, half_of
+from lm_eval_steering.sweep.choice import check_choice
+from lm_eval_steering.sweep.halves import half_of
 from lm_eval_steering.sweep.merge import merge
 from lm_eval_steering.sweep.store import Store
 from tests.lmeval.task_families.items import BELEBELE, INCLUDE, write
@@ -51,8 +52,8 @@ def test_another_split_of_the_same_cells_is_computed_anew(spell: Spell, tmp_path
             for half in ("choose", "report"):
                 assert row[f"value_{half}"] == pytest.approx(nats_of(samples, seed, half), rel=1e-12)
             assert row.n_choose + row.n_report == row.n == ITEMS
-            if not cell.variant.is_baseline:
-                assert choice["values"][cell.variant.name] == row.value_choose
+            if not cell.intervention.is_baseline:
+                assert choice["values"][cell.intervention.name] == row.value_choose
             halves = items[items.cell == cell.name].set_index("item").half
             assert dict(halves) == {item: half_of(item, seed) for item in halves.index}
             reported = read[cell.name].reported
@@ -126,7 +127,7 @@ def test_an_edited_calibration_text_makes_other_controls(spell: Spell, tmp_path:
     def made(text: Path) -> dict[bool, set[str]]:
         grid = spell(PLAIN, controls={"random": 1, "calibration": str(text), "sentences": 8})
         return {
-            control: {cell.key for cell in grid.cells if (cell.variant.control is None) != control}
+            control: {cell.key for cell in grid.cells if (cell.intervention.control is None) != control}
             for control in (True, False)
         }
 
@@ -246,7 +247,7 @@ def test_the_results_of_a_control_say_that_it_is_one(odd: tuple[Grid, Path]) -> 
         (results,) = (odd[1] / "cells" / cell.name).glob("results_*.json")
         return dict(json.loads(results.read_text())["config"]["model_args"])
 
-    found = {cell.variant.name: arguments(cell) for cell in odd[0].cells if cell.task == "small_partial"}
+    found = {cell.intervention.name: arguments(cell) for cell in odd[0].cells if cell.task == "small_partial"}
     assert found["deu_Latn-scale-x2"]["neurons"] == "demo" and "neurons" not in found["baseline"]
     assert found["deu_Latn-scale-x2-random0"]["neurons"].startswith("random0:")
     assert [name for name, own in found.items() if own.get("force")] == [name for name in found if name != "baseline"]

@@ -33,17 +33,17 @@ def test_two_local_workers_do_every_cell_once(
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("end", "message"),
     [
         (lambda: int("seven"), r"a worker died: ValueError: invalid literal.*'seven'; its log is .*it finished stays"),
         (lambda: os.kill(os.getpid(), 9), r"a worker died: .*has not produced any output.*; its log is "),
     ],
     ids=["raises", "killed"],
 )
-def test_a_local_worker_that_dies_is_named(tmp_path: Path, end: Callable[[], int], said: str) -> None:
+def test_a_local_worker_that_dies_is_named(tmp_path: Path, end: Callable[[], int], message: str) -> None:
     executor = submitit.LocalExecutor(folder=tmp_path)
     executor.update_parameters(timeout_min=1)
-    with pytest.raises(SteeringError, match=said):
+    with pytest.raises(SteeringError, match=message):
         _exit_code(executor.submit(end))
 
 

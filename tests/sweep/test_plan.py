@@ -21,19 +21,26 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"controls": {"randm": 3}}, "unknown key 'controls.randm'; did you mean 'random'"),
     ({"interventions": [{"factors": [2]}]}, "interventions.0: expected op, preset or deactivate"),
-    ({"interventions": [{"op": "scale", "factor": 2, "factors": [2]}]}, "factor beside factors"),
+    ({"interventions": [{"op": "scale", "factor": 2, "factors": [2]}]}, "factor conflicts with factors"),
     ({"languages": ["french_Latn"]}, "french_Latn"),
     ({"choose": None, "then": {"tasks": ["small_nats"]}}, "then without choose"),
-    ({"then": {"tasks": ["small_nats"]}, "choose": {"metric": "lss"}, "limit": 3}, "limit beside choose.split=half"),
-    ({"controls": {"random": -1}}, r"controls.random: .*found -1"),
+    (
+        {"engine": "hf", "choose": {"metric": "acc"}, "limit": 3},
+        "limit conflicts with choose.split=half under engine hf",
+    ),
+    ({"languages": [False]}, 'an unquoted no as false: write "no" with quotes, or nob_Latn'),
+    ({"interventions": [{"deactivate": False}]}, "unquoted no as false"),
+    ({"evaluated": {"small_choice": False}}, "unquoted no as false"),
+    ({"evaluated": {"small_choice": "klingon"}}, "klingon"),
+    ({"controls": {"random": -1}}, r"controls.random: .*got -1"),
     ({"neurons": None}, "neurons is missing"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), WRONG, ids=[said for _, said in WRONG])
-def test_a_wrong_plan_is_refused_in_one_line(changes: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_wrong_plan_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
     found = {key: value for key, value in (PLAIN | changes).items() if value is not None}
-    with pytest.raises(SteeringError, match=said) as error:
+    with pytest.raises(SteeringError, match=message) as error:
         build_plan(found)
     assert "\n" not in str(error.value)
 
@@ -52,16 +59,16 @@ SPELLED_WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), SPELLED_WRONG, ids=[said for _, said in SPELLED_WRONG])
+@pytest.mark.parametrize(("changes", "message"), SPELLED_WRONG, ids=[message for _, message in SPELLED_WRONG])
 def test_what_no_cell_could_do_is_refused_before_a_model_is_loaded(
-    spell: Spell, changes: dict[str, Any], said: str
+    spell: Spell, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SteeringError, match=said):
+    with pytest.raises(SteeringError, match=message):
         spell(PLAIN, **changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"choose": {"metric": "acc", "item": "sentence"}}, r"no sentence to split them by.*fields: .*id"),
         ({"choose": {"metric": "acc", "seed": 0}}, "small_choice: no item falls into the half to choose on"),
@@ -69,9 +76,9 @@ def test_what_no_cell_could_do_is_refused_before_a_model_is_loaded(
     ],
 )
 def test_a_choice_that_could_not_be_made_is_refused_before_anything_runs(
-    spell: Spell, tmp_path: Path, changes: dict[str, Any], said: str
+    spell: Spell, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SteeringError, match=said):
+    with pytest.raises(SteeringError, match=message):
         describe(spell(PLAIN, **changes), tmp_path / "run")
 
 
@@ -80,8 +87,8 @@ def test_overrides(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(PLAN))
     plan = read_plan(path, ["controls.random=5", "interventions.0.factors=[1.5, 3]", "model.dtype=bfloat16"])
     assert (plan.controls.random, plan.interventions[0].factors, plan.model.dtype) == (5, (1.5, 3), "bfloat16")
-    for wrong, said in (("controls", "expected key=value"), ("neurons.x=1", "neurons is 'demo', which has no keys")):
-        with pytest.raises(SteeringError, match=said):
+    for wrong, message in (("controls", "expected key=value"), ("neurons.x=1", "neurons is 'demo', which has no keys")):
+        with pytest.raises(SteeringError, match=message):
             read_plan(path, [wrong])
 
 
@@ -99,7 +106,7 @@ def test_every_field_is_documented() -> None:
 def test_the_baseline_is_a_cell_once_and_no_change_is_the_baseline(spell: Spell) -> None:
     factors = {"interventions": [{"op": "scale", "factors": [1, 2, 2.0]}, {"op": "add", "value": "mean", "factor": 0}]}
     grid = spell(PLAIN, **factors)
-    assert [cell.variant.name for cell in grid.cells] == ["baseline", "deu_Latn-scale-x2"]
+    assert [cell.intervention.name for cell in grid.cells] == ["baseline", "deu_Latn-scale-x2"]
     assert grid.notes == [
         "deu_Latn-scale-x1 changes nothing: it is the baseline",
         "deu_Latn-add-mean-x0 changes nothing: it is the baseline",
@@ -108,13 +115,76 @@ def test_the_baseline_is_a_cell_once_and_no_change_is_the_baseline(spell: Spell)
 
 def test_a_task_that_knows_the_steered_language_has_a_baseline_for_each(spell: Spell) -> None:
     grid = spell(PLAIN, tasks=["small_lss", "small_choice"], languages=["deu_Latn", "tur_Latn", "eng_Latn"])
-    baselines = [(cell.task, cell.target) for cell in grid.cells if cell.variant.is_baseline]
-    assert baselines == [("small_lss", "deu_Latn"), ("small_lss", "tur_Latn"), ("small_choice", None)]
-    assert grid.notes[0].startswith("left out: small_lss steered to eng_Latn: LSS from eng_Latn to eng_Latn is undef")
+    baselines = [(cell.task, cell.target) for cell in grid.cells if cell.intervention.is_baseline]
+    assert baselines == [("small_choice", None)]  # an unsteered LSS is 0 by definition
+    assert "left out: the unsteered small_lss, whose LSS is 0 by definition" in grid.notes
+    assert any(
+        note.startswith("left out: small_lss steered to eng_Latn: LSS from eng_Latn to eng_Latn is undef")
+        for note in grid.notes
+    )
+    forcing = spell(PLAIN, tasks=["small_forcing"], languages=["deu_Latn", "tur_Latn"])
+    baselines = [(cell.task, cell.target) for cell in forcing.cells if cell.intervention.is_baseline]
+    assert baselines == [("small_forcing", "deu_Latn"), ("small_forcing", "tur_Latn")]
+
+
+def test_a_deactivation_carries_the_name_of_its_language(spell: Spell) -> None:
+    entries = [{"preset": "deactivate"}, {"deactivate": "tur_Latn+fra_Latn"}, {"deactivate": "others", "op": "scale"}]
+    names = {planned.name for planned in spell(PLAIN, interventions=entries).interventions}
+    assert names == {
+        "baseline", "deu_Latn-deactivate", "tur_Latn+fra_Latn-deactivate", "deu_Latn-scale-without-others"
+    }  # fmt: skip
+
+
+def test_a_key_that_is_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("tasks: [small_choice]\nneurons: demo\ntasks: [small_lss]\n")
+    with pytest.raises(SteeringError, match=r"plan.yaml: .*'tasks' is written twice, in line 1 and in line 3"):
+        read_plan(path)
+    path.write_text(yaml.safe_dump(PLAIN).replace("batch_size: 4", "batch_size: 4\n  batch_size: 8"))
+    with pytest.raises(SteeringError, match="'batch_size' is written twice"):
+        read_plan(path)
+
+
+def test_paths_of_a_plan_expand_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plan = build_plan(
+        PLAIN
+        | {
+            "neurons": "~/n.safetensors", "model": {"pretrained": "~/model"}, "include_path": "~/tasks",
+            "controls": {"random": 1, "calibration": "~/text"}, "metadata": {"data_dir": "~/data", "pair": "a~b"},
+            "engine": {"name": "hf", "exports": "~/exports"},
+        }
+    )  # fmt: skip
+    assert plan.neurons == f"{tmp_path}/n.safetensors" and plan.model.pretrained == f"{tmp_path}/model"
+    assert plan.include_path == (f"{tmp_path}/tasks",) and plan.controls.calibration == f"{tmp_path}/text"
+    assert plan.metadata == {"data_dir": f"{tmp_path}/data", "pair": "a~b"}
+    assert plan.engine.exports == f"{tmp_path}/exports"
+
+
+def test_the_language_of_a_tasks_items(spell: Spell) -> None:
+    """Its metadata first, then its name, then the plan's `evaluated`; it decides no score."""
+    before = spell(PLAIN)
+    assert {cell.evaluated for cell in before.cells} == {None}
+    grid = spell(PLAIN, evaluated={"small_choice": "de"})
+    assert {cell.evaluated for cell in grid.cells} == {"deu_Latn"}
+    assert [cell.key for cell in grid.cells] == [cell.key for cell in before.cells]
+    ours = spell(PLAIN, tasks=["steering_demo_perplexity_deu_Latn"])
+    assert {cell.evaluated for cell in ours.cells} == {"deu_Latn"}
+    with pytest.raises(SteeringError, match=r"evaluated: .*small_chioce is not among.*did you mean 'small_choice'"):
+        spell(PLAIN, evaluated={"small_chioce": "de"})
+    with pytest.raises(SteeringError, match=r"evaluated: .*steering_demo_perplexity_deu_Latn.*fra.*leave it out"):
+        spell(PLAIN, tasks=["steering_demo_perplexity_deu_Latn"], evaluated={"steering_demo_perplexity_deu_Latn": "fr"})
+
+
+def test_a_file_is_no_folder_for_cells(spell: Spell, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(SteeringError, match=f"--out {file} is a file; expected a folder"):
+        describe(spell(PLAIN), file)
 
 
 def test_the_same_cell_has_the_same_key_in_every_plan_and_another_one_where_it_matters(spell: Spell) -> None:
-    keys = {cell.variant.name: cell.key for cell in spell(PLAIN).cells}
+    keys = {cell.intervention.name: cell.key for cell in spell(PLAIN).cells}
     wider = spell(PLAIN, languages=["tur_Latn", "deu_Latn"], interventions=[{"op": "scale", "factors": [7, 3]}])
     assert {cell.key for cell in wider.cells} & set(keys.values()) == {keys["baseline"], keys["deu_Latn-scale-x3"]}
     batched = spell(PLAIN, model={"pretrained": "demo", "batch_size": 1})
@@ -123,14 +193,14 @@ def test_the_same_cell_has_the_same_key_in_every_plan_and_another_one_where_it_m
         {"limit": 2}, {"num_fewshot": 1}, {"model": {"pretrained": "demo", "dtype": "bfloat16"}},
         {"model": {"pretrained": "demo", "scoring": "plain"}}, {"interventions": [{"op": "scale", "factor": 2.5}]},
     ):  # fmt: skip
-        steered = {cell.key for cell in spell(PLAIN, **change).cells if not cell.variant.is_baseline}
+        steered = {cell.key for cell in spell(PLAIN, **change).cells if not cell.intervention.is_baseline}
         assert not steered & set(keys.values()), change
 
 
 def test_interventions_whose_short_names_are_equal_are_told_apart(spell: Spell) -> None:
     entries = [{"op": "set", "value": "live_max", "scope": scope} for scope in ("token", "sequence")]
     grid = spell(PLAIN, interventions=entries, controls={"random": 2})
-    assert len({variant.name for variant in grid.variants}) == len(grid.variants) == 1 + 2 + 4
+    assert len({planned.name for planned in grid.interventions}) == len(grid.interventions) == 1 + 2 + 4
 
 
 def test_tags_and_groups_are_spelled_out(spell: Spell, task_files: Path) -> None:
@@ -139,7 +209,7 @@ def test_tags_and_groups_are_spelled_out(spell: Spell, task_files: Path) -> None
 
 def test_dry_run_tells_cells_what_is_done_and_the_time(spell: Spell, finished: Path, tmp_path: Path) -> None:
     empty = describe(spell(), tmp_path / "none")
-    assert "20 cells: baseline, 4 interventions and 4 random controls, on 2 tasks" in empty
+    assert "18 cells: baseline, 4 interventions and 4 random controls, on 2 tasks" in empty
     assert "how long they take is known when the first are done" in empty
     assert "then: at most 5 cells" in empty
     wider = describe(spell(languages=["deu_Latn", "tur_Latn", "fra_Latn"]), finished)

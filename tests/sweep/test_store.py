@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +17,10 @@ import yaml
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.sweep import Store
 from lm_eval_steering.sweep.cells import Grid
-from lm_eval_steering.sweep.choice import half_of
+from lm_eval_steering.sweep.estimate import CellLog
+from lm_eval_steering.sweep.halves import half_of
+from lm_eval_steering.sweep.merge import merge
+from lm_eval_steering.sweep.store import cell_versions
 from tests.sweep.conftest import ITEMS, PLAIN, Spell, run
 
 
@@ -23,7 +31,7 @@ def test_each_cell_is_an_ordinary_lm_eval_run(finished: Path, grid: Grid) -> Non
         assert set(results["results"]) == {cell.task}
         assert results["config"]["model"] == "steered-hf"
         assert results["config"]["model_args"]["pretrained"].endswith("demo-model")
-        assert results["config"]["steering"]["intervention"]["steps"] == cell.variant.intervention["steps"]
+        assert results["config"]["steering"]["intervention"]["steps"] == cell.intervention.resolved["steps"]
         assert results["n-samples"][cell.task]["effective"] == ITEMS
         assert {"versions", "higher_is_better", "task_hashes", "total_evaluation_time_seconds"} <= results.keys()
         (samples,) = (path.read_text().splitlines() for path in folder.glob(f"samples_{cell.task}_*.jsonl"))
@@ -51,10 +59,51 @@ def test_frame_samples_items_and_missing(finished: Path, grid: Grid) -> None:
         Store(finished.parent).frame()
 
 
-def test_the_unsteered_model_shifts_nothing(finished: Path) -> None:
+def test_the_unsteered_lss_is_not_run(finished: Path) -> None:
     frame = Store(finished).frame()
-    baseline = frame[(frame.intervention == "baseline") & (frame.task == "small_lss")].set_index("metric").value
-    assert set(baseline["lss"]) == {0.0} and set(baseline["lss_ties"]) == {1.0}
+    assert set(frame[frame.intervention == "baseline"].task) == {"small_forcing", "small_nats"}
+
+
+def test_releases_stand_in_every_cell_and_a_mix_is_said(finished: Path, grid: Grid, tmp_path: Path) -> None:
+    store = Store(finished)
+    expected = cell_versions()
+    assert set(expected) == {"lm-eval-steering", "lm_eval", "transformers", "torch"}
+    assert all(stored.versions == expected for stored in store.stored())
+    assert store.mixed_versions(grid.cells) is None
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    path = sorted(other.glob("cells/*small_lss*/cell.json"))[0]
+    path.write_text(path.read_text().replace(f'"torch": "{expected["torch"]}"', '"torch": "1.0"'))
+    log = io.StringIO()
+    assert run(grid, other, progress=CellLog(stream=log)).ran == 0
+    (line,) = [line for line in log.getvalue().splitlines() if "torch 1.0" in line]
+    assert line.startswith("warning: 1 finished cells were made with") and f"torch {expected['torch']}" in line
+    _, notes = merge([finished, other], tmp_path / "tables")
+    assert any("different releases" in note and "torch 1.0" in note for note in notes)
+    for folder in (tmp_path / "file",):
+        folder.write_text("")
+        with pytest.raises(SteeringError, match="is a file"):
+            merge([finished], folder)
+
+
+def test_the_prompts_that_were_sent_have_a_hash_in_every_cell(finished: Path) -> None:
+    by_task: dict[tuple[str, str | None], set[str]] = {}
+    for stored in Store(finished).stored():
+        cell = stored.cell
+        if cell["task"] != "small_nats":
+            by_task.setdefault((cell["task"], cell["target"]), set()).add(stored.facts["prompts"])
+    assert all(len(hashes) == 1 for hashes in by_task.values())  # whatever the intervention
+    by_name = {name: {next(iter(by_task[key])) for key in by_task if key[0] == name} for name, _ in by_task}
+    assert not by_name["small_lss"] & by_name["small_forcing"]
+
+
+def test_outside_a_git_repository_nothing_is_said_of_git(task_files: Path, tmp_path: Path) -> None:
+    plan = PLAIN | {"include_path": [str(task_files)], "interventions": [{"op": "scale", "factor": 2}]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent), "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-m", "lm_eval_steering", "sweep", "plan.yaml", "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "git" not in done.stderr.replace("github", "") and "2 cells done" in done.stdout
 
 
 def test_the_factor_is_chosen_on_one_half_and_reported_on_the_other(finished: Path, grid: Grid) -> None:
@@ -62,15 +111,17 @@ def test_the_factor_is_chosen_on_one_half_and_reported_on_the_other(finished: Pa
     seen: set[int] = set()
     for language in ("deu_Latn", "tur_Latn"):
         choice = store.json(f"then/{language}.json")
-        candidates = [cell for cell in grid.cells if cell.variant.name in choice["values"] and cell.task == "small_lss"]
+        candidates = [
+            cell for cell in grid.cells if cell.intervention.name in choice["values"] and cell.task == "small_lss"
+        ]
         values = {}
         for cell in candidates:
             half = [s["lss"] for s in store.samples(cell) if half_of(str(s["doc"]["id"]), 2) == "choose"]
-            values[cell.variant.name] = sum(half) / len(half)
+            values[cell.intervention.name] = sum(half) / len(half)
         assert choice["values"] == values and len(values) == 2
         assert choice["chosen"] == max(values, key=lambda name: values[name])
         then = [cell for cell in store.planned() if cell.stage == 2 and cell.target == language]
-        assert {cell.variant.name for cell in then} == {choice["chosen"], f"{choice['chosen']}-random0"}
+        assert {cell.intervention.name for cell in then} == {choice["chosen"], f"{choice['chosen']}-random0"}
         for cell in then:
             reported = {sample["doc"]["id"] for sample in store.samples(cell)}
             assert {half_of(str(item), 2) for item in reported} == {"report"}
@@ -106,15 +157,15 @@ def test_the_whole_set_where_the_plan_says_so(spell: Spell, tmp_path: Path) -> N
 def test_sweep_status_and_merge(command, spell: Spell, task_files: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     plan, out = tmp_path / "plan.yaml", tmp_path / "run"
     plan.write_text(yaml.safe_dump(PLAIN | {"include_path": [str(task_files)]}))
-    code, said, _ = command("sweep", plan, "--out", out, "--set", "interventions.0.factors=[2]", "--dry-run")
-    assert code == 0 and "2 cells: baseline, 1 interventions and 0 random controls, on 1 tasks" in said
-    code, said, err = command("sweep", plan, "--out", out, "--shard", "1/2")
-    assert code == 0 and "2 cells done, 2 of them now" in said
+    code, message, _ = command("sweep", plan, "--out", out, "--set", "interventions.0.factors=[2]", "--dry-run")
+    assert code == 0 and "2 cells: baseline, 1 interventions and 0 random controls, on 1 tasks" in message
+    code, message, err = command("sweep", plan, "--out", out, "--shard", "1/2")
+    assert code == 0 and "2 cells done, 2 of them now" in message
     assert "[0/2] baseline--small_choice--" in err and "tokens/s" in err and "left" in err
-    code, said, _ = command("status", out)
-    assert code == 0 and "wrote" in said
+    code, message, _ = command("status", out)
+    assert code == 0 and "wrote" in message
     assert list(pd.read_csv(out / "missing.csv").status) == ["missing"]
-    code, said, _ = command("merge", out, "--out", tmp_path / "tables", "--items")
+    code, message, _ = command("merge", out, "--out", tmp_path / "tables", "--items")
     assert code == 0
     table = pd.read_parquet(tmp_path / "tables" / "metrics.parquet")
     assert table.cell.nunique() == 2 and pd.read_csv(tmp_path / "tables" / "metrics.csv").shape == table.shape
@@ -126,6 +177,6 @@ def test_sweep_status_and_merge(command, spell: Spell, task_files: Path, tmp_pat
 
 
 def test_the_demo_plan_ships(command) -> None:  # type: ignore[no-untyped-def]
-    code, said, _ = command("where", "demo-plan")
+    code, message, _ = command("where", "demo-plan")
     assert code == 0
-    assert yaml.safe_load(Path(said.strip()).read_text())["model"]["pretrained"] == "demo"
+    assert yaml.safe_load(Path(message.strip()).read_text())["model"]["pretrained"] == "demo"

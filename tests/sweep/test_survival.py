@@ -147,17 +147,17 @@ class Tight(SweepModel):
 @pytest.mark.parametrize("task", ["small_forcing", "small_choice"])
 def test_out_of_memory_halves_the_batch_and_goes_on(spell: Spell, tmp_path: Path, task: str) -> None:
     model = {"pretrained": "demo", "batch_size": 7, "scoring": "plain"}
-    grid, said = spell(PLAIN, tasks=[task], model=model), io.StringIO()
+    grid, message = spell(PLAIN, tasks=[task], model=model), io.StringIO()
     models: list[Tight] = []
 
     def load(*args: Any, **arguments: Any) -> Tight:
         models.append(Tight(*args, **arguments))
         return models[0]
 
-    outcome = run(grid, tmp_path / "run", load=load, progress=CellLog(stream=said))
+    outcome = run(grid, tmp_path / "run", load=load, progress=CellLog(stream=message))
     assert (outcome.exit_code, outcome.done) == (0, len(grid.cells))
-    assert "out of memory, going on with 3 rows a forward pass" in said.getvalue()
-    assert "out of memory, going on with 1 rows a forward pass" in said.getvalue()
+    assert "out of memory, going on with 3 rows per forward pass" in message.getvalue()
+    assert "out of memory, going on with 1 rows per forward pass" in message.getvalue()
     assert models[0].asked[:2] == [7, 3]
     assert set(models[0].asked[2:]) == {1}
 
@@ -189,12 +189,12 @@ def test_a_full_disk_ends_it_with_a_clear_message_and_loses_nothing(spell: Spell
         try:
             run(grid, out)
         except SteeringError as error:
-            (tmp_path / "said").write_text(str(error))
+            (tmp_path / "message").write_text(str(error))
         return 0
 
     ended(forked(limited))
-    said = (tmp_path / "said").read_text()
-    assert "is evaluated and cannot be stored: File too large" in said and "make room" in said
+    message = (tmp_path / "message").read_text()
+    assert "is evaluated and cannot be stored: File too large" in message and "free some space" in message
     assert sorted(Store(out).folders()) == before and not list(out.glob("cells/.*"))
     assert len(Store(out).frame()) > 0
     assert run(grid, out).ran == len(grid.cells) - len(before)
@@ -208,7 +208,7 @@ def test_a_small_full_file_system(spell: Spell, tmp_path: Path) -> None:
         pytest.skip("this account may not mount a small file system; a limited file size is tested beside this")
     try:
         grid = spell(PLAIN, interventions=[{"op": "scale", "factors": [2, 3, 4, 5, 6, 7, 8]}])
-        with pytest.raises(SteeringError, match=r"cannot be stored: No space left on device .*make room"):
+        with pytest.raises(SteeringError, match=r"cannot be stored: No space left on device .*free some space"):
             run(grid, place / "run")
         store = Store(place / "run")
         done = len(store.folders())
@@ -274,9 +274,9 @@ def test_a_damaged_cell_is_named_put_aside_and_done_again(finished_small: Path, 
         (folder / "cell.json").write_text('{"cell": ')
     with pytest.raises(SteeringError, match=re.escape(folder.name)):
         merged([out], out.parent / "never")
-    said = io.StringIO()
-    assert run(grid, out, progress=CellLog(stream=said)).ran == 1
-    assert folder.name in said.getvalue() and "is done again" in said.getvalue()
+    message = io.StringIO()
+    assert run(grid, out, progress=CellLog(stream=message)).ran == 1
+    assert folder.name in message.getvalue() and "is done again" in message.getvalue()
     assert len(list((out / "damaged").iterdir())) == 1
     assert merged([out], out.parent / "after") == before
 
@@ -314,7 +314,7 @@ def test_a_lock_tells_its_owner_and_does_not_outlive_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "said"),
+    ("kind", "options", "message"),
     [
         ("nfs4", "rw,vers=4.2", None),
         ("nfs", "rw,nolock", "mounted with nolock"),
@@ -324,9 +324,9 @@ def test_a_lock_tells_its_owner_and_does_not_outlive_it(tmp_path: Path) -> None:
     ],
 )
 def test_file_systems_whose_locks_do_not_reach_other_machines(
-    tmp_path: Path, kind: str, options: str, said: str | None
+    tmp_path: Path, kind: str, options: str, message: str | None
 ) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/root / ext4 rw 0 0\nhost:/x {tmp_path} {kind} {options} 0 0\n")
     found = why_unsafe(tmp_path / "run", mounts)
-    assert found is None if said is None else said in str(found)
+    assert found is None if message is None else message in str(found)
