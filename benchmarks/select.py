@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lm_eval_steering.neurons.select import Selection, activated, average_precision, lape_rates
 
 RATES = (0.01, 0.02, 0.03, 0.04, 0.05)
-TOKENS = 1_000_000  # a language
+TOKENS = 1_000_000  # per language
 
 
 def made_up_counts(layers: int, units: int, languages: int) -> NDArray[np.int64]:
@@ -35,12 +35,12 @@ def made_up_counts(layers: int, units: int, languages: int) -> NDArray[np.int64]
 
 
 def made_up_means(layers: int, units: int, languages: int, sentences: int) -> list[NDArray[np.float16]]:
-    """For each language (sentence, layer, unit) means, of a neuron and a language of its own level."""
+    """For each language (sentence, layer, unit) means, with a level for each neuron and language."""
     generator = np.random.default_rng(0)
     means = [np.empty((sentences, layers, units), dtype=np.float16) for _ in range(languages)]
-    for own in means:
+    for table in means:
         level = generator.standard_normal((layers, units), dtype=np.float32)
-        for sentence in own:
+        for sentence in table:
             sentence[:] = generator.standard_normal((layers, units), dtype=np.float32) + level
     return means
 
@@ -56,7 +56,7 @@ def task(options: argparse.Namespace) -> tuple[Callable[[], list[Selection]], in
         "activated": lambda: [activated(means)],
         "average_precision": lambda: [average_precision(means, threshold=0.5)],
     }[options.method]
-    return work, sum(own.nbytes for own in means)
+    return work, sum(table.nbytes for table in means)
 
 
 def peak_bytes() -> int:
@@ -72,13 +72,13 @@ def main() -> None:
     options = parser.parse_args()
     work, input_bytes = task(options)
     start = time.perf_counter()
-    found = work()
+    selections = work()
     seconds = time.perf_counter() - start
     figures: dict[str, Any] = vars(options) | {
         "seconds": round(seconds, 1),
         "peak_gb": round(peak_bytes() / 1e9, 2),
         "input_gb": round(input_bytes / 1e9, 2),
-        "selected": [selection.numbers["selected"] for selection in found],
+        "selected": [selection.numbers["selected"] for selection in selections],
     }
     print(json.dumps(figures))
 
