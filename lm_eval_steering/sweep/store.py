@@ -98,13 +98,13 @@ class StoredCell:
 
 
 def cell_versions() -> dict[str, str]:
-    """Releases that stand beside a cell's fingerprint: lm-eval-steering, lm_eval, transformers, torch."""
+    """Releases that stand beside a cell's fingerprint: lm-eval-steering, lm-eval, transformers, torch."""
     installed = versions()
-    return {name: installed[name] for name in ("lm-eval-steering", "lm_eval", "transformers", "torch")}
+    return {name: installed[name] for name in ("lm-eval-steering", "lm-eval", "transformers", "torch")}
 
 
 def versions_text(releases: Mapping[str, str]) -> str:
-    """Such as `lm-eval-steering 0.9.0 lm_eval 0.4.13 transformers 5.1.0 torch 2.9.0`."""
+    """Such as `lm-eval-steering 0.9.0 lm-eval 0.4.13 transformers 5.1.0 torch 2.9.0`."""
     return " ".join(f"{name} {release}" for name, release in releases.items())
 
 

@@ -67,7 +67,7 @@ def test_the_unsteered_lss_is_not_run(finished: Path) -> None:
 def test_releases_stand_in_every_cell_and_a_mix_is_said(finished: Path, grid: Grid, tmp_path: Path) -> None:
     store = Store(finished)
     expected = cell_versions()
-    assert set(expected) == {"lm-eval-steering", "lm_eval", "transformers", "torch"}
+    assert set(expected) == {"lm-eval-steering", "lm-eval", "transformers", "torch"}
     assert all(stored.versions == expected for stored in store.stored())
     assert store.mixed_versions(grid.cells) is None
     other = Path(shutil.copytree(finished, tmp_path / "other"))
