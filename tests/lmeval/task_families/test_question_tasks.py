@@ -115,7 +115,7 @@ def test_a_group_averages_over_items(excerpts: Path, language_model: Any, manage
          **{f"mc_answer{n}": "a" for n in (1, 2, 3, 4)}}, "column 'correct_answer_num' holds '5'"),
         ("xquad_deu_Latn", "xquad", {"context": "c", "question": "q", "answers": {"text": []}}, "one answer at least"),
         ("include_base_44_fra_Latn_stem", "include_base_44", {**INCLUDE["fra_Latn"][0]},
-         "no question of the domain stem; found: social_science"),
+         "no question of the domain stem; the rows have social_science"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_refused(
