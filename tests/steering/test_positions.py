@@ -181,12 +181,10 @@ def test_a_prompt_that_goes_on_from_a_cache_needs_its_mask() -> None:
     model = tiny_model("llama")
     row = PROMPTS[1:]
     with steer(model, SET, "fra", op="add", value=6.0, positions="last"):
-        whole = model.generate(row, do_sample=False, max_new_tokens=4, pad_token_id=1)
         with torch.no_grad():
             past = model(row[:, :6], use_cache=True).past_key_values
         with pytest.raises(InterventionError, match="attention_mask"):
             model.generate(row[:, 6:7], past_key_values=past, max_new_tokens=2)
-    assert whole.shape[1] == row.shape[1] + 4
 
 
 def test_a_loop_from_python_gives_the_prompt_or_is_refused() -> None:
