@@ -20,7 +20,7 @@ test_split: test
 fewshot_split: {split}
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
-doc_to_choice: [yes, no]
+doc_to_choice: ["yes", "no"]
 doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """

@@ -66,7 +66,7 @@ def test_a_task_that_is_not_chosen_on_needs_no_item(spell: Spell, tmp_path: Path
     nameless = own / "functions.py"
     nameless.write_text(
         nameless.read_text() + "\ndef nameless(**settings):\n"
-        '    return {"test": few(tasks.perplexity_documents(**settings))["test"].remove_columns("id")}\n'
+        '    return {"test": few(demo.perplexity_documents(**settings))["test"].remove_columns("id")}\n'
     )
     text = (
         (own / "small_nats.yaml").read_text().replace("small_nats", "nameless").replace(".perplexity\n", ".nameless\n")

@@ -235,7 +235,7 @@ def test_the_folder_of_another_model_is_refused(spell: Spell, tmp_path: Path) ->
     run(spell(PLAIN, interventions=[{"op": "scale", "factor": 2}]), out)
     before = sorted(Store(out).folders())
     other = spell(PLAIN, model={"pretrained": "demo", "dtype": "bfloat16"})
-    with pytest.raises(SteeringError, match=r"sweep of another model \(dtype: None here, 'bfloat16' now\); take ano"):
+    with pytest.raises(SteeringError, match=r"sweep of another model \(dtype: None here, 'bfloat16' now\); choose ano"):
         run(other, out)
     assert sorted(Store(out).folders()) == before
     (tmp_path / "else").mkdir()
