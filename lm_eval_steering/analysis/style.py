@@ -132,7 +132,7 @@ def save(figure: Figure, folder: Path, name: str, suffixes: Sequence[str] = SUFF
 def write_figure(folder: Path, name: str, draw: Callable[[], Figure]) -> list[Path]:
     """Draw in the light theme and write NAME.png and NAME.svg; the same numbers give the same SVG bytes."""
     with themed(LIGHT):
-        return save(laid_out(draw()), folder, name, ("svg", "png"))
+        return save(laid_out(draw()), folder, name, ("png", "svg"))
 
 
 def ink_on(colour: tuple[float, ...]) -> str:

@@ -50,7 +50,7 @@ from lm_eval_steering.report.naming import (
     readable_metric,
     sign_of,
 )
-from lm_eval_steering.report.read import CLEAN, LABELS, Sweep
+from lm_eval_steering.report.read import LABELS, Sweep
 from lm_eval_steering.report.tables import Results, ordered, single
 
 if TYPE_CHECKING:
@@ -214,8 +214,7 @@ def trade_off(damage: pd.DataFrame, theme: Theme) -> Figure:
     axes.set_ylim(-0.04, 1.08)
     axes.set_title("Success against damage")
     axes.set_xlabel(price_label(price, damage))
-    clean = str(own["success_metric"].iloc[0]) == CLEAN
-    axes.set_ylabel("in the steered language, not degenerate" if clean else "outputs in the steered language")
+    axes.set_ylabel(readable_metric(str(own["success_metric"].iloc[0])))
     axes.grid()
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3)
