@@ -1,13 +1,15 @@
 # The two commands: `make demo`, `make test`. Everything lands in .venv; another Python: `make PYTHON=python3.13 demo`.
 PYTHON ?= python3
 VENV ?= .venv
+# The versions to install: constraints.txt, .ci/lowest.txt or .ci/newest.txt.
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 BENCHMARKS := scoring memory loop rolling generation growth overhead record export accelerator
 
 # Many processes are started here: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test bench check clean
+.PHONY: demo test coverage bench check docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -18,6 +20,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Every process that a test starts is measured too. The page is coverage/index.html.
+coverage: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report term \
+		--cov-report html:coverage --cov-report xml:coverage/coverage.xml
+
 bench: $(VENV)/installed
 	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
@@ -25,12 +32,21 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+
+# --strict: a page or link that is missing fails.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) demo-results
+	rm -rf $(VENV) demo-results coverage site
 
 # Not compiled ahead: most of the 18,000 files are never imported.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
 	touch $@
