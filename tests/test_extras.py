@@ -107,6 +107,6 @@ def test_completion_knows_the_commands() -> None:
     environment = os.environ | {
         "_LM_EVAL_STEERING_COMPLETE": "complete_bash", "COMP_WORDS": "lm-eval-steering rep", "COMP_CWORD": "1",
     }  # fmt: skip
-    code = "import sys; sys.argv = ['lm-eval-steering']; from lm_eval_steering.cli import app; app(prog_name='lm-eval-steering')"
+    code = "from lm_eval_steering.cli import app; app(prog_name='lm-eval-steering')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["report"]
