@@ -9,7 +9,7 @@ BENCHMARKS := scoring memory loop rolling generation growth overhead record expo
 # Many processes are started here: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test coverage bench check docs clean
+.PHONY: demo test coverage bench check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -34,19 +34,11 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-# --strict: a page or link that is missing fails.
-docs: $(VENV)/installed-docs
-	$(BIN)/python -m mkdocs build --strict
-
 clean:
-	rm -rf $(VENV) demo-results coverage site
+	rm -rf $(VENV) demo-results coverage
 
 # Not compiled ahead: most of the 18,000 files are never imported.
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
-	touch $@
-
-$(VENV)/installed-docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
 	touch $@
