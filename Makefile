@@ -1,6 +1,8 @@
 # The two commands: `make demo`, `make test`. Everything lands in .venv; another Python: `make PYTHON=python3.13 demo`.
 PYTHON ?= python3
 VENV ?= .venv
+# The versions to install: constraints.txt, .ci/lowest.txt or .ci/newest.txt.
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 BENCHMARKS := scoring memory loop rolling generation growth overhead record export accelerator
@@ -8,7 +10,7 @@ BENCHMARKS := scoring memory loop rolling generation growth overhead record expo
 # Many processes are started here: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-vllm check-vllm bench check clean
+.PHONY: demo test test-vllm check-vllm coverage bench check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -26,6 +28,10 @@ test-vllm: $(VLLM_VENV)/installed
 # Every family, and Gemma-3-270m from a folder: make check-vllm GEMMA_3_270M=FOLDER
 check-vllm: $(VLLM_VENV)/installed
 	CI_VLLM=1 CHECK_VLLM=1 GEMMA_3_270M="$(GEMMA_3_270M)" $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_families.py tests/vllm/test_tasks.py -s
+# Every process that a test starts is measured too. The page is coverage/index.html.
+coverage: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report term \
+		--cov-report html:coverage --cov-report xml:coverage/coverage.xml
 
 bench: $(VENV)/installed
 	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
@@ -34,14 +40,15 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo-results
+	rm -rf $(VENV) $(VLLM_VENV) demo-results coverage
 
 # Not compiled ahead: most of the 18,000 files are never imported.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 $(VLLM_VENV)/installed: pyproject.toml constraints.txt scripts/vllm_cpu_environment

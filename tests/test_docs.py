@@ -6,11 +6,58 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+from lm_eval_steering import __version__
+from lm_eval_steering.lmeval.arguments import SteeringArguments
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "lm_eval_steering"
+
+
+def modules_of_the_map() -> list[str]:
+    """Paths below the package, in the order of CONTRIBUTING.md: headings name folders, lines name modules."""
+    map_ = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Map")[1].split("\nOutside the package")[0]
+    folder, modules = "", []
+    for line in map_.splitlines():
+        if heading := re.match(r"### `([^`]+)/`", line):
+            folder = "" if heading[1] == "lm_eval_steering" else f"{heading[1]}/"
+        elif module := re.match(r"- `([^`]+\.py)`: \S", line):
+            modules.append(folder + module[1])
+    return modules
+
+
+def test_the_map_has_every_module_once_and_no_other() -> None:
+    modules = modules_of_the_map()
+    there = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(there - set(modules)) == [], "add a line to the map in CONTRIBUTING.md"
+    assert sorted(set(modules) - there) == [], "these lines of CONTRIBUTING.md name no module"
+    assert len(modules) == len(set(modules))
+
+
+def test_every_file_that_contributing_names_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = re.findall(r"`((?:lm_eval_steering|tests|docs|scripts)/[\w./]+\.(?:py|md))`", text)
+    names += [f"lm_eval_steering/{name}" for name in re.findall(r"\| `([a-z_]+/\w+\.py)` \|", text)]
+    assert len(names) > 20
+    assert [name for name in names if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
+def test_the_readme_has_every_argument_of_ours_and_no_other() -> None:
+    rows = re.findall(r"^\| (`[^|]+`) \| [^|]{10,} \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    documented = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(documented) == sorted(field.name for field in fields(SteeringArguments))
+
+
+def test_the_version_is_that_of_the_changelog_and_of_the_citation() -> None:
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert version("lm-eval-steering") == __version__
 
 
 def test_the_notebook_runs_and_its_steering_shows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The layers of the package: a module imports only from layers below its own."""
+"""The layers of the package, as CONTRIBUTING.md names them: a module imports only from layers below its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lm_eval_steering
 PACKAGE = Path(lm_eval_steering.__file__).parent
 LAYERS = [
     {"errors", "provenance"},
-    {"files", "resources", "demo"},
+    {"files", "resources", "demo", "extras"},
     {"progress"},
     {"languages", "architectures"},
     {"neurons"},
@@ -25,7 +25,8 @@ LAYERS = [
     {"cli"},
     {"__main__", "__init__"},
 ]
-WITHOUT_LM_EVAL = {package for layer in LAYERS[:6] for package in layer} | {"export"}
+METRICS_AND_STEERING = next(number for number, packages in enumerate(LAYERS) if "steering" in packages)
+WITHOUT_LM_EVAL = {name for packages in LAYERS[: METRICS_AND_STEERING + 1] for name in packages} | {"export"}
 
 
 def package_of(module: str) -> str:
@@ -33,19 +34,21 @@ def package_of(module: str) -> str:
 
 
 def layer(name: str) -> int:
-    return next(number for number, packages in enumerate(LAYERS) if name in packages)
+    numbers = [number for number, packages in enumerate(LAYERS) if name in packages]
+    assert numbers, f"{name} is in no layer: add it to LAYERS, and to CONTRIBUTING.md"
+    return numbers[0]
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             module = str(node.module)
-            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "lm_eval_steering" else {module}
-    return found
+            modules |= {f"{module}.{alias.name}" for alias in node.names} if module == "lm_eval_steering" else {module}
+    return modules
 
 
 def violations(path: Path, own: str) -> list[str]:

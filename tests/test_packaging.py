@@ -29,8 +29,8 @@ def test_tasks_neuron_sets_demo_and_start_up_files_travel(wheel: zipfile.ZipFile
         }
         assert own and own <= names
     assert {"_lm_eval_steering_startup.py", "lm_eval_steering_startup.pth", "lm_eval_steering_startup.start"} <= names
-    assert "lm_eval_steering/demo/demo-model/model.safetensors" in names
-    assert not [name for name in names if "harness/startup" in name or name.startswith("tests/")]
+    assert {"lm_eval_steering/demo/demo-model/model.safetensors", "lm_eval_steering/py.typed"} <= names
+    assert not [name for name in names if "lmeval/startup" in name or name.startswith("tests/")]
 
 
 def test_the_start_up_line_is_one_import_and_the_same_entry_twice(wheel: zipfile.ZipFile) -> None:

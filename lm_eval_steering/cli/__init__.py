@@ -4,21 +4,57 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
-from lm_eval_steering.cli import analysis, export, finding, report, rescore, sets, sweep, tasks
+from lm_eval_steering import __version__, extras
+from lm_eval_steering.cli import analysis, environment, export, finding, report, rescore, sets, sweep, tasks
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
 
+# Command -> the extra that it needs from its first line on. What only an option needs is refused where it is read.
+NEEDS = {
+    "compare": "report", "demo": "report", "inspect": "report", "logit-lens": "report", "merge": "report",
+    "report": "report", "stepwise": "report",
+}  # fmt: skip
+
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Evaluate language models while their language-specific neurons are steered.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lm-eval-steering {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Evaluate language models while their language-specific neurons are steered."""
+
+
+def _with_extra(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, refused in one line where the extra that it needs is not installed."""
+    if name not in NEEDS:
+        return command
+
+    @wraps(command)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        extras.require(NEEDS[name], f"lm-eval-steering {name}")
+        return command(*args, **kwargs)
+
+    return checked
 
 
 class WhereName(StrEnum):
@@ -68,11 +104,14 @@ def where(name: Annotated[WhereName, typer.Argument(help="What to look up.")]) -
     typer.echo(answers[name]())
 
 
-for verb in (finding.find, finding.record, finding.select, finding.calibrate, sets.inspect, rescore.rescore):
-    app.command()(verb)
+app.command("demo")(_with_extra("demo", demo))
+for verb in (
+    finding.find, finding.record, finding.select, finding.calibrate, sets.inspect, rescore.rescore, environment.env,
+):  # fmt: skip
+    app.command(verb.__name__)(_with_extra(verb.__name__, verb))
 app.command("import")(sets.import_)
-for name, analyse in (analysis.VERBS | sweep.VERBS | tasks.VERBS | export.VERBS | report.VERBS).items():
-    app.command(name)(analyse)
+for name, command in (analysis.VERBS | sweep.VERBS | tasks.VERBS | export.VERBS | report.VERBS).items():
+    app.command(name)(_with_extra(name, command))
 app.add_typer(sets.neurons, name="neurons")
 
 
@@ -86,6 +125,16 @@ def main() -> None:
         if debugging():
             raise
         typer.echo(one_line(error), err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = extras.extra_of(error.name or "")
+        if extra is None:
+            raise
+        typer.echo(
+            f"lm-eval-steering: error: {error.name} is not installed; the extra {extra!r} installs it: "
+            f'pip install "lm-eval-steering[{extra}]"',
+            err=True,
+        )
         sys.exit(2)
     except OSError as error:
         if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
