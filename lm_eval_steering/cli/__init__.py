@@ -104,7 +104,6 @@ def where(name: Annotated[WhereName, typer.Argument(help="What to look up.")]) -
     typer.echo(answers[name]())
 
 
-app.command("demo")(_with_extra("demo", demo))
 for verb in (
     finding.find, finding.record, finding.select, finding.calibrate, sets.inspect, rescore.rescore, environment.env,
 ):  # fmt: skip
