@@ -121,7 +121,8 @@ def test_predict_only_and_rescore_equal_a_direct_run(direct: Path, predicted: Pa
     }  # fmt: skip
     scores = results_of(direct)
     own = {key: value for key, value in scores["rescore_own"].items() if key.split(",")[0] in METRICS}
-    assert len(own) == len(METRICS)
+    # No line passes in a script other than Latin (the Japanese answer goes on in French), so there is no word rate.
+    assert {key.split(",")[0] for key in own} == set(METRICS) - {"wpr"}
     for task in (FORCING, "rescore_own"):
         assert shared(scores[task], done.scores[task]) == shared(done.scores[task], scores[task]) != {}
     assert {"lfs,none", "lfs_stderr,none", "output_language,none"} <= set(shared(scores[FORCING], done.scores[FORCING]))
