@@ -34,7 +34,7 @@ def recorded(name, globals=None, locals=None, fromlist=(), level=0):
     return real(name, globals, locals, fromlist, level)
 
 builtins.__import__ = recorded
-for absent in ("matplotlib", "submitit", "statsmodels", "fontTools"):
+for absent in ("matplotlib", "submitit", "scipy", "jinja2"):
     sys.modules[absent] = None  # as if not installed
 from lm_eval.__main__ import cli_evaluate
 sys.argv = ["lm_eval", *json.loads(sys.argv[3])]
@@ -77,7 +77,7 @@ def _arguments(name: str, folder: Path) -> list[str]:
     out = str(folder / "out")
     model = ["--model", "m", "--neurons", "n", "--out", out]
     return {
-        "compare": ["a", "b", "--out", out], "demo": ["--out", out], "inspect": ["n", "--out", out],
+        "compare": ["a", "b", "--out", out], "inspect": ["n", "--out", out],
         "merge": ["a", "--out", out], "report": ["a", "--out", out], "stepwise": model,
         "logit-lens": model,
     }[name]  # fmt: skip
