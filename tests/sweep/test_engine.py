@@ -278,13 +278,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "model.scoring: vllm does not get it; write what it takes into engine.arguments",
     ),
     ({"engine": {"name": "vllm", "arguments": {"pretrained": "x"}}}, "the sweep says which model is loaded"),
-    ({"engine": {"name": "vllm", "arguments": {"seed": "1,2"}}}, "engine.arguments.seed: '1,2' cannot stand"),
+    ({"engine": {"name": "vllm", "arguments": {"seed": "1,2"}}}, "engine.arguments.seed: '1,2' cannot be passed"),
     (
         {
             "engine": {"name": "vllm", "arguments": {"dtype": "float16"}},
             "model": {"pretrained": "demo", "dtype": "auto"},
         },
-        "model.dtype auto beside engine.arguments.dtype float16",
+        "model.dtype auto conflicts with engine.arguments.dtype float16",
     ),
     ({"engine": "vllm", "bootstrap_iters": 10}, "bootstrap_iters: lm_eval's command has 100000 alone"),
     ({"engine": "vllm", "include_path": ["a", "b"]}, "include_path: lm_eval's command takes one folder"),

@@ -85,5 +85,5 @@ def test_what_slurm_is_handed(spell: Spell, tmp_path: Path, monkeypatch: pytest.
 
 def test_without_a_scheduler_it_says_what_to_do(spell: Spell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SteeringError, match=r"--launcher submitit: .*on one machine take --launcher local"):
+    with pytest.raises(SteeringError, match=r"--launcher submitit: .*on one machine use --launcher local"):
         launch_slurm(spell(PLAIN).plan, tmp_path / "x")
