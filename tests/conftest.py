@@ -56,6 +56,7 @@ DENSE_DEEPSEEK = {
     "moe_intermediate_size": 8, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
     "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8,
 }  # fmt: skip
+PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}  # not scaled from 8,192 tokens
 CONFIGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "olmo2", "cohere", "phi3", "phi", "starcoder2", "gpt_neox"), USUAL),
     **dict.fromkeys(("qwen3", "gemma"), USUAL | {"head_dim": 8}),
@@ -67,8 +68,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mpt": FOUR_TIMES | {"d_model": UNITS // 4, "max_seq_len": 64},
     "falcon": USUAL | {"ffn_hidden_size": UNITS, "alibi": False},
     "opt": USUAL | {"ffn_dim": UNITS, "word_embed_proj_dim": 16, "dropout": 0.0},
-    **dict.fromkeys(("apertus", "arcee", "jais2", "nanochat", "olmo3", "smollm3"), USUAL),
-    **dict.fromkeys(("cwm", "hunyuan_v1_dense", "ministral", "ministral3"), USUAL | {"head_dim": 8}),
+    **dict.fromkeys(("arcee", "jais2", "nanochat", "olmo3", "smollm3"), USUAL),
+    "apertus": USUAL | PLAIN_ROPE,
+    **dict.fromkeys(("hunyuan_v1_dense", "ministral", "ministral3"), USUAL | {"head_dim": 8}),
+    "cwm": USUAL | {"head_dim": 8} | PLAIN_ROPE,
     "exaone4": USUAL | {"sliding_window": 16, "layer_types": FULL_ATTENTION},
     **dict.fromkeys(("glm4", "vaultgemma"), GEMMA),
     "gemma3n_text": GEMMA | SMALL_GEMMA | {

@@ -34,7 +34,7 @@ def recorded(name, globals=None, locals=None, fromlist=(), level=0):
     return real(name, globals, locals, fromlist, level)
 
 builtins.__import__ = recorded
-for absent in ("matplotlib", "submitit", "scipy", "jinja2"):
+for absent in ("matplotlib", "submitit", "statsmodels", "fontTools"):
     sys.modules[absent] = None  # as if not installed
 from lm_eval.__main__ import cli_evaluate
 sys.argv = ["lm_eval", *json.loads(sys.argv[3])]

@@ -21,7 +21,8 @@ def test_the_digest_knows_the_weights_and_nothing_else(family: str) -> None:
 
 def test_a_sketch_knows_a_checkpoint_in_every_dtype_and_no_other(family: str) -> None:
     plain = weights_sketch(tiny_model(family))
-    assert len(plain) >= 200
+    # Apertus has parameters of one value, which is drawn once where a larger tensor gives several.
+    assert len(plain) >= (190 if family == "apertus" else 200)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         assert same_weights(plain, weights_sketch(tiny_model(family).to(dtype)))
     tuned = tiny_model(family)

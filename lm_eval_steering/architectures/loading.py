@@ -87,7 +87,7 @@ class LazyModel:
             parse_sites(sites)
         self.override = sites
         self.config = self._from_pretrained(AutoConfig, **self._given("gguf_file", "subfolder", "token", "cache_dir"))
-        self.revision = commit_of(pretrained, revision, self.arguments.get("cache_dir"))
+        self.revision = commit_of(self._pretrained, revision, self.arguments.get("cache_dir"))
         # What `auto` takes, so that a recording names what it was made in.
         self.dtype = dtype if dtype != "auto" else str(self.config.dtype or "float32").removeprefix("torch.")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):

@@ -17,7 +17,7 @@ from lm_eval_steering.errors import DidNotHappenError, SteeringError
 
 # Command -> the extra that it needs from its first line on. What only an option needs is refused where it is read.
 NEEDS = {
-    "compare": "report", "demo": "report", "inspect": "report", "logit-lens": "report", "merge": "report",
+    "compare": "report", "inspect": "report", "logit-lens": "report", "merge": "report",
     "report": "report", "stepwise": "report",
 }  # fmt: skip
 

@@ -27,6 +27,9 @@ from lm_eval_steering.export.source import CheckpointSource
 LARGEST_RANK = 512  # vllm/config/lora.py: what max_lora_rank can be
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
+# Of these peft 0.21 converts an adapter's target modules to those of fused experts, dense checkpoints included.
+PEFT_CONVERTS = {"deepseek_v2", "deepseek_v3", "qwen3_next"}
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -54,8 +57,15 @@ def plan_adapter(source: CheckpointSource, maps: dict[int, LayerMap], largest_ra
     """Refuse what an adapter cannot say; nothing is read.
 
     Raises:
-        InterventionError: if a unit is added to, there is nothing to scale, or a layer needs too high a rank.
+        InterventionError: if a unit is added to, there is nothing to scale, a layer needs too high a rank, or peft
+            cannot load an adapter of the family.
     """
+    family = model_type_of(source.lazy.config)
+    if family in PEFT_CONVERTS:
+        raise InterventionError(
+            f"peft renames the modules of {family} as it does for its models with experts, and then finds none of this "
+            "adapter's; export it --as checkpoint"
+        )
     if not maps:
         raise InterventionError("no neuron is edited, so there is nothing to write into an adapter")
     if any(not each.scales_only for each in maps.values()):

@@ -38,7 +38,11 @@ def test_every_family_passes_with_random_neurons(model: nn.Module, family: str) 
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_calibrated_set_passes_and_its_mean_is_checked_too(model: nn.Module, neuron_set: NeuronSet) -> None:
+def test_a_calibrated_set_passes_and_its_mean_is_checked_too(
+    family: str, model: nn.Module, neuron_set: NeuronSet
+) -> None:
+    if family == "gemma4_text":  # in float32 the strong edit rounds by 2.2e-5 of the largest logit in this tiny model
+        model = model.double()
     assert failed(examine(model, neuron_set)) == []
 
 
@@ -129,7 +133,11 @@ def test_a_wrong_edit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval_steering.analysis import checks as bench
 
     real = bench.steer
-    monkeypatch.setattr(bench, "steer", lambda model, _set, *rest, **named: real(model, more, *rest, **named))
+
+    def off_by_one(model: Any, neuron_set: Any, *rest: Any, **named: Any) -> Any:
+        return real(model, more if neuron_set is own else neuron_set, *rest, **named)
+
+    monkeypatch.setattr(bench, "steer", off_by_one)
     names = {check.name for check in failed(examine(model, own))}
     assert names == {"only chosen units and layers change"}
 

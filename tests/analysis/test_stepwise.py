@@ -237,7 +237,14 @@ def test_the_verb_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixtur
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("When it rains,\nWenn es regnet,\n")
     analysis.stepwise(
-        str(resources.demo_model()), Path("demo"), tmp_path / "out", prompts, "eng,deu", 8, 2, device="cpu"
+        model=str(resources.demo_model()),
+        neurons=Path("demo"),
+        out=tmp_path / "out",
+        prompts=prompts,
+        order="eng,deu",
+        max_new_tokens=8,
+        batch_size=2,
+        device="cpu",
     )
     printed = capsys.readouterr().out
     assert "+ deu_Latn" in printed and f"wrote {tmp_path / 'out' / 'stepwise.png'}" in printed

@@ -160,7 +160,7 @@ def test_a_mistake_is_one_line_and_a_traceback_only_at_debug(run: Run) -> None:
 
 
 def test_a_broken_plugin_does_not_break_lm_eval(run: Run, local_task: Path, tmp_path: Path) -> None:
-    package = tmp_path / "lm_eval_steering" / "harness"
+    package = tmp_path / "lm_eval_steering" / "lmeval"
     package.mkdir(parents=True)
     for folder in (package.parent, package):
         (folder / "__init__.py").touch()

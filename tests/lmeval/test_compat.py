@@ -27,7 +27,7 @@ from tests.conftest import tiny_model, tiny_tokenizer
 PACKAGE = Path(lm_eval_steering.__file__).parent
 LIBRARIES = {"lm_eval", "transformers"}
 ALLOWED = {Path("lmeval/compat.py"), Path("architectures/compat.py")}  # beside the start-up file, which imports nothing
-SUBCLASSES = {Path("lmeval/model.py"), Path("sweep/sweep_model.py")}
+SUBCLASSES = {Path("lmeval/model.py"), Path("sweep/sweep_model.py"), Path("vllm/model.py")}
 PRIVATE = compat.PRIVATE.keys() | of_architectures.PRIVATE.keys()
 FILES = [
     path.relative_to(PACKAGE)

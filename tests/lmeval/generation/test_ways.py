@@ -20,7 +20,7 @@ from tests.lmeval.scoring.conftest import FRENCH, neurons
 
 # Of 1 to 44 tokens, so that there are many pads.
 PROMPTS = [" ".join(f"w{(7 * place + i) % 50}" for i in range(place)) for place in (1, 2, 44, 3, 40, 9, 8, 30, 31, 2)]
-GROWING = {"gpt_neo", "mpt"}  # take no cache of fixed size
+GROWING = {"gpt_neo", "mpt", "falcon_h1"}  # take no cache of fixed size
 
 
 def requests(until: list[str], prompts: list[str] = PROMPTS, **changes: Any) -> list[Instance]:
@@ -51,7 +51,8 @@ def test_every_family_writes_what_it_writes_in_hf(family: str) -> None:
     plain, ours = loaded(HFLM, family), loaded(family=family)
     for stop in ([], ends(texts(plain, requests([])))):
         expected = texts(plain, requests(stop))
-        assert texts(ours, requests(stop)) == expected and any(expected)
+        assert texts(ours, requests(stop)) == expected
+        assert any(expected) or (stop and family == "arcee")  # which repeats the word that its texts begin with
     assert ours.steering_report()["generation"]["prompts"] == {"dynamic": 2 * len(PROMPTS)}
 
 

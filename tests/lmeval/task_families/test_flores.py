@@ -97,7 +97,7 @@ def test_a_tokenizer_that_is_not_at_hand_is_an_error_before_anything_is_generate
 ) -> None:
     monkeypatch.setattr("sacrebleu.utils.SACREBLEU_DIR", str(tmp_path))
     with pytest.raises(
-        SteeringError, match=r"tokenizer flores200, which is not at hand \(no file .*flores200sacrebleuspm"
+        SteeringError, match=r"tokenizer flores200, which is not available here \(no file .*flores200sacrebleuspm"
     ):
         translation.require_tokenizer("flores200", "tha_Thai")
     with pytest.raises(SteeringError, match="bleu_tokenizer='mecab': expected one of none, 13a"):

@@ -184,7 +184,7 @@ def test_parallel_data_of_every_shape(name: str, tmp_path: Path) -> None:
         ("absent.jsonl", "no such file"),
         ("{lang}.txt", "no file for eng_Latn"),
         ("table.jsonl", r"no column for fra_Latn \(one of fra_Latn"),
-        ("table.xml", "expected .tsv, .csv, .jsonl or .parquet"),
+        ("table.xml", "expected a .jsonl, .parquet, .csv or .tsv file"),
     ],
 )
 def test_parallel_data_that_is_not_there_is_one_clear_error(name: str, message: str, tmp_path: Path) -> None:
