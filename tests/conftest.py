@@ -73,7 +73,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("hunyuan_v1_dense", "ministral", "ministral3"), USUAL | {"head_dim": 8}),
     "cwm": USUAL | {"head_dim": 8} | PLAIN_ROPE,
     "exaone4": USUAL | {"sliding_window": 16, "layer_types": FULL_ATTENTION},
-    **dict.fromkeys(("glm4", "vaultgemma"), GEMMA),
+    "vaultgemma": GEMMA,
+    "glm4": {key: value for key, value in GEMMA.items() if key != "sliding_window"},  # its layers have none
     "gemma3n_text": GEMMA | SMALL_GEMMA | {
         "intermediate_size": [UNITS] * LAYERS, "altup_num_inputs": 2, "laurel_rank": 4,
         "activation_sparsity_pattern": [0.0] * LAYERS,
