@@ -40,10 +40,8 @@ LEFT_OUT = {
     "translation": "in two languages",
 }
 _MMLU_PROX = "af ar bn cs de en es fr hi hu id it ja ko mr ne pt ru sr sw te th uk ur vi wo yo zh zu"
-_IROKO_CODES = "amh eng ewe fra hau ibo kin lin lug orm sna sot swa twi wol xho yor zul"
-_IROKO = {  # AfriXNLI, AfriMMLU and AfriMGSM; FLORES' codes of the macrolanguages `orm` and `swa`
-    code: languages.normalise({"orm": "gaz", "swa": "swh"}.get(code, code)) for code in _IROKO_CODES.split()
-}
+# AfriXNLI, AfriMMLU and AfriMGSM.
+_IROKO = "amh eng ewe fra hau ibo kin lin lug orm sna sot swa twi wol xho yor zul"
 _MGSM = "bn de en es fr ja ru sw te th zh"
 _INCLUDE = {name.lower().replace(" ", "_"): code for code, name in include.CODES.items()}
 
@@ -52,6 +50,8 @@ _INCLUDE = {name.lower().replace(" ", "_"): code for code, name in include.CODES
 @cache
 def _families() -> tuple[tuple[str, dict[str, str], str] | tuple[str, dict[str, str], str, str], ...]:
     mgsm = _two_letters(_MGSM)
+    of_macro = {"orm": "gaz", "swa": "swh"}  # FLORES' codes of two macrolanguages
+    iroko = {code: languages.normalise(of_macro.get(code, code)) for code in _IROKO.split()}
     return (
         ("xcopa_", _turned(xcopa.CODES) | _two_letters("eu"), ""),
         ("xwinograd_", _turned(xwinograd.CODES), ""),
@@ -96,9 +96,9 @@ def _families() -> tuple[tuple[str, dict[str, str], str] | tuple[str, dict[str, 
         ("mmlu_prox_", _two_letters(_MMLU_PROX), r"(?:_[a-z_]+)?", "(?:lite_)?"),
         ("mmmlu_", _two_letters("ar bn de es fr hi id it ja ko pt sw yo zh"), r"_[a-z]{2}(?:_[a-z_]+)?"),
         # Translated into English for the test (`..._translate_...`): not in the language of the name.
-        ("afrixnli_", _IROKO, r"(?:_prompt_\d)?", "(?:(?:en|native|manual)_direct_)?"),
-        ("afrimmlu_direct_", _IROKO, r"(?:_prompt_\d)?"),
-        ("afrimgsm_", _IROKO, r"(?:_prompt_\d)?", "(?:cot_)?"),
+        ("afrixnli_", iroko, r"(?:_prompt_\d)?", "(?:(?:en|native|manual)_direct_)?"),
+        ("afrimmlu_direct_", iroko, r"(?:_prompt_\d)?"),
+        ("afrimgsm_", iroko, r"(?:_prompt_\d)?", "(?:cot_)?"),
         ("tydiqa_goldp_", _two_letters("ar bn en fi id ko ru sw te"), ""),
         ("lambada_openai_mt_", _two_letters("de en es fr it"), ""),
         ("lambada_openai_mt_stablelm_", _two_letters("de en es fr it nl pt"), ""),
