@@ -63,7 +63,6 @@ class Theme:
 
 LIGHT = Theme("#1b1f24", "#d4d8de", "#eceef1", "white", "#c2410c", "#fbfbfa", "#0b63a5")
 DARK = Theme("#e4e7ec", "#444b57", "#2a2f38", "#171b21", "#e8713a", "#20252d", "#4ba3e3")
-THEMES = {"light": LIGHT, "dark": DARK}
 
 
 @contextmanager

@@ -33,8 +33,6 @@ _ARGUMENTS = (
     "token", "cache_dir",
 )  # fmt: skip
 _TOKENIZER_ONLY = {"tokenizer", "use_fast_tokenizer", "add_bos_token", "prefix_token_id"}
-# Which of them change the weights that an activation is computed with.
-_OF_THE_WEIGHTS = ("gguf_file", "subfolder", "peft", "quantization_config", "load_in_8bit", "load_in_4bit")
 
 
 Bos = Literal["auto", "always", "never"]

@@ -19,8 +19,6 @@ from lm_eval_steering.vllm import compat
 from lm_eval_steering.vllm.activation import LAYOUT, SITES
 from lm_eval_steering.vllm.layers import Place, install
 
-QUALIFIED_NAME = "lm_eval_steering.vllm.worker.SteeredWorker"
-
 _PlatformWorker: Any = compat.platform_worker()
 
 
