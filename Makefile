@@ -10,7 +10,10 @@ BENCHMARKS := scoring memory loop rolling generation growth overhead record expo
 # Many processes are started here: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-vllm check-vllm coverage bench check clean
+NO_MKDOCS_2_WARNING := 1
+export NO_MKDOCS_2_WARNING
+
+.PHONY: demo docs test test-vllm check-vllm coverage bench check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -28,6 +31,10 @@ test-vllm: $(VLLM_VENV)/installed
 # Every family, and Gemma-3-270m from a folder: make check-vllm GEMMA_3_270M=FOLDER
 check-vllm: $(VLLM_VENV)/installed
 	CI_VLLM=1 CHECK_VLLM=1 GEMMA_3_270M="$(GEMMA_3_270M)" $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_families.py tests/vllm/test_tasks.py -s
+# The site, in site/: fails on a warning, such as a link that leads nowhere.
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --quiet
+
 # Every process that a test starts is measured too. The page is coverage/index.html.
 coverage: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report term \
@@ -43,12 +50,16 @@ check: $(VENV)/installed
 	$(BIN)/codespell
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo-results coverage
+	rm -rf $(VENV) $(VLLM_VENV) demo-results coverage site
 
 # Not compiled ahead: most of the 18,000 files are never imported.
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
 	touch $@
 
 $(VLLM_VENV)/installed: pyproject.toml constraints.txt scripts/vllm_cpu_environment

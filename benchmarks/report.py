@@ -117,13 +117,13 @@ def main() -> None:
         print(f"{write(folder, asked.languages, asked.factors, asked.items):,} cells written", file=sys.stderr)
     written = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, cpu = time.perf_counter(), time.process_time()
-    from lm_eval_steering.report.page import make_report
+    from lm_eval_steering.report.page import write_report
     from lm_eval_steering.report.read import read_results
 
     marks = {}
     sweep = read_results(folder)
     marks["read"] = time.perf_counter() - started
-    report = make_report(sweep, folder / "report")
+    report = write_report(sweep, folder / "report")
     found = {
         "cells": len(sweep.cells),
         "items": int(sum(len(own.docs) for own in sweep.items.values())),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import lm_eval_steering
 from lm_eval_steering import __version__
 from lm_eval_steering.lmeval.arguments import SteeringArguments
 
@@ -60,20 +61,50 @@ def test_the_version_is_that_of_the_changelog_and_of_the_citation() -> None:
     assert version("lm-eval-steering") == __version__
 
 
-def test_the_notebook_runs_and_its_steering_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = json.loads((DOCS / "steer.ipynb").read_text(encoding="utf-8"))["cells"]
+def run(notebook: Path) -> tuple[dict[str, object], list[str]]:
+    """The names that a notebook leaves behind, and what each of its cells printed."""
     namespace: dict[str, object] = {}
     printed: list[str] = []
-    for cell in cells:
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec("".join(cell["source"]), namespace)
             printed.append(out.getvalue())
+    return namespace, printed
+
+
+def test_the_notebook_runs_and_its_steering_shows() -> None:
+    namespace, printed = run(DOCS / "steer.ipynb")
     steered, after = next(text for text in printed if text).splitlines()
     complete = namespace["complete"]
     assert callable(complete)
     assert after == complete(namespace["prompt"]) != steered
     assert namespace["evidence"].positions > 0
+
+
+def test_the_notebook_of_results_runs_and_shows_what_it_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    namespace, _ = run(DOCS / "results.ipynb")
+    frame = namespace["frame"]
+    scores = frame[(frame["metric"] == "lfs_clean") & frame["factor"].notna()]
+    stored = (DOCS / "results.ipynb").read_text(encoding="utf-8")
+    assert len(scores) == 6
+    assert all(f"<td>{value:.6f}</td>" in stored for value in scores["value"])
+    assert namespace["report"].page.is_file()
+
+
+def test_notebooks_store_no_path_of_a_machine() -> None:
+    for notebook in DOCS.glob("*.ipynb"):
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+            assert not re.search(r"/(tmp|home|root)/|site-packages", json.dumps(cell.get("outputs", [])))
+
+
+def test_every_public_name_is_exported_typed_and_on_the_page_of_the_api() -> None:
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    for name in set(lm_eval_steering.__all__) - {"__version__"}:
+        public = getattr(lm_eval_steering, name)
+        assert public.__doc__
+        assert f"::: {public.__module__}.{name}\n" in page
 
 
 @pytest.mark.parametrize(

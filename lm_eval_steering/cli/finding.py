@@ -28,7 +28,7 @@ def find(
     bos: options.Bos = options.BosKind.AUTO,
 ) -> None:
     """Find the language neurons of a model: record, select, calibrate. Run again, it does what is missing."""
-    from lm_eval_steering.neurons.find import check_languages, find_neurons
+    from lm_eval_steering.neurons.find import check_languages, find_with
     from lm_eval_steering.neurons.recorder import Recorder
     from lm_eval_steering.neurons.recording import RecordingFolder
 
@@ -39,7 +39,7 @@ def find(
     folder = recording or out.with_name(out.name.replace("-{rate}", "").replace("{rate}", "")).with_suffix(".recording")
     options.check_folder(folder)
     runner = options.runner_of(model, batch_size, text.context, bos)
-    neuron_sets = find_neurons(Recorder(runner, search, RecordingFolder(folder)), method)
+    neuron_sets = find_with(Recorder(runner, search, RecordingFolder(folder)), method)
     if runner.ranks.first:
         _write(neuron_sets, method, out, runner)
 
@@ -81,14 +81,14 @@ def select(
     languages: Annotated[str | None, typer.Option(help="Codes joined by commas; all recorded ones by default.")] = None,
 ) -> None:
     """Select language neurons from a recording; no model is loaded. `calibrate` adds their statistics."""
-    from lm_eval_steering.neurons.find import select_neurons
+    from lm_eval_steering.neurons import find
     from lm_eval_steering.neurons.recording import RecordingFolder
 
     options.check_out(out, ".safetensors")
     method = selection.read(out)
     codes = options.read_languages(languages) if languages else ()
     loaded = RecordingFolder(recording).load(codes, method.needs_sentences)
-    _write(select_neurons(loaded, method), method, out)
+    _write(find.select(loaded, method), method, out)
 
 
 @options.expanded

@@ -41,7 +41,7 @@ def report(
     max_samples: MaxSamples = 100_000,
 ) -> None:
     """Make a page, figures and tables of a sweep: self against cross, with intervals and tests."""
-    from lm_eval_steering.report.page import make_report
+    from lm_eval_steering.report.page import write_report
     from lm_eval_steering.report.read import add_baseline, read_results
 
     check_folder(out)
@@ -49,7 +49,7 @@ def report(
     results.allow_different_prompts = allow_different_prompts
     if baseline is not None:
         add_baseline(results, baseline, max_samples)
-    _print(make_report(results, out, _command()))
+    _print(write_report(results, out, _command()))
 
 
 def compare(
@@ -65,7 +65,7 @@ def compare(
 ) -> None:
     """The same report of two runs or two interventions: what the second does beside the first."""
     from lm_eval_steering.report.comparison import compare_interventions, compare_runs
-    from lm_eval_steering.report.page import make_report
+    from lm_eval_steering.report.page import write_report
     from lm_eval_steering.report.read import read_results
 
     check_folder(out)
@@ -77,7 +77,7 @@ def compare(
     else:
         runs = [read_results(path, max_samples, codes) for path in (first, second)]
         results = compare_runs(runs[0], runs[1], allow_different_prompts)
-    _print(make_report(results, out, _command()))
+    _print(write_report(results, out, _command()))
 
 
 def _codes(given: list[str] | None) -> dict[str, str]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.neurons import select
-from lm_eval_steering.neurons.calibrate import calibrated
+from lm_eval_steering.languages import normalise
+from lm_eval_steering.neurons.calibrate import PERCENTILES, calibrated
 from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet
-from lm_eval_steering.neurons.recorder import Recorder
-from lm_eval_steering.neurons.recording import Recording
-from lm_eval_steering.neurons.select import Selection, average_precision, check_rate
+from lm_eval_steering.neurons.recorder import Recorder, Search
+from lm_eval_steering.neurons.recording import Recording, RecordingFolder
+from lm_eval_steering.neurons.rows import SENTENCES
+from lm_eval_steering.neurons.running import CONTEXT, ModelRunner
+from lm_eval_steering.neurons.select import Selection, activated, average_precision, check_rate, lape_rates
 from lm_eval_steering.neurons.set_algebra import random_control
+from lm_eval_steering.progress import Log
 from lm_eval_steering.provenance import versions
 
 
@@ -71,9 +76,9 @@ class Method:
     def __call__(self, recording: Recording) -> list[Selection]:
         """What it selects; for LAPE one selection per rate."""
         if self.name == "lape":
-            return select.lape_rates(recording.counts, recording.n_tokens, self.rates, self.filter_rate, self.bar_rate)
+            return lape_rates(recording.counts, recording.n_tokens, self.rates, self.filter_rate, self.bar_rate)
         if self.name == "activated":
-            return [select.activated(recording.sentence_means, self.top_k)]
+            return [activated(recording.sentence_means, self.top_k)]
         return [
             average_precision(
                 recording.sentence_means, top_k=self.top_k, bottom_k=self.bottom_k, threshold=self.threshold
@@ -81,12 +86,20 @@ class Method:
         ]
 
 
-def select_neurons(recording: Recording, method: Method) -> list[NeuronSet]:
-    """Neuron sets from a recording, without statistics yet.
+def select(recording: Recording | Path | str, method: Method | None = None) -> list[NeuronSet]:
+    """Neuron sets from a recording, without statistics yet: one for each rate of LAPE, else one.
+
+    Args:
+        recording: as it was loaded, or its folder.
+        method: LAPE at rate 0.01 by default.
 
     Raises:
         SteeringError: if there are fewer than two languages, or the method's numbers do not fit.
+        RecordingError: if the folder holds no recording, or one that is not whole.
     """
+    method = method or Method()
+    if not isinstance(recording, Recording):
+        recording = RecordingFolder(recording).load((), method.needs_sentences)
     check_languages(recording.languages)
     widths = recording.provenance.widths
     return [
@@ -138,8 +151,63 @@ def check_languages(languages: Sequence[str]) -> None:
         raise SteeringError("language neurons differ between languages: name at least two languages")
 
 
-def find_neurons(recorder: Recorder, method: Method | None = None) -> list[NeuronSet]:
-    """Record activations over the corpus, select, and calibrate the chosen neurons at both sites.
+def find_neurons(
+    model: str | Path,
+    corpus: str | Path,
+    languages: Sequence[str],
+    recording: str | Path,
+    method: Method | None = None,
+    *,
+    tokens: int | None = None,
+    rows: Literal["packed", "sentences"] = "packed",
+    context: int | None = None,
+    calibration_corpus: str | None = None,
+    sentences: int = SENTENCES,
+    percentiles: Sequence[int] = PERCENTILES,
+    dtype: str = "auto",
+    device: str | None = None,
+    batch_size: int | None = 16,
+    show_progress: bool = True,
+) -> list[NeuronSet]:
+    """Find the language neurons of a model, as the command `find` does: record, select, calibrate at both sites.
+
+    Args:
+        model: hub id or folder.
+        corpus: folder with text in `fra_Latn.txt`, ..., or a dataset of the hub (docs/corpora.md).
+        languages: codes, two at least.
+        recording: folder; a second call with the same settings does what is missing in it.
+        method: LAPE at rate 0.01 by default.
+        tokens: budget per language; all of the text by default.
+        rows: `packed` windows of the context length, or one row per line (`sentences`).
+        context: tokens per row; the smaller of 2,048 and the model's own length by default.
+        calibration_corpus: where the sentences to calibrate with are; by default the lines of `corpus`.
+        sentences: their number per language.
+        percentiles: which `pNN` to keep.
+        dtype: of the weights; the checkpoint's by default.
+        device: a GPU by default where there is one.
+        batch_size: rows per forward pass; None measures one that fits.
+        show_progress: whether bars and times are printed.
+
+    Returns:
+        One neuron set for each rate of LAPE, else one; `NeuronSet.save` writes it.
+
+    Raises:
+        CorpusError: if the text of a language is missing or empty.
+        RecordingError: if the folder holds a recording with other settings.
+        SteeringError: if the model, a language or a number is not what is expected.
+    """
+    search = Search(
+        str(corpus), tuple(map(normalise, languages)), tokens, rows, context, calibration_corpus, sentences,
+        tuple(percentiles),
+    )  # fmt: skip
+    check_languages(search.languages)
+    loaded = LazyModel(str(model), dtype=dtype, device=device)
+    runner = ModelRunner(loaded, batch_size, log=Log(show=show_progress), longest=context or CONTEXT)
+    return find_with(Recorder(runner, search, RecordingFolder(recording)), method)
+
+
+def find_with(recorder: Recorder, method: Method | None = None) -> list[NeuronSet]:
+    """Record what is missing, select, and calibrate the chosen neurons at both sites.
 
     Raises:
         CorpusError: if the text of a language is missing or empty.
@@ -147,9 +215,9 @@ def find_neurons(recorder: Recorder, method: Method | None = None) -> list[Neuro
     """
     method = method or Method()
     check_languages(recorder.search.languages)
-    recording = recorder.record(method.needs_sentences)
+    recorded = recorder.record(method.needs_sentences)
     with recorder.log.timed("select", method=method.name):
-        neuron_sets = select_neurons(recording, method)
+        neuron_sets = select(recorded, method)
     return _calibrated(neuron_sets, recorder)
 
 

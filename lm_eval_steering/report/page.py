@@ -52,7 +52,7 @@ class Report:
     sentences: tuple[str, ...]
 
 
-def make_report(sweep: Sweep, out: Path, command: Sequence[str] = ()) -> Report:
+def write_report(sweep: Sweep, out: Path, command: Sequence[str] = ()) -> Report:
     """Write the page, `figures/` (SVG, PDF, PNG) and `tables/` (CSV, parquet, Markdown, LaTeX).
 
     Args:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from lm_eval_steering import resources
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.lmeval.task_families.demo import demo_languages
-from lm_eval_steering.neurons.find import Method, find_neurons
+from lm_eval_steering.neurons.find import Method, find_with
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
@@ -84,7 +84,7 @@ def neuron_set(tmp_path_factory: pytest.TempPathFactory) -> NeuronSet:
     search = Search(str(resources.demo_calibration()), demo_languages(), rows="sentences")
     runner = ModelRunner(LazyModel(str(resources.demo_model())), batch_size=32)
     recorder = Recorder(runner, search, RecordingFolder(tmp_path_factory.mktemp("recording") / "demo"))
-    return find_neurons(recorder, Method(rates=(RATE,)))[0]
+    return find_with(recorder, Method(rates=(RATE,)))[0]
 
 
 def test_the_set_that_ships_is_the_one_that_find_finds(neuron_set: NeuronSet) -> None:

@@ -20,7 +20,7 @@ from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.cli import app
 from lm_eval_steering.errors import CorpusError, DidNotHappenError, NeuronSetError, RecordingError, SteeringError
 from lm_eval_steering.neurons.calibrate import calibrated
-from lm_eval_steering.neurons.find import Method, control_sets, find_neurons, random_set, select_neurons
+from lm_eval_steering.neurons.find import Method, control_sets, find_with, random_set, select
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
@@ -51,8 +51,8 @@ def recorder_of(
 
 def test_a_set_is_complete_and_the_same_each_time(model: torch.nn.Module, text: Path, tmp_path: Path) -> None:
     method = Method(rates=(0.2,))
-    (found,) = find_neurons(recorder_of(text, tmp_path / "a", model, rows="sentences"), method)
-    (again,) = find_neurons(recorder_of(text, tmp_path / "b", model, rows="sentences"), method)
+    (found,) = find_with(recorder_of(text, tmp_path / "a", model, rows="sentences"), method)
+    (again,) = find_with(recorder_of(text, tmp_path / "b", model, rows="sentences"), method)
     for name, neuron_set in (("a", found), ("b", again)):
         neuron_set.save(tmp_path / f"{name}.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -69,7 +69,7 @@ def test_a_set_is_complete_and_the_same_each_time(model: torch.nn.Module, text: 
 
 def test_random_controls_match_and_are_calibrated_on_the_same_text(text: Path, tmp_path: Path) -> None:
     recorder = recorder_of(text, tmp_path / "a")
-    (found,) = find_neurons(recorder, Method(rates=(0.2,)))
+    (found,) = find_with(recorder, Method(rates=(0.2,)))
     (control,) = control_sets(found, recorder, [7])
     assert control.provenance.selection["matched_to"] == found.content_hash()
     assert control.provenance.corpus["calibration"] == found.provenance.corpus["calibration"]
@@ -85,13 +85,13 @@ def test_random_controls_match_and_are_calibrated_on_the_same_text(text: Path, t
 def test_one_recording_serves_every_selection(text: Path, tmp_path: Path) -> None:
     recorder = recorder_of(text, tmp_path / "a")
     recording = recorder.record(with_sentences=True)
-    small, large = select_neurons(recording, Method(rates=(0.05, 0.3)))
+    small, large = select(recording, Method(rates=(0.05, 0.3)))
     for code in LANGUAGES:
         assert {tuple(row) for row in small.neurons(code)} <= {tuple(row) for row in large.neurons(code)}
-    (activated,) = select_neurons(recording, Method("activated"))
+    (activated,) = select(recording, Method("activated"))
     means = [recording.sentence_means[k] for k in range(3)]
     assert np.array_equal(activated.neurons("deu"), np.argwhere((means[1] > 0).all(axis=0)))
-    (precise,) = select_neurons(recording, Method("average-precision", top_k=5))
+    (precise,) = select(recording, Method("average-precision", top_k=5))
     assert [len(precise.neurons(code)) for code in LANGUAGES] == [5, 5, 5]
     part = RecordingFolder(tmp_path / "a").load(["tur_Latn", "fra_Latn"])
     assert np.array_equal(part.counts, recording.counts[:, :, [2, 0]])
@@ -199,7 +199,7 @@ def test_a_model_that_overflows_leaves_nothing_behind(text: Path, tmp_path: Path
 
 def test_what_cannot_be_meant_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(SteeringError, match="name at least two"):
-        find_neurons(recorder_of(text, tmp_path / "a", languages=("fra_Latn",)))
+        find_with(recorder_of(text, tmp_path / "a", languages=("fra_Latn",)))
     with pytest.raises(SteeringError, match="context=100: the model reads at most 63"):
         recorder_of(text, tmp_path / "a", context=100).record()
     with pytest.raises(CorpusError, match="a budget of 0 tokens"):
@@ -211,7 +211,7 @@ def test_what_cannot_be_meant_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(SteeringError, match="top-k, bottom-k and threshold belong to the other methods"):
         Method("lape", top_k=3)
     with pytest.raises(NeuronSetError, match=r"the neuron set is for .* the model is gpt2"):
-        (found,) = find_neurons(recorder_of(text, tmp_path / "b", languages=LANGUAGES[:2]), Method(rates=(0.2,)))
+        (found,) = find_with(recorder_of(text, tmp_path / "b", languages=LANGUAGES[:2]), Method(rates=(0.2,)))
         calibrated([found], recorder_of(text, tmp_path / "c", tiny_model("gpt2")).runner, {}, "text")
 
 

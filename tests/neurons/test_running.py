@@ -16,7 +16,7 @@ from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.architectures.loading import Bos, LazyModel
 from lm_eval_steering.errors import CorpusError, DidNotHappenError, RecordingError, SteeringError
 from lm_eval_steering.neurons.calibrate import calibrate
-from lm_eval_steering.neurons.find import Method, find_neurons
+from lm_eval_steering.neurons.find import Method, find_with
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
 from lm_eval_steering.neurons.rows import TokenRows, sentence_rows
@@ -198,7 +198,7 @@ def test_the_recording_and_the_set_name_the_prefix(tmp_path: Path) -> None:
     for bos in ("auto", "never"):
         runner = ModelRunner(LazyModel.of(tiny_model("llama"), tiny_tokenizer()), bos=bos)
         recorder = Recorder(runner, search, RecordingFolder(tmp_path / f"recording-{bos}"))
-        (found,) = find_neurons(recorder, Method(rates=(0.2,)))
+        (found,) = find_with(recorder, Method(rates=(0.2,)))
         expected = ["<s>"] if bos == "auto" else []
         assert found.provenance.corpus["prefix"] == found.provenance.corpus["calibration"]["prefix"] == expected
         counts[bos] = recorder.record().counts

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lm_eval_steering.report.page import Report, make_report
+from lm_eval_steering.report.page import Report, write_report
 from lm_eval_steering.report.read import read_results
 from lm_eval_steering.report.tables import Results, compute
 from tests.report.synthetic import write_sweep
@@ -30,7 +30,7 @@ def results(sweep_folder: Path) -> Results:
 @pytest.fixture(scope="session")
 def report(sweep_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     command = ["lm-eval-steering", "report", "runs/made-up", "--out", "report"]
-    return make_report(read_results(sweep_folder), tmp_path_factory.mktemp("report"), command)
+    return write_report(read_results(sweep_folder), tmp_path_factory.mktemp("report"), command)
 
 
 @pytest.fixture(scope="session")
