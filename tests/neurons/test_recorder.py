@@ -20,7 +20,7 @@ from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.cli import app
 from lm_eval_steering.errors import CorpusError, DidNotHappenError, NeuronSetError, RecordingError, SteeringError
 from lm_eval_steering.neurons.calibrate import calibrated
-from lm_eval_steering.neurons.find import Method, control_sets, find_with, random_set, select
+from lm_eval_steering.neurons.find import Method, control_sets, find_neurons, find_with, random_set, select
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
@@ -95,6 +95,22 @@ def test_one_recording_serves_every_selection(text: Path, tmp_path: Path) -> Non
     assert [len(precise.neurons(code)) for code in LANGUAGES] == [5, 5, 5]
     part = RecordingFolder(tmp_path / "a").load(["tur_Latn", "fra_Latn"])
     assert np.array_equal(part.counts, recording.counts[:, :, [2, 0]])
+
+
+def test_the_function_finds_what_the_command_finds(text: Path, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    method, recording = Method(rates=(0.2,)), tmp_path / "recording"
+    (found,) = find_neurons(
+        tmp_path / "model", text, ["fr", "deu", "tur_Latn"], recording, method, batch_size=4, show_progress=False
+    )
+    found.save(tmp_path / "function.safetensors")
+    command = ["find", "--model", tmp_path / "model", "--corpus", text, "--languages", ",".join(LANGUAGES)]
+    command += ["--rate", "0.2", "--batch-size", "4", "--out", tmp_path / "command.safetensors"]
+    app(list(map(str, command)), standalone_mode=False)
+    assert (tmp_path / "function.safetensors").read_bytes() == (tmp_path / "command.safetensors").read_bytes()
+    (selected,) = select(recording, method)
+    assert all(np.array_equal(selected.neurons(code), found.neurons(code)) for code in LANGUAGES)
 
 
 def test_only_what_is_missing_is_done(text: Path, tmp_path: Path) -> None:
