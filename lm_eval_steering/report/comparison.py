@@ -111,7 +111,7 @@ def _comparison(first: Sweep, second: Sweep, found: pd.DataFrame, base: pd.DataF
     )
     facts = Facts(
         title, list(dict.fromkeys([*first.facts.sources, *second.facts.sources])), "", second.facts.plan,
-        second.facts.versions, second.facts.neurons, [], notes,
+        second.facts.versions, second.facts.neurons, second.facts.config, [], notes,
     )  # fmt: skip
     samples = Samples(second.samples.prompts | first.samples.prompts, outputs)
     facts.warnings = list(dict.fromkeys([*first.facts.warnings, *second.facts.warnings]))

@@ -23,7 +23,7 @@ DAMAGES = (NATS, "token_perplexity", "bits_per_byte", "byte_perplexity", "word_p
 _OUR_CODE = re.compile(r"_[a-z]{3}_[A-Z][a-z]{3}(?=_|$)")
 _OTHERS = "others"
 METRIC_NAMES = {
-    "lfs": "LFS", "lfs_clean": "clean LFS", "lss": "LSS", "acc": "accuracy",
+    "lfs": "LFS", "lpr": "LPR", "wpr": "WPR", "lfs_clean": "clean LFS", "lss": "LSS", "acc": "accuracy",
     "acc_norm": "accuracy (normalised)", "bleu": "BLEU",
     "chrf++": "chrF++", "nats_per_token": "nats per token", "token_perplexity": "perplexity per token",
     "bits_per_byte": "bits per byte", "exact_match": "exact match", "f1": "F1", "lang_unknown": "language unknown",

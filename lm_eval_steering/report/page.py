@@ -25,6 +25,7 @@ from lm_eval_steering.languages import english_name, family_order, same_language
 from lm_eval_steering.metrics.language_id import UNKNOWN
 from lm_eval_steering.report.conclusions import answer
 from lm_eval_steering.report.figures import Figured, draw, gallery, neuron_set_of
+from lm_eval_steering.report.methods import methods
 from lm_eval_steering.report.read import ItemOutput, Sweep
 from lm_eval_steering.report.table_files import write_tables
 from lm_eval_steering.report.tables import Results, by_relation, compute
@@ -53,7 +54,7 @@ class Report:
 
 
 def write_report(sweep: Sweep, out: Path, command: Sequence[str] = ()) -> Report:
-    """Write the page, `figures/` (SVG, PDF, PNG) and `tables/` (CSV, parquet, Markdown, LaTeX).
+    """Write the page, `figures/` (SVG, PDF, PNG), `tables/` (CSV, parquet, Markdown, LaTeX) and `methods/` (LaTeX).
 
     Args:
         sweep: as `read_results` or `comparison` gave it.
@@ -66,6 +67,7 @@ def write_report(sweep: Sweep, out: Path, command: Sequence[str] = ()) -> Report
     results.neurons = neuron_set_of(sweep.facts.neurons)
     figured, files = draw(gallery(results), out / "figures")
     files += write_tables(results, out / "tables")
+    files += methods(results).write(out / "methods")
     page = out / PAGE
     write_bytes(page, render(results, figured).encode("utf-8", "replace"))
     return Report(results, page, (page, *files), answer(results).sentences)
@@ -107,6 +109,7 @@ def render(results: Results, figures: list[Figured]) -> str:
         facts=sweep.facts,
         against=sweep.against,
         answer=answer(results),
+        methods=methods(results),
         figures=figures,
         css=css,
         script=script,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,7 @@ class Facts:
         plan: text of the plan, empty where it is not known.
         versions: package -> version.
         neurons: name or path of the neuron set, as the plan has it.
+        config: lm-eval's `config` of one steered run, empty where none is at hand.
         choices: what the sweep itself chose, one mapping a group.
         notes: what a reader should know: cells left out, halves, baselines that are missing.
         warnings: pairs that do not agree in what was asked or of which model, which `allow_different_prompts` let
@@ -119,6 +120,7 @@ class Facts:
     plan: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     neurons: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
     choices: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -336,8 +338,15 @@ def _read_store(path: Path, max_samples: int, evaluated: Mapping[str, str]) -> S
             _keep_outputs(samples, row.cell, (row.task, row.target), logged, max_samples)
     facts.plan = yaml.safe_dump(_without_defaults(plan), sort_keys=False, allow_unicode=True) if plan else ""
     facts.neurons = str(plan.get("neurons", ""))
+    facts.config = _steered_config(results.values())
     facts.choices = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((path / "then").glob("*.json"))]
     return Sweep(cells, scores, items, store.timings(), store.missing(), samples, facts)
+
+
+def _steered_config(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """lm-eval's `config` of the first steered run."""
+    configs = (dict(found.get("config", {})) for found in results)
+    return next((config for config in configs if config.get("steering", {}).get("intervention", {}).get("steps")), {})
 
 
 def _without_defaults(plan: Any) -> Any:
@@ -363,6 +372,7 @@ def _read_lm_eval(path: Path, files: Sequence[Path], max_samples: int, evaluated
     results = {file: _load_results(file) for file in files}
     facts = Facts(title=path.resolve().stem if path.suffix == ".json" else path.resolve().name, sources=[str(path)])
     facts.versions = versions()
+    facts.config = _steered_config(results.values())
     newest: dict[tuple[str, ...], tuple[Path, str]] = {}
     replaced = 0
     for file in sorted(files, key=lambda file: (float(results[file].get("date") or 0), file.name)):

@@ -130,14 +130,14 @@ def latex(frame: pd.DataFrame, caption: str, label: str) -> str:
     for letter, command in (("×", r"$\times$"), ("−", "$-$")):
         table, caption = table.replace(letter, command), caption.replace(letter, command)
     lines = [
-        r"\begin{table*}", r"\centering", rf"\caption{{{_escape(caption)}}}", rf"\label{{tab:{label}}}",
+        r"\begin{table*}", r"\centering", rf"\caption{{{escaped_for_latex(caption)}}}", rf"\label{{tab:{label}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%", f"{table.strip()}}}", r"\end{table*}",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _escape(caption: str) -> str:
-    """A caption for LaTeX, by the function that pandas escapes cells with."""
+def escaped_for_latex(text: str) -> str:
+    """A text for LaTeX, by the function that pandas escapes cells with."""
     from pandas.io.formats.style_render import _escape_latex
 
-    return str(_escape_latex(caption))
+    return str(_escape_latex(text))

@@ -167,7 +167,7 @@ def test_names_of_interventions_and_families() -> None:
 
 def test_all_formats_are_written(report: Report) -> None:
     suffixes = {path.suffix for path in report.files}
-    assert suffixes == {".html", ".svg", ".pdf", ".png", ".csv", ".parquet", ".md", ".tex"}
+    assert suffixes == {".html", ".svg", ".pdf", ".bib", ".png", ".csv", ".parquet", ".md", ".tex"}
     csv, parquet = (
         next(path for path in report.files if path.name == f"effects.{kind}") for kind in ("csv", "parquet")
     )
