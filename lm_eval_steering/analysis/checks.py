@@ -126,13 +126,12 @@ class Bench:
     def prefill_and_decode(self, ids: torch.Tensor, mask: torch.Tensor, decoded: int) -> torch.Tensor:
         """Logits (row, position, vocabulary) of a prompt at once, and of its last tokens one at a time."""
         start = ids.shape[1] - decoded
+        cache = "cache" if "cache" in self._parameters else "past_key_values"  # its name before transformers 5.24
         output = self.forward(ids[:, :start], mask[:, :start], use_cache=True)
         parts = [output.logits]
-        for place in range(start, ids.shape[1]):
-            output = self.forward(
-                ids[:, place : place + 1], mask[:, : place + 1],
-                past_key_values=output.past_key_values, use_cache=True,
-            )  # fmt: skip
+        for position in range(start, ids.shape[1]):
+            later = {cache: getattr(output, cache), "use_cache": True}
+            output = self.forward(ids[:, position : position + 1], mask[:, : position + 1], **later)
             parts.append(output.logits)
         return torch.cat(parts, 1)
 

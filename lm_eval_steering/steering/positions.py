@@ -191,8 +191,8 @@ class GenerationPrompt:
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         source = kwargs.get("inputs_embeds") if inputs is None else inputs
         columns = 1 if source is None else int(source.shape[1])  # without inputs a text begins with BOS
-        if columns <= _past(kwargs.get("past_key_values")):
-            raise InterventionError("generate() with past_key_values: pass the attention_mask of the whole prompt too")
+        if columns <= _past(kwargs):
+            raise InterventionError("generate() with a cache: pass the attention_mask of the whole prompt too")
         return cls(columns, None)
 
     def tokens(self, whole: torch.Tensor | None, rows: int, length: int, device: torch.device) -> torch.Tensor:
@@ -256,7 +256,7 @@ class RowReader:
         if source is None:
             raise InterventionError("the decoder was given neither input_ids nor inputs_embeds")
         rows, length = source.shape[:2]
-        past = _past(given.get("past_key_values"))
+        past = _past(given)
         whole = self._whole(given.get("attention_mask"), rows, past + length, source.device)
         real = None if whole is None or bool(whole[:, past:].all()) else whole[:, past:]
         read = ForwardRows((rows, length), real, tokens=tokens)
@@ -316,7 +316,9 @@ def _with_later_positions(real: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([real[:, :length], real.new_ones(len(real), max(0, length - real.shape[1]))], 1)
 
 
-def _past(cache: Any) -> int:
-    """Number of positions that the cache holds."""
-    length = getattr(cache, "get_seq_length", None)
-    return int(length()) if length is not None else 0
+def _past(arguments: Mapping[str, Any]) -> int:
+    """Number of positions in the cache that is among some arguments; 0 without one.
+
+    Recognised by its method: the argument is `past_key_values` before transformers 5.24 and `cache` from then on.
+    """
+    return next((int(each.get_seq_length()) for each in arguments.values() if hasattr(each, "get_seq_length")), 0)
