@@ -5,7 +5,7 @@ To add a family, add a row. `docs/architectures.md` says what each column means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,10 @@ class Family:
         down: path of the last linear layer of the MLP inside a layer.
         gated: whether the activation is multiplied with an up projection before the last linear layer.
         width: the number of units per layer, from the model's config; a list where layers may differ.
+        before: paths of the linear layers before the activation: gate and up projection, or one layer; in a gated
+            family one layer holds the rows of the gate projection and then those of the up projection.
+        biases: config values under which the MLP's linear layers have biases; None where the class has none.
+        transposed: whether weights are kept as (input, output), as Conv1D does.
     """
 
     layers: str
@@ -29,6 +33,9 @@ class Family:
     down: str
     gated: bool
     width: Callable[[Any], int | Sequence[int]]
+    before: tuple[str, ...]
+    biases: Mapping[str, Any] | None = None
+    transposed: bool = False
 
 
 def _attribute(name: str, times_hidden: int | None = None) -> Callable[[Any], int]:
@@ -53,60 +60,58 @@ def _given_intermediate(config: Any) -> int | Sequence[int]:
 
 
 _INTERMEDIATE = _attribute("intermediate_size")
-_LLAMA = Family("layers", "mlp.act_fn", "mlp.down_proj", True, _INTERMEDIATE)
+_FOUR_TIMES = _attribute("", times_hidden=4)
+_LLAMA = Family("layers", "mlp.act_fn", "mlp.down_proj", True, _INTERMEDIATE, ("mlp.gate_proj", "mlp.up_proj"))
+_LIKE_LLAMA = (
+    "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "cohere", "cwm", "deepseek_v2",
+    "deepseek_v3", "exaone4", "hunyuan_v1_dense", "ministral", "ministral3", "olmo3", "qwen3_5_text", "qwen3_next",
+    "smollm3", "vaultgemma",
+)  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "olmo2",
-            "cohere",
-            "cwm",
-            "deepseek_v2",
-            "deepseek_v3",
-            "exaone4",
-            "hunyuan_v1_dense",
-            "ministral",
-            "ministral3",
-            "olmo3",
-            "qwen3_5_text",
-            "qwen3_next",
-            "smollm3",
-            "vaultgemma",
-        ),
-        _LLAMA,
-    ),
+    "llama": replace(_LLAMA, biases={"mlp_bias": True}),
+    **dict.fromkeys(_LIKE_LLAMA, _LLAMA),
     "gemma3n_text": replace(_LLAMA, width=_given_intermediate),
     "gemma4_text": replace(_LLAMA, width=_gemma4_widths),
-    **dict.fromkeys(("apertus", "arcee", "jais2"), replace(_LLAMA, gated=False)),
-    "glm4": replace(_LLAMA, activation="mlp.activation_fn"),
-    "nanochat": Family("layers", "mlp.activation_fn", "mlp.fc2", False, _INTERMEDIATE),
-    "falcon_h1": Family("layers", "feed_forward.act_fn", "feed_forward.down_proj", True, _INTERMEDIATE),
+    **dict.fromkeys(("apertus", "arcee", "jais2"), replace(_LLAMA, gated=False, before=("mlp.up_proj",))),
+    "glm4": replace(_LLAMA, activation="mlp.activation_fn", before=("mlp.gate_up_proj",)),
+    "phi3": replace(_LLAMA, activation="mlp.activation_fn", before=("mlp.gate_up_proj",)),
+    "falcon_h1": Family(
+        "layers", "feed_forward.act_fn", "feed_forward.down_proj", True, _INTERMEDIATE,
+        ("feed_forward.gate_proj", "feed_forward.up_proj"),
+    ),
     "llama4_text": Family(
-        "layers", "feed_forward.activation_fn", "feed_forward.down_proj", True, _attribute("intermediate_size_mlp")
+        "layers", "feed_forward.activation_fn", "feed_forward.down_proj", True, _attribute("intermediate_size_mlp"),
+        ("feed_forward.gate_proj", "feed_forward.up_proj"),
     ),
     "granitemoehybrid": Family(
-        "layers", "shared_mlp.activation", "shared_mlp.output_linear", True, _attribute("shared_intermediate_size")
+        "layers", "shared_mlp.activation", "shared_mlp.output_linear", True, _attribute("shared_intermediate_size"),
+        ("shared_mlp.input_linear",),
     ),
-    "phi3": Family("layers", "mlp.activation_fn", "mlp.down_proj", True, _INTERMEDIATE),
-    "phi": Family("layers", "mlp.activation_fn", "mlp.fc2", False, _INTERMEDIATE),
-    "starcoder2": Family("layers", "mlp.act", "mlp.c_proj", False, _INTERMEDIATE),
-    "gpt2": Family("h", "mlp.act", "mlp.c_proj", False, _attribute("n_inner", times_hidden=4)),
-    "gpt_neo": Family("h", "mlp.act", "mlp.c_proj", False, _attribute("intermediate_size", times_hidden=4)),
-    "gptj": Family("h", "mlp.act", "mlp.fc_out", False, _attribute("n_inner", times_hidden=4)),
-    "gpt_neox": Family("layers", "mlp.act", "mlp.dense_4h_to_h", False, _INTERMEDIATE),
-    "bloom": Family("h", "mlp.gelu_impl", "mlp.dense_4h_to_h", False, _attribute("", times_hidden=4)),
-    "falcon": Family("h", "mlp.act", "mlp.dense_4h_to_h", False, _attribute("ffn_hidden_size", times_hidden=4)),
-    "mpt": Family("blocks", "ffn.act", "ffn.down_proj", False, _attribute("", times_hidden=4)),
+    "nanochat": Family("layers", "mlp.activation_fn", "mlp.fc2", False, _INTERMEDIATE, ("mlp.fc1",)),
+    "phi": Family("layers", "mlp.activation_fn", "mlp.fc2", False, _INTERMEDIATE, ("mlp.fc1",), {}),
+    "starcoder2": Family(
+        "layers", "mlp.act", "mlp.c_proj", False, _INTERMEDIATE, ("mlp.c_fc",), {"use_bias": True}
+    ),
+    "gpt2": Family(
+        "h", "mlp.act", "mlp.c_proj", False, _attribute("n_inner", times_hidden=4), ("mlp.c_fc",), {}, transposed=True
+    ),
+    "gpt_neo": Family(
+        "h", "mlp.act", "mlp.c_proj", False, _attribute("intermediate_size", times_hidden=4), ("mlp.c_fc",), {}
+    ),
+    "gptj": Family("h", "mlp.act", "mlp.fc_out", False, _attribute("n_inner", times_hidden=4), ("mlp.fc_in",), {}),
+    "gpt_neox": Family("layers", "mlp.act", "mlp.dense_4h_to_h", False, _INTERMEDIATE, ("mlp.dense_h_to_4h",), {}),
+    "bloom": Family("h", "mlp.gelu_impl", "mlp.dense_4h_to_h", False, _FOUR_TIMES, ("mlp.dense_h_to_4h",), {}),
+    "falcon": Family(
+        "h", "mlp.act", "mlp.dense_4h_to_h", False, _attribute("ffn_hidden_size", times_hidden=4),
+        ("mlp.dense_h_to_4h",), {"bias": True},
+    ),
+    "mpt": Family("blocks", "ffn.act", "ffn.down_proj", False, _FOUR_TIMES, ("ffn.up_proj",)),
     # The activation belongs to the layer, and its input is flattened to (row * position, unit).
-    "opt": Family("decoder.layers", "activation_fn", "fc2", False, _attribute("ffn_dim")),
-}
+    "opt": Family(
+        "decoder.layers", "activation_fn", "fc2", False, _attribute("ffn_dim"), ("fc1",), {"enable_bias": True}
+    ),
+}  # fmt: skip
 
 # Names under which configs outside the table give the width of the MLP; None there means four times the hidden size.
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff")

@@ -1,4 +1,4 @@
-"""The verb export: a static intervention written into weights that any engine runs."""
+"""The command export: a static intervention written into weights that any engine runs."""
 
 from __future__ import annotations
 
@@ -22,30 +22,36 @@ class Form(StrEnum):
 def export(
     model: options.Model,
     neurons: options.Neurons,
-    as_: Annotated[Form, typer.Option("--as", help="A plain checkpoint, or a LoRA (op=scale alone).")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it is there as a whole or not at all.")],
-    language: Annotated[str | None, typer.Option(help="Whose neurons to steer; several joined by +.")] = None,
+    as_: Annotated[Form, typer.Option("--as", help="A plain checkpoint, or a LoRA (op=scale only).")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it is renamed from OUT.partial when it is complete.")],
+    language: Annotated[str | None, typer.Option(help="Language to steer; several joined by +.")] = None,
     op: Annotated[str | None, typer.Option(help="scale, add or set.")] = None,
-    value: Annotated[str | None, typer.Option(help="A number, or a calibrated statistic of the set.")] = None,
-    factor: Annotated[float | None, typer.Option(help="How much.")] = None,
+    value: Annotated[str | None, typer.Option(help="A number, or a calibrated statistic of the neuron set.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Any finite number; 1 by default.")] = None,
     preset: Annotated[str | None, typer.Option(help="A paper's name for op and value.")] = None,
-    deactivate: Annotated[str | None, typer.Option(help="Languages to silence, joined by +, or others.")] = None,
-    deactivate_to: Annotated[str | None, typer.Option(help="What they are set to; 0 by default.")] = None,
-    keep_shared: Annotated[str | None, typer.Option(help="False silences neurons that are steered too.")] = None,
+    deactivate: Annotated[str | None, typer.Option(help="Languages to deactivate, joined by +, or others.")] = None,
+    deactivate_to: Annotated[str | None, typer.Option(help="Value for them; 0 by default.")] = None,
+    keep_shared: Annotated[str | None, typer.Option(help="false: deactivate also neurons that are steered.")] = None,
     site: Annotated[str | None, typer.Option(help="activation or product.")] = None,
     layers: Annotated[str | None, typer.Option(help="Ranges such as 0-3+28-31.")] = None,
-    positions: Annotated[str | None, typer.Option(help="all: weights treat every token alike.")] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Only all can be exported: weights treat every token alike.")
+    ] = None,
     scope: Annotated[str | None, typer.Option(help="Of a live statistic, which cannot be exported.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random numbers, which cannot be exported.")] = None,
-    intervention: Annotated[Path | None, typer.Option(help="YAML file of steps, in place of all the above.")] = None,
-    factors: Annotated[str | None, typer.Option(help="LoRA: one for each, such as 0.5,1.5,2,3.")] = None,
-    max_rank: Annotated[int, typer.Option(min=1, help="LoRA: units a layer at most; vLLM knows no more.")] = 512,
+    intervention: Annotated[
+        Path | None, typer.Option(help="YAML file of steps, instead of the arguments above.")
+    ] = None,
+    factors: Annotated[str | None, typer.Option(help="LoRA: one adapter per factor, such as 0.5,1.5,2,3.")] = None,
+    max_rank: Annotated[
+        int, typer.Option(min=1, help="LoRA: largest number of units per layer; vLLM's limit is 512.")
+    ] = 512,
     width_multiple: Annotated[
-        int, typer.Option(min=1, help="Checkpoint: what the number of units is a multiple of, if it grows.")
+        int, typer.Option(min=1, help="Checkpoint: if the number of units grows, it is a multiple of this.")
     ] = 128,
-    shard_size: Annotated[float, typer.Option(help="Checkpoint: GB of one file at most.")] = 1.0,
-    verify: Annotated[int, typer.Option(min=0, help="Compare hooks and export on so many prompts of --text.")] = 0,
-    text: Annotated[Path | None, typer.Option(help="Text file of your own, one prompt a line.")] = None,
+    shard_size: Annotated[float, typer.Option(help="Checkpoint: largest size of a file, in GB.")] = 1.0,
+    verify: Annotated[int, typer.Option(min=0, help="Compare hooks and export on this many prompts of --text.")] = 0,
+    text: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
     allow_empty: Annotated[bool, typer.Option(help="Accept a language without neurons.")] = False,
     force: Annotated[bool, typer.Option(help="Accept a neuron set that was found in other weights.")] = False,
     revision: options.Revision = "main",
@@ -61,7 +67,7 @@ def export(
 
     options.check_folder(out)
     if factors is not None and as_ is not Form.LORA:
-        raise SteeringError("--factors: a checkpoint has one factor; with --as lora adapters share their weights")
+        raise SteeringError("--factors conflicts with --as checkpoint, which has one factor: use --as lora")
     if shard_size <= 0:
         raise SteeringError(f"--shard-size {shard_size:g}: expected GB above 0")
     arguments = {
@@ -84,7 +90,7 @@ def read_factors(text: str | None) -> tuple[float, ...]:
     """Numbers from `0.5,1.5,2,3`, each once.
 
     Raises:
-        SteeringError: if one is no number.
+        SteeringError: if one is not a number.
     """
     try:
         return tuple(dict.fromkeys(float(part) for part in text.split(","))) if text is not None else ()

@@ -1,8 +1,7 @@
-"""The tensors of one MLP with a map folded in: computed in float64 and rounded once; the rest stays as it is."""
+"""The tensors of one MLP with a map folded in: computed in float64 and rounded once; other values are unchanged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,65 +9,63 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_steering.export.layer_maps import LayerMap
-from lm_eval_steering.export.layouts import PULSE
-
-Read = Callable[[], torch.Tensor]
+from lm_eval_steering.export.layouts import GATE_BIAS
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One layer's map with the places of its constant units.
+    """One layer's map, and the constant units that its lift needs.
 
-    A lifted unit needs a gate that is constant: the unit itself where its own activation counts for nothing, else one
-    that is appended. Its gate row is 0 and its gate bias PULSE; its up row is divided by what the activation makes of
-    PULSE, so that the product is the up projection's output exactly.
+    Where `lift` is not 0, a constant unit emits the up projection's output: the unit itself where its `product` is 0,
+    else a unit that is appended. The gate row of a constant unit is 0 and its gate bias is GATE_BIAS; its up row is
+    divided by `gate_value`, so that its product is the up projection's output exactly.
 
     Attributes:
         map: of the layer.
-        before: units of the model.
+        units: of the model.
         width: units of the export.
-        pulse: what the activation function makes of PULSE.
+        gate_value: what the activation function makes of GATE_BIAS.
     """
 
     map: LayerMap
-    before: int
+    units: int
     width: int
-    pulse: float
+    gate_value: float
 
     @property
     def _lifted(self) -> NDArray[np.bool_]:
         return self.map.lift != 0
 
     @property
-    def _places(self) -> NDArray[np.int64]:
-        """(lifted unit,) where each one's constant unit stands."""
+    def _constant_units(self) -> NDArray[np.int64]:
+        """(lifted unit,) index of the constant unit of each."""
         silent = self.map.silent[self._lifted]
-        places = self.map.units[self._lifted].copy()
-        places[~silent] = self.before + np.arange(int((~silent).sum()))
-        return places
+        indices = self.map.units[self._lifted].copy()
+        indices[~silent] = self.units + np.arange(int((~silent).sum()))
+        return indices
 
     def gate(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """Weight of the layer before the activation in a gated MLP; units along `axis`."""
         grown = _grown(tensor, axis, self.width)
-        return _written(grown, axis, [*self.map.units[self.map.silent], *self._places], 0.0)
+        return _written(grown, axis, [*self.map.units[self.map.silent], *self._constant_units], 0.0)
 
     def gate_bias(self, tensor: torch.Tensor) -> torch.Tensor:
         """Its bias, (unit,)."""
-        return _written(self.gate(tensor, 0), 0, self._places, PULSE)
+        return _written(self.gate(tensor, 0), 0, self._constant_units, GATE_BIAS)
 
     def up(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """Weight or bias of the up projection."""
-        lifted = tensor.index_select(axis, _index(self.map.units[self._lifted])).double() / self.pulse
+        lifted = tensor.index_select(axis, _index(self.map.units[self._lifted])).double() / self.gate_value
         grown = _written(_grown(tensor, axis, self.width), axis, self.map.units[self.map.silent], 0.0)
-        return _written(grown, axis, self._places, lifted)
+        return _written(grown, axis, self._constant_units, lifted)
 
     def silenced(self, tensor: torch.Tensor, axis: int, copies: int = 1) -> torch.Tensor:
-        """Weight or bias before the activation in a plain MLP, or of gate and up kept in one (`copies` 2).
+        """Weight or bias before the activation in a plain MLP, or of gate and up in one layer (`copies` 2).
 
-        A unit that counts for nothing is not computed, so that it cannot be infinite either.
+        Rows of units whose `product` is 0 become 0: an infinite activation times a column of zeros would be NaN.
         """
         units = self.map.units[self.map.silent]
-        return _written(tensor.clone(), axis, np.concatenate([units + self.before * k for k in range(copies)]), 0.0)
+        return _written(tensor.clone(), axis, np.concatenate([units + self.units * k for k in range(copies)]), 0.0)
 
     def down(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """Weight of the last linear layer; units along `axis`."""
@@ -76,7 +73,7 @@ class Fold:
         grown = _grown(tensor, axis, self.width)
         grown = _written(grown, axis, self.map.units, columns * _along(self.map.product, axis))
         lifted = columns.index_select(axis, _index(np.flatnonzero(self._lifted)))
-        return _written(grown, axis, self._places, lifted * _along(self.map.lift[self._lifted], axis))
+        return _written(grown, axis, self._constant_units, lifted * _along(self.map.lift[self._lifted], axis))
 
     def down_bias(self, tensor: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
         """Bias of the last linear layer, (hidden,), from the model's own weight."""
@@ -88,16 +85,16 @@ class Fold:
 def _grown(tensor: torch.Tensor, axis: int, width: int) -> torch.Tensor:
     """A copy with zeros up to `width` along an axis."""
     shape = list(tensor.shape)
-    have, shape[axis] = shape[axis], width
+    units, shape[axis] = shape[axis], width
     grown = tensor.new_zeros(shape)
-    grown.narrow(axis, 0, have).copy_(tensor)
+    grown.narrow(axis, 0, units).copy_(tensor)
     return grown
 
 
 def _written(
     tensor: torch.Tensor, axis: int, units: NDArray[np.int64] | list[np.int64], values: torch.Tensor | float
 ) -> torch.Tensor:
-    """The tensor, of ours, with the slices of some units replaced."""
+    """The tensor, changed in place, with the slices of some units replaced."""
     index = _index(np.asarray(units, dtype=np.int64))
     if isinstance(values, torch.Tensor):
         return tensor.index_copy_(axis, index, values.to(tensor.dtype))

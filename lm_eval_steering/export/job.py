@@ -1,4 +1,4 @@
-"""An export from beginning to end: everything that can be refused is refused before a folder is made."""
+"""An export from beginning to end; what can be refused is refused before a folder is made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import yaml
 from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lm_eval_steering.architectures import FAMILIES
 from lm_eval_steering.architectures.compat import forget_path
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.architectures.weights import weights_digest, weights_sketch
@@ -25,36 +24,36 @@ from lm_eval_steering.errors import InterventionError, SteeringError
 from lm_eval_steering.export import lora
 from lm_eval_steering.export.checkpoint import Checkpoint
 from lm_eval_steering.export.layer_maps import LayerMap, layer_maps
-from lm_eval_steering.export.layouts import layout_of, target_of
+from lm_eval_steering.export.layouts import exported_family, target_of
 from lm_eval_steering.export.source import CheckpointSource
-from lm_eval_steering.export.verify import Loader, VerificationError, refuse_unless_reproduced, verify
+from lm_eval_steering.export.verify import Loader, VerificationError, refuse_unless_llama, verify
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.progress import Log
 from lm_eval_steering.provenance import fingerprint, versions
 from lm_eval_steering.steering.compiled import CompiledIntervention, compile_intervention
 from lm_eval_steering.steering.intervention import Intervention, from_arguments
 
-# --- A folder that is there as a whole or not at all
+# --- A folder that is written whole or not at all
 
 
 def check_free(out: Path) -> None:
-    """Refuse a place where something is already.
+    """Refuse a path that exists, unless it is an empty folder.
 
     Raises:
         SteeringError: naming it.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise SteeringError(f"--out {out}: there is something already; name another folder, or remove this one")
+        raise SteeringError(f"--out {out}: exists already; name another folder, or remove this one")
 
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A folder to write in, OUT.partial, which becomes OUT when everything inside is on the disk.
+    """A folder to write in, OUT.partial, which is renamed to OUT when everything inside is on the disk.
 
-    What an interrupted run has left there is replaced; what an error leaves there stays for a look.
+    OUT.partial of an interrupted run is replaced; after an error it stays.
 
     Raises:
-        SteeringError: if there is something at OUT.
+        SteeringError: if OUT exists already.
     """
     check_free(out)
     partial = out.with_name(f"{out.name}.partial")
@@ -62,7 +61,7 @@ def written_whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     yield partial
-    readable = partial.stat().st_mode & 0o666  # safetensors makes files that nobody else may read
+    readable = partial.stat().st_mode & 0o666  # safetensors makes files that only their owner may read
     for path in partial.rglob("*"):
         if path.is_file():
             path.chmod(readable)
@@ -74,14 +73,14 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 def _to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
-# --- What stands beside the weights: a model card for people, and the same as JSON for programs
+# --- The model card, README.md, and the same as JSON
 
 RECORD = "steering.json"
 
@@ -95,11 +94,11 @@ class Card:
         revision: commit on the hub, empty for a folder.
         weights: digest of the model's weights.
         neurons: the set.
-        intervention: with the set's codes.
+        intervention: with the set's language codes.
         form: `checkpoint` or `lora`.
         dtype: of the export.
         notes: what else was changed.
-        numbers: of the export, such as the rank.
+        numbers: further fields, such as the rank.
     """
 
     model: str
@@ -128,7 +127,7 @@ class Card:
 
     @cached_property
     def signature(self) -> str:
-        """Readable form of the fingerprint; `steering.signature.parse` reads the intervention back."""
+        """Readable form of the fingerprint; `intervention.parse` reads the intervention back."""
         parts = (
             self.intervention.signature(),
             f"neurons:{self.neurons.content_hash()[:8]}",
@@ -170,35 +169,27 @@ class Card:
             "tags": ["lm-eval-steering", "language-neurons", *(["lora"] if lora else [])],
         }
         what = "A LoRA that scales" if lora else "The model with an intervention on"
-        of = f"{self.model} at {self.revision}" if self.revision else self.model
+        source = f"{self.model} at {self.revision}" if self.revision else self.model
+        arguments = f"pretrained={self.model},peft=THIS_FOLDER" if lora else "pretrained=THIS_FOLDER"
+        facts = [
+            f"intervention: `{self.intervention.signature()}`",
+            f"signature: `{self.signature}`",
+            f"fingerprint: `{self.fingerprint}`",
+            f"neuron set: `{self.neurons.content_hash()}`",
+            f"dtype: {self.dtype}",
+            *(f"{name.replace('_', ' ')}: {value}" for name, value in self.numbers.items()),
+            *self.notes,
+        ]
         lines = [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
             f"# {self.model}, steered",
-            f"{what} the language neurons of {of}, written into weights by lm-eval-steering. The intervention is the "
-            "same for every token of every text; no code of ours is needed to run it.",
-            _bullets(
-                [
-                    f"intervention: `{self.intervention.signature()}`",
-                    f"signature: `{self.signature}`",
-                    f"fingerprint: `{self.fingerprint}`",
-                    f"neuron set: `{self.neurons.content_hash()}`",
-                    f"dtype: {self.dtype}",
-                    *(f"{name.replace('_', ' ')}: {value}" for name, value in self.numbers.items()),
-                    *self.notes,
-                ]
-            ),
-            f"```bash\n{self._command()}\n```",
+            f"{what} the language neurons of {source}, written into weights by lm-eval-steering. The intervention is "
+            "the same for every token of every text; no code of lm-eval-steering is needed to run it.",
+            "\n".join(f"- {fact}" for fact in facts),
+            f"```bash\nlm_eval --model hf --model_args {arguments} --tasks ...\n```",
             "The model's licence holds for this one too.",
         ]
         return "\n\n".join(lines) + "\n"
-
-    def _command(self) -> str:
-        where = f"pretrained={self.model},peft=THIS_FOLDER" if self.form == "lora" else "pretrained=THIS_FOLDER"
-        return f"lm_eval --model hf --model_args {where} --tasks ..."
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 CHECKPOINT, LORA = "checkpoint", "lora"
@@ -208,17 +199,17 @@ SHARD_BYTES = 10**9
 
 @dataclass(frozen=True)
 class Job:
-    """What is exported, and where to.
+    """What is exported, and the folder to write.
 
     Attributes:
         loader: of the model.
         neurons: its neuron set.
         arguments: of the intervention (`intervention.ARGUMENTS`), as in a run.
-        out: folder to write; there must be nothing yet.
+        out: folder to write, absent or empty.
         allow_empty: accept a language without neurons.
         force: use a set that was found in other weights.
-        prompts: to compare hooks and export on; none are compared without them.
-        log: for progress.
+        prompts: on which hooks and export are compared; without prompts nothing is compared.
+        log: of progress.
     """
 
     loader: Loader
@@ -237,27 +228,26 @@ class Job:
 
 
 class Exported:
-    """The model of a job, known by its config and its files; its weights stay on disk."""
+    """The model of a job, read from its config and its files; its weights stay on disk."""
 
     def __init__(self, job: Job) -> None:
         """Read the config and compare it with the neuron set.
 
         Raises:
-            SteeringError: if the set is of another model, or export does not know the family.
+            SteeringError: if the set is of another model, or the family cannot be exported.
         """
         self.job, self.lazy = job, job.loader.model()
-        layout_of(self.lazy.config)
+        self.gated = exported_family(self.lazy.config).gated
         shape = self.lazy.shape
         job.neurons.check_model(shape.layers, shape.units, self.lazy.architecture, job.force)
-        self.gated = FAMILIES[self.lazy.architecture].gated
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the export: the one that the model is loaded in."""
+        """Dtype of the export: the one that the model is loaded in."""
         return getattr(torch, self.lazy.dtype)
 
     def maps(self, plan: CompiledIntervention) -> dict[int, LayerMap]:
-        """Layer -> what a plan makes of its units.
+        """Layer -> the map of its units.
 
         Raises:
             InterventionError: if the plan is not static.
@@ -266,7 +256,7 @@ class Exported:
 
     @cached_property
     def source(self) -> CheckpointSource:
-        """Its files."""
+        """Its files on disk."""
         return CheckpointSource(self.job.loader.pretrained, self.job.loader.revision, self.lazy)
 
     @cached_property
@@ -274,7 +264,7 @@ class Exported:
         """Digest of its weights.
 
         Raises:
-            NeuronSetError: if the neuron set was found in other ones.
+            NeuronSetError: if the neuron set was found in other weights.
         """
         with self.source.model() as model:
             if not self.job.force:
@@ -282,19 +272,20 @@ class Exported:
             return weights_digest(model)
 
     def card(self, plan: CompiledIntervention, form: str, notes: tuple[str, ...] = (), **numbers: Any) -> Card:
-        """The card of an export of it."""
-        own = self.lazy
+        """The model card of an export of this model."""
+        lazy = self.lazy
         return Card(
-            own.name, own.revision, self.weights, self.job.neurons, plan.intervention, form, own.dtype, notes, numbers
-        )
+            lazy.name, lazy.revision, self.weights, self.job.neurons, plan.intervention, form, lazy.dtype, notes,
+            numbers,
+        )  # fmt: skip
 
 
 def export_checkpoint(job: Job, multiple: int = MULTIPLE, shard_bytes: int = SHARD_BYTES) -> list[str]:
     """Write a plain checkpoint with the intervention folded in.
 
     Args:
-        job: what and where to.
-        multiple: what the number of units is a multiple of, if it grows.
+        job: what to export, and where to.
+        multiple: a grown number of units is a multiple of this.
         shard_bytes: of one file at most.
 
     Returns:
@@ -302,14 +293,14 @@ def export_checkpoint(job: Job, multiple: int = MULTIPLE, shard_bytes: int = SHA
 
     Raises:
         SteeringError: if it cannot be written.
-        VerificationError: if it was written and is not the steered model.
+        VerificationError: if the written export is not the steered model.
     """
     check_free(job.out)
     plan, model = job.plan(), Exported(job)
     config, maps = model.lazy.config, model.maps(plan)
     target = target_of(config, maps, multiple)
-    if target.re_expressed:
-        refuse_unless_reproduced(config, layout_of(config))
+    if target.as_llama:
+        refuse_unless_llama(config)
     card = model.card(plan, CHECKPOINT, target.notes, units=model.lazy.shape.units, units_exported=target.width)
     checkpoint = Checkpoint(model.source, target, maps, model.dtype)
     with written_whole(job.out) as folder:
@@ -325,16 +316,16 @@ def export_lora(job: Job, factors: Sequence[float] = (), largest_rank: int = lor
     """Write a LoRA, or one for each factor in folders that share their weights.
 
     Args:
-        job: what and where to; with factors the intervention is one scale step without a factor of its own.
-        factors: of the adapters; without them the one that the arguments say.
-        largest_rank: that is accepted.
+        job: what to export, and where to; with factors the intervention is one scale step without a factor.
+        factors: of the adapters; without them the factor of the job's arguments.
+        largest_rank: the largest rank that is accepted.
 
     Returns:
         Lines that say what was done.
 
     Raises:
         SteeringError: if it cannot be written.
-        VerificationError: if it was written and is not the steered model.
+        VerificationError: if the written export is not the steered model.
     """
     check_free(job.out)
     plans = _plans(job, factors)
@@ -347,8 +338,8 @@ def export_lora(job: Job, factors: Sequence[float] = (), largest_rank: int = lor
     lines: list[str] = []
     with written_whole(job.out) as folder:
         first, *others = [folder / name for name in plans]
-        for place in (first, *others):
-            place.mkdir(exist_ok=True)
+        for adapter_folder in (first, *others):
+            adapter_folder.mkdir(exist_ok=True)
         lora.write_weights(adapters[next(iter(plans))], first / lora.WEIGHTS, model.dtype)
         lora.share_weights(first, others)
         for name, adapter in adapters.items():
@@ -368,13 +359,13 @@ def _plans(job: Job, factors: Sequence[float]) -> dict[str, CompiledIntervention
     if not factors:
         return {"": job.plan()}
     if job.arguments.get("factor") is not None:
-        raise InterventionError("--factor beside --factors: leave one of the two out")
+        raise InterventionError("--factor conflicts with --factors: leave one of them out")
     plans = {f"factor-{factor:g}": job.plan(factor=factor) for factor in factors}
     steps = next(iter(plans.values())).intervention.steps
     if len(steps) != 1 or steps[0].op != "scale":
         raise InterventionError(
-            "--factors: adapters share their weights where the factor is one number beside them, which it is for a "
-            "single step op=scale; export each factor by itself"
+            "--factors: adapters of several factors share their weights only for a single step op=scale; export each "
+            "factor by itself, with --factor"
         )
     return plans
 
@@ -383,7 +374,7 @@ def write_companions(lazy: LazyModel, loader: Loader, config: Any, folder: Path)
     """Write tokenizer, chat template, generation config, and the config last: without it nothing loads.
 
     Raises:
-        SteeringError: if the tokenizer that the export would load is another one.
+        SteeringError: if transformers loads another tokenizer from the export than from the model.
     """
     lazy.tokenizer.save_pretrained(folder)
     with suppress(OSError):  # not every model has one
@@ -391,7 +382,7 @@ def write_companions(lazy: LazyModel, loader: Loader, config: Any, folder: Path)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = lazy.dtype
     config.__dict__.pop("auto_map", None)  # code of the repository is not needed
-    forget_path(config)  # which says nothing there
+    forget_path(config)  # a path of this machine means nothing elsewhere
     config.save_pretrained(folder)
     if LazyModel(str(folder)).tokenizer_sha256 != lazy.tokenizer_sha256:
         raise SteeringError(
@@ -401,7 +392,7 @@ def write_companions(lazy: LazyModel, loader: Loader, config: Any, folder: Path)
 
 
 def _verified(job: Job, plan: CompiledIntervention, folder: Path, form: str) -> list[str]:
-    """The line that says so.
+    """Compare hooks and export on the job's prompts, and return the result as a line; no line without prompts.
 
     Raises:
         VerificationError: if hooks and export differ.

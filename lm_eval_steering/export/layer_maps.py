@@ -1,13 +1,13 @@
-"""What a static intervention comes to at the last linear layer of each MLP: the algebra that an export rests on.
+"""A static intervention as a map of the inputs of each MLP's last linear layer: the algebra of the export.
 
-With the activation a, the up projection's output u (1 in a plain MLP) and the last linear layer's columns W[:, i], a
-plan makes of unit i, whose product is p = a * u,
+With the activation a, the up projection's output u (1 in a plain MLP), their product p = a * u and the last linear
+layer's columns W[:, i], an intervention makes of unit i
 
     p' = product * p + lift * u + constant
 
 since site `activation` gives (s1 * a + t1) * u and site `product` then s2 * (...) + t2: product = s1 * s2,
-lift = s2 * t1, constant = t2. The first is a scaling of W[:, i], the last a bias; a lift needs a unit whose activation
-is constant. In a plain MLP u = 1, so that a lift is a constant too.
+lift = s2 * t1, constant = t2. `product` scales W[:, i], `constant` is a bias; `lift` needs a unit whose activation is
+constant. In a plain MLP u = 1, so that the lift is part of the constant.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WAY_OUT = "evaluate it with `--model steered-hf`"
 
 @dataclass(frozen=True)
 class LayerMap:
-    """What is made of the edited units of one layer, p' = product * p + lift * u + constant.
+    """The map of the edited units of one layer, p' = product * p + lift * u + constant.
 
     Attributes:
         layer: number of the decoder layer.
@@ -50,20 +50,20 @@ class LayerMap:
 
     @property
     def silent(self) -> NDArray[np.bool_]:
-        """(unit,) bool, where the unit's own activation counts for nothing."""
+        """(unit,) bool, where the activation has no influence on p'."""
         return self.product == 0
 
     @property
     def appended(self) -> NDArray[np.int64]:
-        """Units that are kept and lifted too, so that the lift needs a unit of its own beside them."""
+        """Units whose activation and lift both count, so that the lift needs an appended unit."""
         return self.units[(self.lift != 0) & ~self.silent]
 
 
 def refuse_dynamic(intervention: Intervention) -> None:
-    """Refuse what weights cannot say: they do the same to every token of every text.
+    """Refuse what cannot be written into weights, which treat every token of every text alike.
 
     Raises:
-        InterventionError: naming the step and what it depends on.
+        InterventionError: naming the step and the reason.
     """
     for number, step in enumerate(intervention.steps, start=1):
         if reason := _dynamic(step):
@@ -78,7 +78,7 @@ def _dynamic(step: Step) -> str | None:
         )
     if is_live(step.value):
         return (
-            f"value={step.value} is a statistic of the activations in hand, known only while the model runs (the "
+            f"value={step.value} is a statistic of the current activations, known only while the model runs (the "
             "calibrated statistics are static)"
         )
     if step.value == NORMAL:
@@ -87,7 +87,7 @@ def _dynamic(step: Step) -> str | None:
 
 
 def layer_maps(plan: CompiledIntervention, gated: bool) -> dict[int, LayerMap]:
-    """Layer -> what a plan makes of its units.
+    """Layer -> the map of its units.
 
     Args:
         plan: compiled for the model.
@@ -102,10 +102,10 @@ def layer_maps(plan: CompiledIntervention, gated: bool) -> dict[int, LayerMap]:
 
 
 def _layer_map(plan: CompiledIntervention, layer: int, gated: bool) -> LayerMap:
-    here = [edit for edit in plan.edits if edit.layer == layer]
-    units = np.unique(np.concatenate([edit.units for edit in here]))
+    edits = [edit for edit in plan.edits if edit.layer == layer]
+    units = np.unique(np.concatenate([edit.units for edit in edits]))
     product, lift, constant = np.ones(len(units)), np.zeros(len(units)), np.zeros(len(units))
-    for edit in here:  # `activation` before `product`, as a forward pass reaches them
+    for edit in edits:  # site `activation` before `product`, the order of a forward pass
         rows = np.searchsorted(units, edit.units)
         for each in edit.maps:
             scale, shift = _numbers(each)
@@ -117,12 +117,12 @@ def _layer_map(plan: CompiledIntervention, layer: int, gated: bool) -> LayerMap:
 
 
 def _numbers(each: Affine) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(unit,) scale and shift of one map, as the hooks read them: the float32 numbers."""
+    """(unit,) scale and shift of one map: the float32 numbers that the hooks use."""
     scale = np.where(each.touched & each.written, 0.0, each.scale.astype(np.float64))
     return np.where(each.touched, scale, 1.0), np.where(each.touched, each.shift.astype(np.float64), 0.0)
 
 
 def uniform_scale(maps: dict[int, LayerMap]) -> float | None:
-    """The one number that every unit is multiplied with; None where they differ."""
+    """The factor of every unit; None where factors differ."""
     values = np.unique(np.concatenate([each.product for each in maps.values()]))
     return float(values[0]) if len(values) == 1 else None

@@ -1,15 +1,15 @@
-"""Which family can say what in its weights, and the config under which it says it.
+"""Which intervention the weights of a model family can hold, and the config of the export.
 
 A scaled unit is a scaled column of the last linear layer: every family has that. An added constant needs a bias there,
-and in a gated MLP a lifted unit needs a gate with a bias, since without one no unit can emit a constant.
+and in a gated MLP a unit whose lift is not 0 (`layer_maps`) needs a gate with a bias: no other unit emits a constant.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,100 +20,19 @@ from lm_eval_steering.architectures import FAMILIES, Family, family_of, model_ty
 from lm_eval_steering.errors import ArchitectureError
 from lm_eval_steering.export.layer_maps import LayerMap
 
-# At 32 silu(c) and gelu(c) are c in every floating-point type, so that the constant is exact.
-PULSE = 32.0
+# Bias of a constant unit's gate. silu(32) and gelu(32) are 32 in every floating-point type, so the constant is exact.
+GATE_BIAS = 32.0
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a family keeps the weights of its MLP, beside `architectures.FAMILIES`.
-
-    Attributes:
-        before: paths inside a layer of the linear layers before the activation: gate and up, or one alone; a gated
-            family with one keeps gate and up in it, one below the other.
-        biases: config values under which the MLP's linear layers have biases; None where the class has none.
-        transposed: whether weights are kept as (input, output), as Conv1D does.
-        as_llama: the same model as a config of Llama with biases, where it can be one.
-    """
-
-    before: tuple[str, ...]
-    biases: Mapping[str, Any] | None = None
-    transposed: bool = False
-    as_llama: Callable[[Any], LlamaConfig] | None = None
-
-
-# Llama's own names for what the families that can be Llama have too; `layer_types` of full attention are its default.
+# Families that Llama's class computes too, with biases in the MLP which their own class has not -> Llama's
+# `attention_bias`, whether query, key and value have biases.
+AS_LLAMA = {"mistral": False, "qwen2": True}
+# Keys of their configs that Llama has under the same name; `layer_types` of full attention are Llama's default.
 _LLAMA_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
     "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout",
 )  # fmt: skip
-
-
-def _as_llama(attention_bias: bool) -> Callable[[Any], LlamaConfig]:
-    def convert(config: Any) -> LlamaConfig:
-        window = getattr(config, "sliding_window", None)
-        if window is not None and window < config.max_position_embeddings:
-            raise ArchitectureError(
-                f"{config.model_type}: set and add need biases in its MLP, which only Llama's class has, and Llama has "
-                f"no sliding window (here {window} tokens of {config.max_position_embeddings}); op=scale and "
-                "deactivation can be exported, `--model steered-hf` evaluates the rest"
-            )
-        said = {key: copy.deepcopy(getattr(config, key)) for key in _LLAMA_KEYS if hasattr(config, key)}
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return LlamaConfig(**said, head_dim=head, attention_bias=attention_bias, mlp_bias=True, dtype=config.dtype)
-
-    return convert
-
-
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-
-LAYOUTS: dict[str, Layout] = {
-    "llama": Layout(_GATE_UP, {"mlp_bias": True}),
-    "mistral": Layout(_GATE_UP, as_llama=_as_llama(attention_bias=False)),
-    "qwen2": Layout(_GATE_UP, as_llama=_as_llama(attention_bias=True)),
-    **dict.fromkeys(
-        (
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "gemma3n_text",
-            "gemma4_text",
-            "olmo2",
-            "cohere",
-            "cwm",
-            "deepseek_v2",
-            "deepseek_v3",
-            "exaone4",
-            "hunyuan_v1_dense",
-            "ministral",
-            "ministral3",
-            "olmo3",
-            "qwen3_5_text",
-            "qwen3_next",
-            "smollm3",
-            "vaultgemma",
-        ),
-        Layout(_GATE_UP),
-    ),
-    **dict.fromkeys(("apertus", "arcee", "jais2"), Layout(("mlp.up_proj",))),
-    "glm4": Layout(("mlp.gate_up_proj",)),
-    "nanochat": Layout(("mlp.fc1",)),
-    **dict.fromkeys(("falcon_h1", "llama4_text"), Layout(("feed_forward.gate_proj", "feed_forward.up_proj"))),
-    "granitemoehybrid": Layout(("shared_mlp.input_linear",)),
-    "phi3": Layout(("mlp.gate_up_proj",)),
-    "phi": Layout(("mlp.fc1",), {}),
-    "starcoder2": Layout(("mlp.c_fc",), {"use_bias": True}),
-    "gpt2": Layout(("mlp.c_fc",), {}, transposed=True),
-    "gpt_neo": Layout(("mlp.c_fc",), {}),
-    "gptj": Layout(("mlp.fc_in",), {}),
-    "gpt_neox": Layout(("mlp.dense_h_to_4h",), {}),
-    "bloom": Layout(("mlp.dense_h_to_4h",), {}),
-    "falcon": Layout(("mlp.dense_h_to_4h",), {"bias": True}),
-    "mpt": Layout(("ffn.up_proj",)),
-    "opt": Layout(("fc1",), {"enable_bias": True}),
-}
+_WAY_OUT = "op=scale and deactivation (set 0) can be exported, and `--model steered-hf` evaluates the rest"
 
 
 @dataclass(frozen=True)
@@ -125,10 +44,10 @@ class TensorLocation:
     kind: str
 
 
-def place_of(name: str, family: Family) -> TensorLocation | None:
-    """The place of a tensor by the model's name for it; None outside the decoder layers."""
-    found = re.fullmatch(rf"(?:\w+\.)*?{re.escape(family.layers)}\.(\d+)\.(.+)\.(weight|bias)", name)
-    return None if found is None else TensorLocation(int(found[1]), found[2], found[3])
+def tensor_location(name: str, family: Family) -> TensorLocation | None:
+    """The location of a tensor by the model's name for it; None outside the decoder layers."""
+    match = re.fullmatch(rf"(?:\w+\.)*?{re.escape(family.layers)}\.(\d+)\.(.+)\.(weight|bias)", name)
+    return None if match is None else TensorLocation(int(match[1]), match[2], match[3])
 
 
 @dataclass(frozen=True)
@@ -137,23 +56,21 @@ class Target:
 
     Attributes:
         config: of the exported model.
-        layout: where its weights are.
-        width: its units a layer.
-        pulse: what the activation function makes of PULSE.
-        re_expressed: whether it is of another class than the model.
-        notes: what differs from the model beside the weights, for the model card.
+        width: its units per layer.
+        gate_value: what the activation function makes of GATE_BIAS.
+        as_llama: whether it is exported as Llama while the model is of another family.
+        notes: how it differs from the model apart from the weights, for the model card.
     """
 
     config: Any
-    layout: Layout
     width: int
-    pulse: float = 1.0
-    re_expressed: bool = False
-    notes: tuple[str, ...] = field(default=())
+    gate_value: float = 1.0
+    as_llama: bool = False
+    notes: tuple[str, ...] = ()
 
 
-def layout_of(config: Any) -> Layout:
-    """Where a model's MLP weights are.
+def exported_family(config: Any) -> Family:
+    """The family of a model that can be exported.
 
     Raises:
         ArchitectureError: if its family is not in the table, it is part of a larger model, or its weights are
@@ -167,42 +84,59 @@ def layout_of(config: Any) -> Layout:
             f"{name}: the checkpoint is quantised, so its columns cannot be changed one by one; export the checkpoint "
             "that it was made from, and quantise the export"
         )
-    if family_of(config) is None or name not in LAYOUTS:
+    family = family_of(config)
+    if family is None:
         raise ArchitectureError(
-            f"{name}: export knows where the weights are in {', '.join(sorted(LAYOUTS))}; `--model steered-hf` "
-            "evaluates any family"
+            f"{name}: export supports {', '.join(sorted(FAMILIES))}; `--model steered-hf` evaluates any family"
         )
-    return LAYOUTS[name]
+    return family
 
 
 def target_of(config: Any, maps: Mapping[int, LayerMap], multiple: int) -> Target:
-    """The config under which the maps can be written, as near to the model's own as possible.
+    """The config with which the maps can be written, as close to the model's config as possible.
 
     Args:
         config: of the model.
-        maps: layer -> what is made of its units.
-        multiple: what a grown width is a multiple of.
+        maps: layer -> the maps of its units.
+        multiple: a grown width is a multiple of this.
 
     Raises:
-        ArchitectureError: if the family cannot say it, with the reason and what can be done.
+        ArchitectureError: if weights of the family cannot hold the maps, with the reason and what can be done.
     """
-    layout, name = layout_of(config), model_type_of(config)
-    family = FAMILIES[name]
+    family, name = exported_family(config), model_type_of(config)
     width = _one_width(config, family)
-    own = copy.deepcopy(config)
+    target = Target(copy.deepcopy(config), width)
     if all(each.scales_only for each in maps.values()):
-        return Target(own, layout, width)
-    if layout.as_llama is not None:
-        llama = Target(layout.as_llama(config), LAYOUTS["llama"], width, re_expressed=True)
-        return _grown(llama, maps, multiple, (f"re-expressed as Llama with biases ({name} has none in its MLP)",))
-    if layout.biases is None:
-        raise ArchitectureError(f"{name}: {_no_bias(family.gated)}; {_CAN}")
-    changed = {key: value for key, value in layout.biases.items() if getattr(own, key) != value}
+        return target
+    if name in AS_LLAMA:
+        note = f"exported as Llama with biases ({name} has none in its MLP)"
+        return _grown(Target(as_llama(config), width, as_llama=True, notes=(note,)), maps, multiple)
+    if family.biases is None:
+        raise ArchitectureError(f"{name}: {_no_bias(family.gated)}; {_WAY_OUT}")
+    changed = {key: value for key, value in family.biases.items() if getattr(config, key) != value}
     for key, value in changed.items():
-        setattr(own, key, value)
+        setattr(target.config, key, value)
     notes = tuple(f"{key}={value} in its config; biases that the model has not are 0" for key, value in changed.items())
-    target = Target(own, layout, width, notes=notes)
-    return _grown(target, maps, multiple, notes) if family.gated else target
+    target = replace(target, notes=notes)
+    return _grown(target, maps, multiple) if family.gated else target
+
+
+def as_llama(config: Any) -> LlamaConfig:
+    """The same model as a config of Llama with biases in the MLP, for a family of AS_LLAMA.
+
+    Raises:
+        ArchitectureError: if it has a sliding window, which Llama's class has not.
+    """
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise ArchitectureError(
+            f"{config.model_type}: set and add need biases in its MLP, which only Llama's class has, and Llama has "
+            f"no sliding window (here {window} tokens of {config.max_position_embeddings}); {_WAY_OUT}"
+        )
+    kept = {key: copy.deepcopy(getattr(config, key)) for key in _LLAMA_KEYS if hasattr(config, key)}
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bias = AS_LLAMA[config.model_type]
+    return LlamaConfig(**kept, head_dim=head, attention_bias=bias, mlp_bias=True, dtype=config.dtype)
 
 
 def _one_width(config: Any, family: Family) -> int:
@@ -216,9 +150,6 @@ def _one_width(config: Any, family: Family) -> int:
     return widths.pop()
 
 
-_CAN = "op=scale and deactivation (set 0) can be exported, and `--model steered-hf` evaluates the rest"
-
-
 def _no_bias(gated: bool) -> str:
     if gated:
         return (
@@ -227,18 +158,17 @@ def _no_bias(gated: bool) -> str:
     return "its class has no bias at the MLP's last linear layer, which set and add need"
 
 
-def _grown(target: Target, maps: Mapping[int, LayerMap], multiple: int, notes: tuple[str, ...]) -> Target:
-    """The same with room for appended units in every layer."""
+def _grown(target: Target, maps: Mapping[int, LayerMap], multiple: int) -> Target:
+    """A gated target with as many more units per layer as constant units have to be appended."""
     name = str(target.config.hidden_act)
-    pulse = float(ACT2FN[name](torch.tensor(PULSE, dtype=torch.float64)))
-    if any(each.lift.any() for each in maps.values()) and not (pulse and abs(pulse) < 1e4):
+    gate_value = float(ACT2FN[name](torch.tensor(GATE_BIAS, dtype=torch.float64)))
+    if any(each.lift.any() for each in maps.values()) and not (gate_value and abs(gate_value) < 1e4):
         raise ArchitectureError(
-            f"hidden_act={name}: no unit can emit a constant ({name}({PULSE:g}) is {pulse:g}); {_CAN}"
+            f"hidden_act={name}: no unit can emit a constant ({name}({GATE_BIAS:g}) is {gate_value:g}); {_WAY_OUT}"
         )
-    most = max(len(each.appended) for each in maps.values())
-    width = target.width
-    if most:
-        width = -(-(width + most) // multiple) * multiple
-        notes = (*notes, f"{target.width} units a layer became {width}, in multiples of {multiple}")
+    width, notes = target.width, target.notes
+    if appended := max(len(each.appended) for each in maps.values()):
+        width = -(-(width + appended) // multiple) * multiple
+        notes = (*notes, f"{target.width} units per layer became {width}, in multiples of {multiple}")
     target.config.intermediate_size = width
-    return Target(target.config, target.layout, width, pulse, target.re_expressed, notes)
+    return replace(target, width=width, gate_value=gate_value, notes=notes)

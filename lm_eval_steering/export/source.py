@@ -1,4 +1,4 @@
-"""A checkpoint on disk whose tensors are looked at one by one: the model is never in memory as a whole."""
+"""A checkpoint on disk, read tensor by tensor: the model is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import SteeringError
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
-# What a family's file calls a tensor that the model calls otherwise.
+# (prefix in a file, prefix in the model) where the two differ.
 _OTHER_NAMES = (("embed_out.", "lm_head."), ("lm_head.", "embed_out."))
 
 
@@ -30,22 +30,22 @@ class _Opened(Protocol):
 
 
 class Tensors:
-    """The tensors of some files, memory-mapped: a file is opened when one of its tensors is asked for."""
+    """The tensors of some files, memory-mapped: a file is opened when one of its tensors is first read."""
 
-    def __init__(self, where: Mapping[str, Path], stack: ExitStack) -> None:
-        """Take name in the files -> file, and what closes them."""
-        self._where, self._stack = where, stack
+    def __init__(self, file_of: Mapping[str, Path], stack: ExitStack) -> None:
+        """Take name of a tensor -> its file, and the stack that closes the files."""
+        self._file_of, self._stack = file_of, stack
         self._opened: dict[Path, _Opened] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        path = self._where[name]
+        path = self._file_of[name]
         if path not in self._opened:
             self._opened[path] = self._stack.enter_context(_open(path))
         return self._opened[path].get_tensor(name)
 
 
 class _Pickled:
-    """A file of torch.save, memory-mapped; nothing in it is executed."""
+    """A file of torch.save, memory-mapped; no code in it is executed."""
 
     def __init__(self, path: Path) -> None:
         self._tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -59,10 +59,10 @@ class _Pickled:
 
 @contextmanager
 def _open(path: Path) -> Iterator[_Opened]:
-    """A file of either kind.
+    """A file of safetensors or of torch.save.
 
     Raises:
-        SteeringError: if it is cut short or not what its name says.
+        SteeringError: if it is cut short or of another format than its suffix says.
     """
     try:
         opening = nullcontext(_Pickled(path)) if path.suffix == ".bin" else safe_open(path, "pt")
@@ -87,12 +87,12 @@ class CheckpointSource:
 
     def _file(self, name: str) -> Path | None:
         try:
-            found = cached_file(
+            path = cached_file(
                 self.pretrained, name, revision=self.revision, _raise_exceptions_for_missing_entries=False
             )
         except (OSError, ValueError) as error:
             raise SteeringError(f"{self._named}: {str(error).splitlines()[0]}") from error
-        return None if found is None else Path(found)
+        return None if path is None else Path(path)
 
     def _find(self) -> tuple[Path, ...]:
         for name in _FILES:
@@ -106,61 +106,66 @@ class CheckpointSource:
         raise SteeringError(f"{self._named}: none of {', '.join(_FILES)}, whole or in shards")
 
     def _shard(self, name: str) -> Path:
-        found = self._file(name)
-        if found is None:
+        path = self._file(name)
+        if path is None:
             raise SteeringError(f"{self._named}: its index names {name}, and there is no such file")
-        return found
+        return path
 
     @cached_property
-    def _where(self) -> dict[str, Path]:
+    def _file_of(self) -> dict[str, Path]:
         """Name of each tensor in the files -> its file."""
-        found: dict[str, Path] = {}
+        file_of: dict[str, Path] = {}
         for path in self.files:
             with _open(path) as file:
-                found |= dict.fromkeys(file.keys(), path)
-        return found
+                file_of |= dict.fromkeys(file.keys(), path)
+        return file_of
 
     @contextmanager
     def reading(self) -> Iterator[Tensors]:
-        """The tensors; the memory of what was looked at is given back when this ends and none of them is kept.
+        """The tensors; their memory is freed at the end unless the caller keeps some.
 
         Raises:
-            SteeringError: if a file is cut short or not what its name says.
+            SteeringError: if a file is cut short or of another format than its suffix says.
         """
         with ExitStack() as stack:
-            yield Tensors(self._where, stack)
+            yield Tensors(self._file_of, stack)
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """The model's name of each tensor -> the name in the files; what the model does not use is left out.
+        """Name of each tensor in the model -> its name in the files; tensors that the model does not use are left out.
 
         Raises:
-            SteeringError: if the files have not a tensor that the model needs, or one of another shape.
+            SteeringError: if a tensor that the model needs is not in the files, or has another shape.
         """
         model = skeleton_of(self.lazy.config)
         known, prefix = model.state_dict(), f"{model.base_model_prefix}."
-        found = {own: name for name in self._where if (own := _own_name(name, known, prefix)) is not None}
+        names = {
+            model_name: name
+            for name in self._file_of
+            if (model_name := _name_in_model(name, known, prefix)) is not None
+        }
         with self.reading() as tensors:
-            for own, name in found.items():
-                if (shape := tuple(tensors[name].shape)) != (wanted := tuple(known[own].shape)):
+            for model_name, name in names.items():
+                if (shape := tuple(tensors[name].shape)) != (wanted := tuple(known[model_name].shape)):
                     raise SteeringError(f"{self._named}: {name} has the shape {shape}, its config says {wanted}")
         shared: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             shared.setdefault(id(parameter), []).append(name)
         for same in shared.values():
-            if not any(name in found for name in same):
+            if not any(name in names for name in same):
                 raise SteeringError(
                     f"{self._named}: no tensor {same[0]} in its files; load it with transformers and write "
                     "it once with save_pretrained"
                 )
-        return found
+        return names
 
     @contextmanager
     def model(self) -> Iterator[nn.Module]:
-        """The model whose weights stay on disk, for a look at some of their values."""
+        """The model with memory-mapped weights, to read some of their values."""
         with self.reading() as tensors:
             model = skeleton_of(self.lazy.config)
-            model.load_state_dict({own: tensors[name] for own, name in self.names.items()}, assign=True, strict=False)
+            weights = {model_name: tensors[name] for model_name, name in self.names.items()}
+            model.load_state_dict(weights, assign=True, strict=False)
             model.tie_weights()
             yield model
 
@@ -171,7 +176,7 @@ def skeleton_of(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _own_name(name: str, known: Mapping[str, Any], prefix: str) -> str | None:
-    """What the model calls a tensor of a file: as it is, with or without the prefix of its base model."""
+def _name_in_model(name: str, known: Mapping[str, Any], prefix: str) -> str | None:
+    """The model's name of a tensor of a file: the same, or with or without the prefix of its base model."""
     others = [new + name.removeprefix(old) for old, new in _OTHER_NAMES if name.startswith(old)]
     return next((each for each in (name, prefix + name, name.removeprefix(prefix), *others) if each in known), None)

@@ -1,4 +1,4 @@
-"""Hooks against export on text of the user's own: the same numbers, or the export is not called good."""
+"""Hooks compared with the export: on the user's text, and a family with Llama's class on a small random model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from lm_eval_steering.architectures import model_type_of
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import ArchitectureError, SteeringError
-from lm_eval_steering.export.layouts import Layout
+from lm_eval_steering.export.layouts import as_llama
 from lm_eval_steering.steering.attach import Steering
 from lm_eval_steering.steering.compiled import CompiledIntervention
 
 _NEW_TOKENS = 16
-# Largest difference of a token's log-probability, in nats and as a share of it where it is below -1. float32 differs
-# by the order of its sums alone; half precision rounds after every module, hooks and folded weights at other places.
+# Largest difference of a token's log-probability, in nats, and relative to it where it is below -1. In float32 only the
+# order of sums differs; half precision rounds after every module, with hooks after others than with folded weights.
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.4}
 
 
 class VerificationError(SteeringError):
-    """An export that was written and does not do what the hooks do."""
+    """A written export that differs from the model under hooks."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class VerifiedPrompt:
         prompt: number of prompt tokens.
         steered: (token - 1,) log-probability of each token but the first.
         plain: (token - 1,) the same without the intervention.
-        best: (token - 1,) the most probable token at each place.
-        margin: (token - 1,) by how much the best token leads the second best.
+        best: (token - 1,) the most probable token at each position.
+        margin: (token - 1,) log-probability of the best token minus that of the second best.
     """
 
     tokens: torch.Tensor
@@ -53,16 +53,16 @@ class VerifiedPrompt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparison found.
+    """Result of the comparison.
 
     Attributes:
-        prompts: that were compared.
-        tokens: whose log-probabilities were.
-        largest: difference of a log-probability between hooks and export.
-        tolerance: what counts as rounding in the dtype.
+        prompts: number of prompts.
+        tokens: number of tokens whose log-probabilities were compared.
+        largest: largest difference of a log-probability between hooks and export.
+        tolerance: the largest difference that counts as rounding in the dtype.
         effect: the largest change of a log-probability by the intervention itself.
-        greedy: tokens of the continuations.
-        parted: those that the export chooses otherwise, where the choice is not a tie within the tolerance.
+        greedy: number of tokens of the continuations.
+        different: how many of these the export chooses differently, ties within the tolerance not counted.
     """
 
     prompts: int
@@ -71,21 +71,21 @@ class Verdict:
     tolerance: float
     effect: float
     greedy: int
-    parted: int
+    different: int
 
     @property
     def good(self) -> bool:
         """Whether hooks and export are the same up to rounding."""
-        return self.largest <= self.tolerance and not self.parted
+        return self.largest <= self.tolerance and not self.different
 
     def sentence(self) -> str:
         """One line for the user."""
         line = (
             f"{self.prompts} prompts, {self.tokens} tokens: largest difference of a log-probability {self.largest:.1e} "
-            f"(tolerance {self.tolerance:g}), {self.greedy - self.parted} of {self.greedy} greedy tokens the same; the "
-            f"intervention itself changes one by {self.effect:.1e}"
+            f"(tolerance {self.tolerance:g}), {self.greedy - self.different} of {self.greedy} greedy tokens the same; "
+            f"largest change by the intervention itself {self.effect:.1e}"
         )
-        return line if self.effect > 10 * self.tolerance else f"{line}, too little for this to prove much"
+        return line if self.effect > 10 * self.tolerance else f"{line}, too little for a meaningful comparison"
 
 
 def read_prompts(path: Path | None, count: int) -> list[str]:
@@ -95,7 +95,7 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
         SteeringError: if there are fewer.
     """
     if path is None:
-        raise SteeringError("--verify without --text: name a text file of your own, one prompt a line")
+        raise SteeringError("--verify without --text: name a text file, one prompt per line")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -113,8 +113,8 @@ class Loader:
         pretrained: hub id or folder of the model.
         revision: on the hub.
         dtype: of the weights.
-        device: a GPU by default where there is one.
-        device_map: of accelerate, for a model that one device cannot hold.
+        device: a GPU by default if there is one.
+        device_map: of accelerate, for a model that does not fit on one device.
     """
 
     pretrained: str
@@ -145,10 +145,10 @@ def verify(loader: Loader, plan: CompiledIntervention, folder: Path, form: str, 
 
 @torch.inference_mode()
 def under_hooks(lazy: LazyModel, plan: CompiledIntervention, prompts: Sequence[str]) -> list[VerifiedPrompt]:
-    """What the model does under hooks, and without them.
+    """The model's log-probabilities and continuations under hooks, and without.
 
     Raises:
-        SteeringError: if a prompt has no two tokens.
+        SteeringError: if a prompt has fewer than two tokens.
     """
     model, rows = lazy.model, []
     with Steering(lazy.sites, plan) as steering:
@@ -162,45 +162,44 @@ def under_hooks(lazy: LazyModel, plan: CompiledIntervention, prompts: Sequence[s
             with steering.suspended():
                 plain = _log_probabilities(model, tokens)
             values, indices = steered.topk(2)
-            taken = _taken(steered, tokens), _taken(plain, tokens)
-            rows.append(
-                VerifiedPrompt(tokens.cpu(), prompt.shape[1], *taken, indices[:, 0], values[:, 0] - values[:, 1])
-            )
+            of_tokens = _of_tokens(steered, tokens), _of_tokens(plain, tokens)
+            margin = values[:, 0] - values[:, 1]
+            rows.append(VerifiedPrompt(tokens.cpu(), prompt.shape[1], *of_tokens, indices[:, 0], margin))
         steering.evidence()
     return rows
 
 
 @torch.inference_mode()
 def compare(model: Any, rows: Sequence[VerifiedPrompt]) -> Verdict:
-    """The exported model on the tokens that the hooks' model was given and gave."""
+    """The exported model on the prompts and continuations of the model under hooks."""
     limit = _TOLERANCES[model.dtype]
-    largest, effect, parted, greedy, count = 0.0, 0.0, 0, 0, 0
+    largest, effect, different, greedy, count = 0.0, 0.0, 0, 0, 0
     for row in rows:
-        found = _log_probabilities(model, row.tokens.to(model.device))
-        share = row.steered.abs().clamp(min=1)
-        largest = _worst(largest, (_taken(found, row.tokens) - row.steered).abs() / share)
-        effect = _worst(effect, (row.plain - row.steered).abs())
-        differs = found.argmax(-1) != row.best
+        exported = _log_probabilities(model, row.tokens.to(model.device))
+        size = row.steered.abs().clamp(min=1)
+        largest = _largest(largest, (_of_tokens(exported, row.tokens) - row.steered).abs() / size)
+        effect = _largest(effect, (row.plain - row.steered).abs())
+        differs = exported.argmax(-1) != row.best
         continued = torch.arange(len(differs)) >= row.prompt - 1
-        parted += int((differs & continued & (row.margin > 2 * limit)).sum())
+        different += int((differs & continued & (row.margin > 2 * limit)).sum())
         greedy += int(continued.sum())
         count += len(differs)
-    return Verdict(len(rows), count, largest, limit, effect, greedy, parted)
+    return Verdict(len(rows), count, largest, limit, effect, greedy, different)
 
 
-def _worst(so_far: float, values: torch.Tensor) -> float:
-    """The larger one; what is no number is infinitely wrong."""
-    found = float(values.max())
-    return max(so_far, float("inf") if math.isnan(found) else found)
+def _largest(so_far: float, differences: torch.Tensor) -> float:
+    """The largest difference; NaN counts as infinite."""
+    largest = float(differences.max())
+    return max(so_far, math.inf if math.isnan(largest) else largest)
 
 
 def _tokens(lazy: LazyModel, text: str) -> torch.Tensor:
-    """(1, token), cut so that the continuation fits."""
-    room = None if lazy.context is None else lazy.context - _NEW_TOKENS
-    found = lazy.tokenizer(text, return_tensors="pt")["input_ids"][:, :room]
-    if found.shape[1] < 2:
+    """(1, token), cut so that the continuation fits into the context."""
+    longest = None if lazy.context is None else lazy.context - _NEW_TOKENS
+    tokens = lazy.tokenizer(text, return_tensors="pt")["input_ids"][:, :longest]
+    if tokens.shape[1] < 2:
         raise SteeringError(f"--text: {text!r} has fewer than two tokens")
-    return found.to(lazy.model.device)
+    return tokens.to(lazy.model.device)
 
 
 def _log_probabilities(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -210,33 +209,33 @@ def _log_probabilities(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return (logits - logits.logsumexp(-1, keepdim=True)).cpu()
 
 
-def _taken(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _of_tokens(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(token - 1,) log-probability of each token but the first, from (token - 1, vocabulary)."""
     return values.gather(-1, tokens[0, 1:, None].cpu())[:, 0]
 
 
-# --- The proof that a re-expressed model is the same model, on a small random one with the other settings
+# --- A family exported as Llama gives the same logits: shown on a small random model with its settings
 
 _TOKENS = 24
-_CLOSE = 1e-6  # of the largest |logit|, in float32
+_CLOSE = 1e-6  # relative to the largest |logit|, in float32
 
 
-def refuse_unless_reproduced(config: Any, layout: Layout) -> None:
-    """Compare a model and its re-expression, both without an intervention and with the same random weights.
+def refuse_unless_llama(config: Any) -> None:
+    """Compare a small model of a family with the same model as Llama, on random weights and without an intervention.
 
-    The small model keeps what its config says of heads' size, rotary embedding, norm and activation; only layers,
-    heads, units and vocabulary are fewer. Rows are read from position 0 and up to the last one.
+    The small model keeps head size, rotary embedding, norm and activation function of the config, and has fewer layers,
+    heads, units and tokens. Rows begin at position 0, and end at the last position.
 
     Raises:
-        ArchitectureError: if one is not the other.
+        ArchitectureError: if the logits differ.
     """
-    assert layout.as_llama is not None
     small = _small(config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
-    llama = _llama(layout.as_llama(small), model.state_dict())
+    llama = _llama(as_llama(small), model.state_dict())
     tokens = torch.randint(0, small.vocab_size, (2, _TOKENS))
     last = int(small.max_position_embeddings)
     for start in sorted({0, max(last - _TOKENS, 0)}):
@@ -247,8 +246,8 @@ def refuse_unless_reproduced(config: Any, layout: Layout) -> None:
         difference = float((one - other).abs().max() / one.abs().max())
         if not difference <= _CLOSE:
             raise ArchitectureError(
-                f"{model_type_of(config)}: written as Llama, a small model with this config gives other logits (by "
-                f"{difference:.1e} of the largest); op=scale and deactivation can be exported as they are, and "
+                f"{model_type_of(config)}: exported as Llama, a small model with this config gives other logits (by "
+                f"{difference:.1e} of the largest); op=scale and deactivation can be exported in its class, and "
                 "`--model steered-hf` evaluates the rest"
             )
 
@@ -271,10 +270,10 @@ def _small(config: Any) -> Any:
 
 def _llama(config: LlamaConfig, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     model = LlamaForCausalLM(config).eval()
-    left = model.load_state_dict(weights, strict=False)
-    wrong = [*left.unexpected_keys, *(name for name in left.missing_keys if not name.endswith(".bias"))]
+    keys = model.load_state_dict(weights, strict=False)
+    wrong = [*keys.unexpected_keys, *(name for name in keys.missing_keys if not name.endswith(".bias"))]
     if wrong:
-        raise ArchitectureError(f"{config.model_type}: cannot be written as Llama, which has no {wrong[0]}")
-    for name in left.missing_keys:
+        raise ArchitectureError(f"{config.model_type}: cannot be exported as Llama, which has no {wrong[0]}")
+    for name in keys.missing_keys:
         torch.nn.init.zeros_(model.get_parameter(name))
     return model

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lm_eval_steering.architectures import FAMILIES
 from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.export.job import export_checkpoint
-from lm_eval_steering.export.layouts import LAYOUTS
+from lm_eval_steering.export.layouts import AS_LLAMA
 from tests.conftest import CONFIGS, tiny_tokenizer
 from tests.export.conftest import (
     ASSIGNMENTS,
@@ -36,7 +36,7 @@ from tests.export.conftest import (
 
 Saved = Callable[[str], Path]
 
-SCALE_ONLY = {name for name, layout in LAYOUTS.items() if layout.biases is None and layout.as_llama is None}
+SCALE_ONLY = {name for name, family in FAMILIES.items() if family.biases is None and name not in AS_LLAMA}
 # Kept, lifted and silenced units at both sites: appended units, units in place, and biases at once.
 MIXED = [
     {"language": "fra_Latn", "op": "scale", "factor": 2.0},
@@ -67,8 +67,7 @@ def steps(variant: str) -> st.SearchStrategy[list[dict[str, Any]]]:
     return st.lists(kinds, min_size=1, max_size=4)
 
 
-def test_every_family_of_the_table_has_its_layout() -> None:
-    assert LAYOUTS.keys() == FAMILIES.keys()
+def test_families_without_biases_can_be_scaled_only() -> None:
     assert {"qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "cohere", "phi3", "mpt"} <= SCALE_ONLY
 
 

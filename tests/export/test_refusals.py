@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lm_eval_steering.errors import ArchitectureError, InterventionError, NeuronSetError, SteeringError
 from lm_eval_steering.export import verify as reproduce
 from lm_eval_steering.export.job import Job, export_checkpoint, export_lora, written_whole
-from lm_eval_steering.export.layouts import LAYOUTS, Layout
+from lm_eval_steering.export.layouts import as_llama
 from lm_eval_steering.export.verify import VerificationError
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import make_set
@@ -29,7 +29,7 @@ SCALE = {"language": "fra_Latn", "op": "scale", "factor": 2}
     [
         ({**SCALE, "positions": "generated"}, "positions=generated acts on some tokens"),
         ({**ADD, "positions": "3:10"}, "positions=3:10 acts on some tokens"),
-        ({**ADD, "value": "live_max"}, "value=live_max is a statistic of the activations in hand"),
+        ({**ADD, "value": "live_max"}, "value=live_max is a statistic of the current activations"),
         ({**SCALE, "preset": "+max", "op": None, "factor": None}, "value=live_max is a statistic"),
         ({"deactivate": "fra_Latn", "deactivate_to": "noise"}, "value=normal is drawn anew for every token"),
     ],
@@ -57,19 +57,16 @@ def test_a_sliding_window_that_bites_is_not_llama(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["sliding_window"] == 8
 
 
-def test_a_re_expression_that_gives_other_logits(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LAYOUTS["qwen2"]
-
+def test_a_family_whose_logits_differ_as_llama(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(config: Any) -> Any:
-        assert right.as_llama is not None
-        llama = right.as_llama(config)
+        llama = as_llama(config)
         llama.rope_parameters = {"rope_type": "default", "rope_theta": 100.0}
         return llama
 
     job = job_of(saved("qwen2"), "qwen2", tmp_path / "out", **ADD)
-    reproduce.refuse_unless_reproduced(job.loader.model().config, right)
-    monkeypatch.setitem(LAYOUTS, "qwen2", Layout(right.before, as_llama=wrong))
-    with pytest.raises(ArchitectureError, match=r"qwen2: written as Llama, .* gives other logits"):
+    reproduce.refuse_unless_llama(job.loader.model().config)
+    monkeypatch.setattr(reproduce, "as_llama", wrong)
+    with pytest.raises(ArchitectureError, match=r"qwen2: exported as Llama, .* gives other logits"):
         export_checkpoint(job)
 
 
@@ -112,7 +109,7 @@ def test_a_quantised_checkpoint(tmp_path: Path) -> None:
 def test_what_is_there_stays_there(saved: Saved, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(SteeringError, match="there is something already"):
+    with pytest.raises(SteeringError, match=r"--out .*out: exists already"):
         export_checkpoint(job_of(saved("llama"), "llama", tmp_path / "out", **SCALE))
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]
 
@@ -126,7 +123,7 @@ def test_an_export_that_is_not_the_steered_model_is_not_called_good(
     job = Job(job.loader, job.neurons, ADD, job.out, prompts=("w1 w2 w3 w4", "w9 w8"), log=job.log)
     good = export_checkpoint(job, 8)[-1]
     assert good.startswith("verified: 2 prompts")
-    monkeypatch.setattr(fold, "PULSE", 31.0)
+    monkeypatch.setattr(fold, "GATE_BIAS", 31.0)
     with pytest.raises(VerificationError, match=r"the export is NOT the steered model, it stays at .*two.partial"):
         export_checkpoint(Job(job.loader, job.neurons, ADD, tmp_path / "two", prompts=job.prompts, log=job.log), 8)
     assert not (tmp_path / "two").exists()
