@@ -1,7 +1,7 @@
-"""What each intervention did to each score: difference from the baseline, interval, test, correction.
+"""The effect of each intervention on each score: difference from the baseline, interval, test, correction.
 
-Intervals and tests need items. How items become a score is not taken from names: each way is tried, and one that does
-not give lm-eval's own value again is not used, so that an interval is always about the score beside it.
+Intervals and tests need items. The aggregation is not inferred from a metric's name: each known one is tried, and only
+one that reproduces lm-eval's value is used, so that an interval always belongs to the score in its row.
 """
 
 from __future__ import annotations
@@ -33,6 +33,16 @@ from lm_eval_steering.sweep.halves import REPORT, half_of
 if TYPE_CHECKING:
     import pandas as pd
 
+ALPHA = 0.05  # after Holm's correction
+_PAIR = 2
+FACTS = (
+    "cell", "task", "family", "evaluated", "steered", "relation", "kind", "factor", "items", "stage", "deactivation",
+)  # fmt: skip
+COLUMNS = (
+    *FACTS, "metric", "higher_is_better", "n", "baseline", "score", "difference", "low", "high", "p", "p_holm", "test",
+    "comparisons",
+)  # fmt: skip
+
 # --- Corpus scores (BLEU, chrF++): paired tests, and the interval of the difference on the same resamples
 
 
@@ -42,49 +52,38 @@ def is_corpus_metric(metric: str) -> bool:
 
 
 def fresh_metric(metric: str, tokenizer: str, references: Sequence[str]) -> Any:
-    """A sacreBLEU metric with its references; a new one each time, because it remembers what it scored."""
+    """A sacreBLEU metric with its references; a new one each time, because it keeps state of what it scored."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    cached = [list(references)]
+    of_metric = [list(references)]
     if metric.startswith("bleu"):
-        return BLEU(tokenize=tokenizer, references=cached)
-    return CHRF(word_order=2, references=cached)
+        return BLEU(tokenize=tokenizer, references=of_metric)
+    return CHRF(word_order=2, references=of_metric)
 
 
-def rows(
-    sweep: Sweep,
-    cells: Sequence[dict[str, Any]],
-    metric: str,
-    scores: dict[str, Any],
-    replicates: dict[tuple[str, str], Array],
-    columns: Sequence[str],
+def _by_corpus(
+    sweep: Sweep, cells: Sequence[dict[str, Any]], metric: str, replicates: dict[tuple[str, str], Array]
 ) -> Iterator[dict[str, Any]]:
-    """One row a cell whose items are (tokenizer, reference, hypothesis); those of one baseline are tested together."""
-    if not is_corpus_metric(metric):
-        return
+    """Rows of a corpus metric, whose items are (tokenizer, reference, hypothesis); one baseline's cells in one test."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        found = sweep.items.get(cell["cell"])
-        if found is not None and metric in found.values:
+        items = sweep.items.get(cell["cell"])
+        if items is not None and metric in items.values:
             groups.setdefault(cell["baseline_cell"], []).append(cell)
-    for baseline, own in groups.items():
+    for baseline, group in groups.items():
         before = sweep.items.get(baseline)
         if before is None or metric not in before.values:
             continue
         tokenizer, references, first = zip(*before.values[metric], strict=True)
-        whole = []
-        for cell in own:
-            after = sweep.items[cell["cell"]]
-            if np.array_equal(before.docs, after.docs):
-                whole.append(cell)
-        systems = {cell["cell"]: [item[2] for item in sweep.items[cell["cell"]].values[metric]] for cell in whole}
+        paired = [cell for cell in group if np.array_equal(before.docs, sweep.items[cell["cell"]].docs)]
+        systems = {cell["cell"]: [item[2] for item in sweep.items[cell["cell"]].values[metric]] for cell in paired}
         tested = compare_corpora(fresh_metric(metric, tokenizer[0], references), first, systems, references)
-        for cell in whole:
+        for cell in paired:
             name = cell["cell"]
             replicates[name, metric] = tested[name].replicates
             low, high = interval_of_items(replicates[name, metric][:, None], np.array([len(references)]))
             yield {
-                **{column: cell[column] for column in columns if column in cell},
+                **{column: cell[column] for column in FACTS},
                 "metric": metric, "higher_is_better": True, "n": len(references),
                 "baseline": tested[name].baseline, "score": tested[name].score,
                 "difference": tested[name].score - tested[name].baseline, "low": float(low[0]), "high": float(high[0]),
@@ -92,25 +91,7 @@ def rows(
             }  # fmt: skip
 
 
-ALPHA = 0.05  # after Holm's correction
-_PAIR = 2
-FACTS = (
-    "cell",
-    "task",
-    "family",
-    "evaluated",
-    "steered",
-    "relation",
-    "kind",
-    "factor",
-    "items",
-    "stage",
-    "deactivation",
-)
-COLUMNS = (
-    *FACTS, "metric", "higher_is_better", "n", "baseline", "score", "difference", "low", "high", "p", "p_holm", "test",
-    "comparisons",
-)  # fmt: skip
+# --- All metrics
 
 
 @dataclass
@@ -118,9 +99,9 @@ class Effects:
     """Every steered cell and metric.
 
     Attributes:
-        frame: COLUMNS, one row a cell and metric. `difference` is blank where there is no baseline, `low`, `high` and
-            `p` where there are no items; `comparisons` is the size of the family that Holm's correction is over.
-        replicates: (cell, metric) -> (resamples,) of the difference; absent where there are no items.
+        frame: COLUMNS, one row per cell and metric. `difference` is nan without a baseline, `low`, `high` and `p`
+            without items; `comparisons` is the number of comparisons that Holm's correction is over.
+        replicates: (cell, metric) -> (resamples,) of the difference; absent without items.
     """
 
     frame: pd.DataFrame
@@ -132,7 +113,7 @@ def effects_of(sweep: Sweep, half: bool | None = None, cells: pd.DataFrame | Non
 
     Args:
         sweep: cells, scores, items.
-        half: None for all items; True for the half that nothing was chosen on, False for the other one.
+        half: None for all items; True for the reported half, False for the half that factors were chosen on.
         cells: which ones; all by default.
     """
     import pandas as pd
@@ -158,13 +139,13 @@ def effects_of(sweep: Sweep, half: bool | None = None, cells: pd.DataFrame | Non
 
 
 def scores_by_cell(sweep: Sweep) -> dict[str, dict[str, tuple[float, Any, int]]]:
-    """cell -> metric -> (value, whether higher is better, n), where the value is a number."""
-    found: dict[str, dict[str, tuple[float, Any, int]]] = {}
-    there = sweep.scores[sweep.scores["value"].notna()]
-    columns = (there["cell"], there["metric"], there["value"], there["higher_is_better"], there["n"])
-    for cell, metric, value, better, n in zip(*(column.tolist() for column in columns), strict=True):
-        found.setdefault(cell, {})[metric] = (float(value), better, int(n))
-    return found
+    """cell -> metric -> (value, whether higher is better, n), of the scores that are numbers."""
+    scores: dict[str, dict[str, tuple[float, Any, int]]] = {}
+    numbers = sweep.scores[sweep.scores["value"].notna()]
+    columns = (numbers[name].tolist() for name in ("cell", "metric", "value", "higher_is_better", "n"))
+    for cell, metric, value, better, n in zip(*columns, strict=True):
+        scores.setdefault(cell, {})[metric] = (float(value), better, int(n))
+    return scores
 
 
 def _of_metric(
@@ -175,7 +156,7 @@ def _of_metric(
     half: bool | None,
     replicates: dict[tuple[str, str], Array],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one metric of one task, the cells that can be compared by items in one step."""
+    """Rows of one metric of one task; cells that can be compared by items are compared in one step."""
     together: dict[tuple[Any, ...], list[tuple[dict[str, Any], Arm, Arm, Aggregate]]] = {}
     for cell in cells:
         pair = arms_of(sweep, cell, metric, scores, half)
@@ -187,8 +168,8 @@ def _of_metric(
             together.setdefault(key, []).append((cell, before, after, aggregate))
     for group in together.values():
         yield from _by_items(group, metric, scores, replicates, sweep.is_shift(metric))
-    if half is None:
-        yield from rows(sweep, cells, metric, scores, replicates, COLUMNS)
+    if half is None and is_corpus_metric(metric):
+        yield from _by_corpus(sweep, cells, metric, replicates)
 
 
 def _by_items(
@@ -198,28 +179,28 @@ def _by_items(
     replicates: dict[tuple[str, str], Array],
     shift: bool,
 ) -> Iterator[dict[str, Any]]:
-    # Cells of one task have the very same array as their baseline, so that it is resampled once.
+    # Cells of one task share their baseline's array in memory, so that each baseline is resampled once.
     keys = [before.numerator.ctypes.data for _, before, _, _ in group]
     baselines = dict(zip(keys, [before for _, before, _, _ in group], strict=True))
-    place_of = {key: place for place, key in enumerate(baselines)}
-    found = compare(
+    column_of = {key: column for column, key in enumerate(baselines)}
+    compared = compare(
         _stacked(list(baselines.values())), _stacked([after for _, _, after, _ in group]), group[0][3],
-        baseline_of=np.array([place_of[key] for key in keys]),
+        baseline_of=np.array([column_of[key] for key in keys]),
     )  # fmt: skip
-    for place, (cell, _, _, _) in enumerate(group):
-        replicates[cell["cell"], metric] = found.replicates[:, place]
+    for number, (cell, _, _, _) in enumerate(group):
+        replicates[cell["cell"], metric] = compared.replicates[:, number]
         yield {
             **{name: cell[name] for name in FACTS},
             "metric": metric,
             "higher_is_better": _better(scores, cell["cell"], metric),
-            "n": int(found.n[place]),
-            "baseline": np.nan if shift else found.baseline[place],
-            "score": found.score[place],
-            "difference": found.difference[place],
-            "low": found.low[place],
-            "high": found.high[place],
-            "p": np.nan if shift else found.p_value[place],
-            "test": "" if shift else found.tests[place],
+            "n": int(compared.n[number]),
+            "baseline": np.nan if shift else compared.baseline[number],
+            "score": compared.score[number],
+            "difference": compared.difference[number],
+            "low": compared.low[number],
+            "high": compared.high[number],
+            "p": np.nan if shift else compared.p_value[number],
+            "test": "" if shift else compared.tests[number],
         }
 
 
@@ -232,40 +213,40 @@ def _stacked(arms: Sequence[Arm]) -> Arm:
 def _by_scores(
     sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any], half: bool | None
 ) -> Iterator[dict[str, Any]]:
-    """A row without interval: there are no items, or their score is not a function that is known here."""
-    own = scores.get(cell["cell"], {}).get(metric)
-    if own is None or half is not None or is_corpus_metric(metric):
+    """A row without interval: there are no items, or no known aggregation gives the score."""
+    score = scores.get(cell["cell"], {}).get(metric)
+    if score is None or half is not None or is_corpus_metric(metric):
         return
     before = np.nan if sweep.is_shift(metric) else scores.get(cell["baseline_cell"], {}).get(metric, (np.nan,))[0]
     yield {
         **{name: cell[name] for name in FACTS},
-        "metric": metric, "higher_is_better": _better(scores, cell["cell"], metric), "n": own[2],
-        "baseline": before, "score": own[0],
-        "difference": own[0] - before, "low": np.nan, "high": np.nan, "p": np.nan, "test": "",
+        "metric": metric, "higher_is_better": _better(scores, cell["cell"], metric), "n": score[2],
+        "baseline": before, "score": score[0],
+        "difference": score[0] - before, "low": np.nan, "high": np.nan, "p": np.nan, "test": "",
     }  # fmt: skip
 
 
 def _better(scores: dict[str, Any], cell: str, metric: str) -> bool | None:
-    """Whether higher is better; None where neither lm-eval nor we say so."""
+    """Whether higher is better; None where neither lm-eval's results nor the metric's definition says so."""
     score = scores.get(cell, {}).get(metric)
     if score is None or score[1] is None or score[1] != score[1]:
         return {DEGENERATE: False, LANG_UNKNOWN: False, CLEAN: True}.get(metric.partition("@")[0])
     return bool(score[1])
 
 
-# --- from items to arms ----------------------------------------------------------------------------------------------
+# --- From items to the two arms of a comparison
 
 
 def arms_of(
     sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any], half: bool | None
 ) -> tuple[Arm, Arm, Aggregate] | None:
-    """Items of the baseline and of the cell, over the same documents, and how they become the score."""
+    """Items of the baseline and of the cell over the same documents, and their aggregation; None without items."""
     after = sweep.items.get(cell["cell"])
     before = after if sweep.is_shift(metric) else sweep.items.get(cell["baseline_cell"])
     if after is None or before is None or metric not in after.values or after.values[metric].dtype == object:
         return None
-    said = scores.get(cell["cell"], {}).get(metric)
-    aggregate = aggregate_of(after.values[metric], None if said is None else said[0])
+    score = scores.get(cell["cell"], {}).get(metric)
+    aggregate = aggregate_of(after.values[metric], None if score is None else score[0])
     base_values = _baseline_values(before, metric, cell["steered"])
     if aggregate is None or base_values is None:
         return None
@@ -281,7 +262,7 @@ def arms_of(
 
 
 def halves_of(items: Items) -> NDArray[np.bool_]:
-    """(items,) whether an item is reported on: as the sweep has split them, else by a hash of the document number."""
+    """(items,) whether an item is in the reported half: by the sweep's split, else by a hash of the document number."""
     return _halves(items.docs.tobytes()) if items.reported is None else items.reported
 
 
@@ -299,16 +280,16 @@ def _baseline_values(before: Items, metric: str, steered: str) -> NDArray[Any] |
     return before.values.get(metric)
 
 
-def aggregate_of(values: NDArray[Any], said: float | None) -> Aggregate | None:
-    """Which aggregate of the items gives lm-eval's value; None where none does. A derived share is a mean."""
-    if said is None:
+def aggregate_of(values: NDArray[Any], score: float | None) -> Aggregate | None:
+    """The aggregation of the items that gives lm-eval's score, None if none does; without a score the mean."""
+    if score is None:
         return MEAN if values.ndim == 1 else None
     if values.dtype == object:
         return None
     ratio = _arm(values).column().ratio(np.ones((1, len(values))))[0]
     for aggregate in OF_PAIRS if values.ndim == _PAIR else (MEAN,):
         with np.errstate(over="ignore"):
-            if math.isclose(float(aggregate.of_ratio(ratio)[0]), said, rel_tol=1e-6, abs_tol=1e-9):
+            if math.isclose(float(aggregate.of_ratio(ratio)[0]), score, rel_tol=1e-6, abs_tol=1e-9):
                 return aggregate
     return None
 
@@ -317,14 +298,14 @@ def _arm(values: NDArray[Any]) -> Arm:
     return Arm(values[:, 0], values[:, 1]) if values.ndim == _PAIR else Arm(values)
 
 
-# --- correction ------------------------------------------------------------------------------------------------------
+# --- Correction for multiple comparisons
 
 
 def _corrected(frame: pd.DataFrame) -> pd.DataFrame:
     """Holm over each family of comparisons: one metric of one task family and one intervention, all else varied."""
     frame["p_holm"], frame["comparisons"] = np.nan, 0
-    for _, places in frame.groupby(["family", "metric", "kind", "stage"], sort=False).indices.items():
-        p_value = frame["p"].to_numpy(dtype=float)[places]
-        frame.iloc[places, frame.columns.get_loc("p_holm")] = holm(p_value)
-        frame.iloc[places, frame.columns.get_loc("comparisons")] = int((~np.isnan(p_value)).sum())
+    for rows in frame.groupby(["family", "metric", "kind", "stage"], sort=False).indices.values():
+        p_value = frame["p"].to_numpy(dtype=float)[rows]
+        frame.iloc[rows, frame.columns.get_loc("p_holm")] = holm(p_value)
+        frame.iloc[rows, frame.columns.get_loc("comparisons")] = int((~np.isnan(p_value)).sum())
     return frame

@@ -17,6 +17,7 @@ import yaml
 from numpy.typing import NDArray
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.files import read_json_lines
 from lm_eval_steering.languages import normalise, same_language
 from lm_eval_steering.lmeval.evaluated_language import evaluated_language
 from lm_eval_steering.lmeval.expected_language import EVALUATED_LANGUAGE
@@ -37,6 +38,7 @@ CELL_COLUMNS = (
 )  # fmt: skip
 SCORE_COLUMNS = ("cell", "metric", "value", "text", "n", "higher_is_better")
 MAX_SAMPLES = 100_000
+_PAIR = 2  # numbers of an item whose score is a ratio of two sums
 LABELS, FORCED, CLEAN, DEGENERATE, LANG_UNKNOWN = "output_language", "lfs", "lfs_clean", "degenerate", "lang_unknown"
 
 
@@ -44,7 +46,7 @@ class ReportError(SteeringError):
     """A report that cannot be made from what was given."""
 
 
-# --- What a report is made of, wherever it was read from ------------------------------------------------------------
+# --- What a report is made of, whatever it is read from
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Items:
 
 @dataclass(frozen=True)
 class ItemOutput:
-    """What a model wrote for one item of one cell."""
+    """The generated text of one item of one cell, and its identified language."""
 
     doc: int
     text: str
@@ -92,26 +94,26 @@ class Samples:
 
     @property
     def count(self) -> int:
-        """Outputs that are there."""
+        """Number of outputs kept."""
         return sum(map(len, self.outputs.values()))
 
 
 @dataclass
 class Facts:
-    """What a reader needs to do it again.
+    """What a reader needs to reproduce the report.
 
     Attributes:
         title: of the report.
-        sources: what it was made from.
-        command: that made it.
-        plan: text of the plan, empty where it is not known.
+        sources: paths of the results.
+        command: the command that made it.
+        plan: text of the plan, empty if unknown.
         versions: package -> version.
         neurons: name or path of the neuron set, as the plan has it.
-        config: lm-eval's `config` of one steered run, empty where none is at hand.
-        choices: what the sweep itself chose, one mapping a group.
+        config: lm-eval's `config` of one steered run, empty if there is none.
+        choices: the factors that the sweep chose, one mapping per group.
         notes: what a reader should know: cells left out, halves, baselines that are missing.
-        warnings: pairs that do not agree in what was asked or of which model, which `allow_different_prompts` let
-            pass; they stand beside every table.
+        warnings: pairs that differ in prompts or model and were accepted by `allow_different_prompts`; every table
+            repeats them.
     """
 
     title: str
@@ -135,7 +137,7 @@ class Sweep:
             languages; `control` is the seed of a random control; `deactivation` says that nothing is amplified;
             `baseline_cell` is what the cell is compared with; `model_id` and `asked` (JSON) are what a pair must have
             in common, empty where unknown.
-        scores: SCORE_COLUMNS, one row a cell and metric.
+        scores: SCORE_COLUMNS, one row per cell and metric.
         items: cell -> items; a cell without items has scores and no intervals.
         timings: cell, seconds, tokens.
         missing: planned cells that are not done: cell, task, status, why.
@@ -174,7 +176,7 @@ def read_results(path: Path | str, max_samples: int = MAX_SAMPLES, evaluated: Ma
         evaluated: task -> language of its items, for tasks whose name and metadata do not say it.
 
     Raises:
-        SteeringError: if it is none of them, is damaged, or holds nothing finished.
+        SteeringError: if it is neither of these, is damaged, or holds no finished cell.
     """
     path, evaluated = Path(path), evaluated or {}
     if (path / "sweep.json").is_file():
@@ -187,13 +189,13 @@ def read_results(path: Path | str, max_samples: int = MAX_SAMPLES, evaluated: Ma
     files = sorted(path.rglob("results_*.json")) if path.is_dir() else []
     if files:
         return _read_lm_eval(path, files, max_samples, evaluated)
-    problem = "is no folder" if not path.is_dir() else (
+    problem = "is not a folder" if not path.is_dir() else (
         "holds neither sweep.json (a sweep) nor metrics.parquet (merged tables) nor results_*.json (lm-eval)"
     )  # fmt: skip
     raise ReportError(f"{path} {problem}; run lm-eval-steering sweep PLAN --out {path} first")
 
 
-# --- Pairs of cells -------------------------------------------------------------------------------------------------
+# --- Pairs of cells
 
 
 def align(sides: Sequence[Items], metric: str) -> tuple[NDArray[np.int64], list[NDArray[Any] | None]]:
@@ -243,8 +245,8 @@ def check_pairs(sweep: Sweep) -> None:
                 unknown.add(cell["task"])
         if problem and not sweep.allow_different_prompts:
             raise ReportError(
-                f"{problem}; evaluate both in the same way, or pass --allow-different-prompts to compare them all the "
-                "same, with this stated beside every table"
+                f"{problem}; evaluate both with the same settings, or pass --allow-different-prompts to compare them "
+                "nevertheless, with a warning beside every table"
             )
         if problem:
             warnings[problem] = None
@@ -309,7 +311,7 @@ def _of_model(model_id: str) -> str:
     return f"{model['name']} (revision {model['revision']}{extra})"
 
 
-# --- From a sweep's folder ------------------------------------------------------------------------------------------
+# --- From a sweep's folder
 
 
 def _read_store(path: Path, max_samples: int, evaluated: Mapping[str, str]) -> Sweep:
@@ -322,7 +324,7 @@ def _read_store(path: Path, max_samples: int, evaluated: Mapping[str, str]) -> S
     facts = Facts(title=path.resolve().name, sources=[str(path)], versions=versions())
     plan = json.loads((path / "plan.json").read_text("utf-8"))["plan"] if (path / "plan.json").is_file() else {}
     results = {stored.cell["name"]: stored.results for stored in store.stored()}
-    # An engine evaluates exports of the plan's model, so there each cell has a name of its own.
+    # An engine evaluates exports of the plan's model, each under another name.
     exported = bool(plan.get("engine"))
     frame["model_id"] = ["" if exported else _model_id(results[cell]) for cell in frame["cell"]]
     frame["asked"] = [_asked(results[cell], task) for cell, task in zip(frame["cell"], frame["task"], strict=True)]
@@ -350,20 +352,20 @@ def _steered_config(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _without_defaults(plan: Any) -> Any:
-    """A plan as a person would have written it."""
+    """A plan without the values that are defaults."""
     if isinstance(plan, Mapping):
         kept = {key: _without_defaults(value) for key, value in plan.items() if key != "slurm"}
         return {key: value for key, value in kept.items() if value not in (None, {}, [], False)}
     return [_without_defaults(part) for part in plan] if isinstance(plan, list) else plan
 
 
-# --- From result files of lm-eval -----------------------------------------------------------------------------------
+# --- From result files of lm-eval
 
 _MODEL_PARTS = ("peft", "delta", "gguf_file", "subfolder")  # that make another model of the same checkpoint
 
 
 def _read_lm_eval(path: Path, files: Sequence[Path], max_samples: int, evaluated: Mapping[str, str]) -> Sweep:
-    """One cell a task and result file: a baseline where the model was not steered.
+    """One cell per task and result file: a baseline if the model was not steered.
 
     Of several files with the same task, intervention and model the newest is taken.
     """
@@ -399,7 +401,9 @@ def _read_lm_eval(path: Path, files: Sequence[Path], max_samples: int, evaluated
             items[row.cell] = items_of(logged)
             _keep_outputs(samples, row.cell, (row.task, row.target), logged, max_samples)
     if not items:
-        facts.notes.append(f"{path} has no samples beside it (--log_samples): its scores cannot be paired by item.")
+        facts.notes.append(
+            f"{path} has no samples (run lm_eval with --log_samples): its scores cannot be paired by item."
+        )
     return Sweep(cells, scores, items, pd.DataFrame(), pd.DataFrame(columns=["cell"]), samples, facts)
 
 
@@ -418,12 +422,11 @@ def _load_samples(file: Path, task: str) -> list[dict[str, Any]]:
     logged = file.parent / f"samples_{task}_{date}.jsonl"
     if not logged.is_file():
         return []
-    text = logged.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]  # not splitlines(): text may hold U+2028
+    return list(read_json_lines(logged, ReportError))
 
 
 def _tasks_of(results: Mapping[str, Any]) -> list[str]:
-    """Tasks with scores; a group is none of them."""
+    """Tasks with scores; groups are left out."""
     return [task for task in results["results"] if task in results.get("configs", results["results"])]
 
 
@@ -434,12 +437,12 @@ def _steering_of(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell_name(path: Path, file: Path, task: str) -> str:
-    place = file.relative_to(path).with_suffix("") if path.is_dir() else Path(file.stem)
-    return f"{'-'.join(place.parts)}--{task}"
+    relative = file.relative_to(path).with_suffix("") if path.is_dir() else Path(file.stem)
+    return f"{'-'.join(relative.parts)}--{task}"
 
 
 def _lm_eval_rows(path: Path, file: Path, results: Mapping[str, Any], task: str) -> Iterator[dict[str, Any]]:
-    """As of `Store.frame()`, one row a metric."""
+    """Rows as those of `Store.frame()`, one per metric."""
     steering = _steering_of(results)
     steps = steering.get("intervention", {}).get("steps", [])
     last = next((step for step in reversed(steps) if not step["deactivation"]), steps[-1] if steps else {})
@@ -494,7 +497,7 @@ def _model_id(results: Mapping[str, Any]) -> str:
 
 
 def _asked(results: Mapping[str, Any], task: str) -> str:
-    """What else decides a prompt or an answer, as JSON: few-shot examples, template, system text, decoding."""
+    """Settings that decide prompts and answers, as JSON: few-shot examples, template, system text, decoding."""
     config = (results.get("configs") or {}).get(task) or {}
     steering = (results.get("config") or {}).get("steering") or {}
     known = {
@@ -514,7 +517,7 @@ def _asked(results: Mapping[str, Any], task: str) -> str:
 
 
 def add_baseline(sweep: Sweep, path: Path, max_samples: int = MAX_SAMPLES) -> None:
-    """Give results the tasks of an unsteered lm-eval run as baselines, where they have none of their own.
+    """Add the tasks of an unsteered lm-eval run as baselines of the tasks that have none.
 
     Raises:
         ReportError: if the run is steered, or has none of the tasks.
@@ -531,7 +534,7 @@ def add_baseline(sweep: Sweep, path: Path, max_samples: int = MAX_SAMPLES) -> No
     added = plain.cells[plain.cells["task"].isin(set(sweep.cells["task"]) - present)]
     if added.empty:
         shared = sorted(set(plain.cells["task"]) & present)
-        why = f"there are baselines of {', '.join(shared)} already" if shared else "it has none of these tasks"
+        why = f"{', '.join(shared)} have baselines already" if shared else "it has none of these tasks"
         raise ReportError(f"--baseline {path}: nothing to add, {why}")
     names = {cell: f"baseline: {cell}" for cell in added["cell"]}  # files of one date have cells of one name
     scores = plain.scores[plain.scores["cell"].isin(names)]
@@ -545,7 +548,7 @@ def add_baseline(sweep: Sweep, path: Path, max_samples: int = MAX_SAMPLES) -> No
     _link_baselines(sweep.cells, sweep.facts)
 
 
-# --- Cells, scores and items ----------------------------------------------------------------------------------------
+# --- Cells, scores and items
 
 
 def _evaluated_languages(tasks: Sequence[str], configs: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
@@ -591,7 +594,7 @@ def _from_frame(frame: pd.DataFrame, facts: Facts, evaluated: Mapping[str, str])
 
 
 def _cells_of(rows: pd.DataFrame, evaluated: Mapping[str, str]) -> pd.DataFrame:
-    """CELL_COLUMNS of one row a cell of `Store.frame()`."""
+    """CELL_COLUMNS from `Store.frame()` with one row per cell."""
     import pandas as pd
 
     rows = rows.reset_index(drop=True)
@@ -672,10 +675,14 @@ def items_of(samples: Sequence[Mapping[str, Any]], split: Mapping[str, Any] | No
 
 def _texts_asked(sample: Mapping[str, Any]) -> list[str]:
     """Prompts and continuations of a sample, in the order of its requests; decoding settings are no text."""
-    arguments = sample.get("arguments") or {}
-    requests = list(arguments.values()) if isinstance(arguments, Mapping) else list(arguments)
-    parts = [list(request.values()) if isinstance(request, Mapping) else request for request in requests]
+    parts = [list(request.values()) if isinstance(request, Mapping) else request for request in _requests(sample)]
     return [text for request in parts for text in request if isinstance(text, str)]
+
+
+def _requests(sample: Mapping[str, Any]) -> list[Any]:
+    """The arguments of each request of a sample, which lm-eval logs by name or as a list."""
+    arguments = sample.get("arguments") or {}
+    return list(arguments.values()) if isinstance(arguments, Mapping) else list(arguments)
 
 
 def _prompt_digest(sample: Mapping[str, Any]) -> int:
@@ -727,17 +734,20 @@ def forced(items: Items, metric: str, steered: str) -> NDArray[np.float64] | Non
 
 
 def text_of(sample: Mapping[str, Any]) -> str | None:
-    """What the model wrote; None for likelihoods, which lm-eval logs as text too."""
-    arguments = sample.get("arguments") or {}
-    requests = list(arguments.values()) if isinstance(arguments, Mapping) else list(arguments)
-    first = requests[0] if requests else {}
+    """The generated text; None for log-likelihoods, which lm-eval logs as text too."""
+    first = next(iter(_requests(sample)), {})
     decoding = first.get("arg_1") if isinstance(first, Mapping) else first[1] if len(first) > 1 else None
     if not isinstance(decoding, Mapping) and LABELS not in sample:
         return None
-    answer = sample["filtered_resps"]
-    while isinstance(answer, list) and answer:
-        answer = answer[0]
-    return answer if isinstance(answer, str) else None
+    response = _first_response(sample["filtered_resps"])
+    return response if isinstance(response, str) else None
+
+
+def _first_response(responses: Any) -> Any:
+    """The first response of an item, which lm-eval logs inside lists."""
+    while isinstance(responses, list) and responses:
+        responses = responses[0]
+    return responses
 
 
 def _as_array(column: Sequence[Any]) -> NDArray[Any]:
@@ -755,20 +765,17 @@ def _as_array(column: Sequence[Any]) -> NDArray[Any]:
     return objects
 
 
-_PAIR = 2
-
-
 def _keep_outputs(
     samples: Samples, cell: str, prompts_of: tuple[str, str], logged: Sequence[Mapping[str, Any]], limit: int
 ) -> None:
-    """Put a cell's generated text where the explorer finds it, as long as there is room."""
+    """Keep a cell's generated text for the explorer, up to the limit."""
     outputs: dict[int, ItemOutput] = {}
-    room = limit - samples.count
+    kept = limit - samples.count
     for sample in logged:
         text, doc = text_of(sample), int(sample["doc_id"])
         if text is None or doc in outputs:  # a second filter reads the same output
             continue
-        if len(outputs) >= room:
+        if len(outputs) >= kept:
             samples.left_out += 1
             continue
         outputs[doc] = ItemOutput(doc, text, str(sample.get(LABELS) or ""))
@@ -779,8 +786,8 @@ def _keep_outputs(
 
 # --- From merged tables (`lm-eval-steering merge --items`), for sweeps of thousands of cells
 #
-# `metrics.parquet` gives cells and scores; `items.parquet`, where it is there, the items. It is read in batches, and
-# each distinct text of values is parsed once, because right and wrong have two spellings in millions of rows.
+# `metrics.parquet` holds cells and scores, `items.parquet` (optional) the items. Items are read in batches, and each
+# distinct JSON text of values is parsed once: millions of rows of a 0/1 metric have two such texts.
 
 _BATCH = 1 << 20
 _COLUMNS = ["cell", "doc_id", "half", "filter", "metrics"]
@@ -793,14 +800,13 @@ def _read_merged(folder: Path, max_samples: int, evaluated: Mapping[str, str]) -
     path = folder / "metrics.parquet"
     frame = pd.read_parquet(path)
     if frame.empty:
-        raise ReportError(f"{path}: no cell is in it")
+        raise ReportError(f"{path}: it holds no cell")
     facts = Facts(title=folder.resolve().name, sources=[str(folder)], versions=versions())
     cells, scores = _from_frame(frame, facts, _evaluated_languages(frame["task"].unique(), {}, evaluated))
     items: dict[str, Items] = {}
     samples = Samples()
     if (folder / "items.parquet").is_file():
-        wanted = set(cells["cell"])
-        items = _read_items(folder / "items.parquet", wanted)
+        items = _read_items(folder / "items.parquet", set(cells["cell"]))
         samples = _outputs(folder / "items.parquet", cells, items, max_samples)
     else:
         facts.notes.append("There is no items.parquet (merge --items): scores have no intervals and no tests.")
@@ -809,51 +815,48 @@ def _read_merged(folder: Path, max_samples: int, evaluated: Mapping[str, str]) -
     return Sweep(cells, scores, items, timings, missing, samples, facts)
 
 
-def _read_items(path: Path, wanted: set[str]) -> dict[str, Items]:
-    """Items of each wanted cell of `items.parquet`, whose rows are sorted by cell."""
+def _read_items(path: Path, cells: set[str]) -> dict[str, Items]:
+    """Items of these cells of `items.parquet`, whose rows are sorted by cell."""
     parts: dict[str, dict[str, list[Part]]] = {}
     for cell, filter_, part in _parts(path):
-        if cell in wanted:
+        if cell in cells:
             parts.setdefault(cell, {}).setdefault(filter_, []).append(part)
-    return {cell: _joined(own) for cell, own in parts.items()}
+    return {cell: _joined(by_filter) for cell, by_filter in parts.items()}
 
 
 def _parts(path: Path) -> Iterator[tuple[str, str, Part]]:
-    """Runs of rows of one cell and filter, with their values by metric."""
+    """(cell, filter, part) of consecutive rows of one cell, with their values by metric."""
     file = pq.ParquetFile(path, read_dictionary=["cell", "filter", "half", "metrics"])
     for batch in file.iter_batches(batch_size=_BATCH, columns=_COLUMNS):
         cells, filters, halves = (_encoded(batch.column(name)) for name in ("cell", "filter", "half"))
         docs = np.asarray(batch.column("doc_id").cast(pa.int64()))
         texts, codes = _encoded(batch.column("metrics"))
         values = _by_metric(texts)
-        there = {metric: _present(column) for metric, column in values.items()}
+        present = {metric: _present(column) for metric, column in values.items()}
         starts = np.flatnonzero(np.diff(cells[1], prepend=-1))
         for start, end in zip(starts, [*starts[1:], len(docs)], strict=True):
             for code in np.unique(filters[1][start:end]):
                 rows = start + np.flatnonzero(filters[1][start:end] == code)
-                own = codes[rows]
-                kept = {metric: column[own] for metric, column in values.items() if there[metric][own].any()}
-                reported = None if not halves[0] else np.isin(halves[1][rows], _places(halves[0], REPORT))
+                part = codes[rows]
+                kept = {metric: column[part] for metric, column in values.items() if present[metric][part].any()}
+                in_reported = [number for number, half in enumerate(halves[0]) if half == REPORT]
+                reported = None if not halves[0] else np.isin(halves[1][rows], in_reported)
                 yield cells[0][cells[1][start]], filters[0][code] if code >= 0 else "", (docs[rows], reported, kept)
 
 
 def _encoded(column: Any) -> tuple[list[str], NDArray[np.int64]]:
-    """(distinct texts, place of each row's text; -1 for null)."""
+    """(distinct texts, index of each row's text among them; -1 for null)."""
     if not pa.types.is_dictionary(column.type):
         column = pc.dictionary_encode(column.cast(pa.string()))
     codes = np.asarray(pc.fill_null(column.indices.cast(pa.int64()), -1))
     return column.dictionary.to_pylist(), codes
 
 
-def _places(texts: list[str], wanted: str) -> list[int]:
-    return [place for place, text in enumerate(texts) if text == wanted]
-
-
 def _by_metric(texts: list[str]) -> dict[str, NDArray[Any]]:
     """Metric -> value in each distinct text."""
     parsed: list[dict[str, Any]] = json.loads(f"[{','.join(texts)}]")
-    names = dict.fromkeys(name for found in parsed for name in found)
-    return {name: _as_array([found.get(name) for found in parsed]) for name in names}
+    names = dict.fromkeys(name for values in parsed for name in values)
+    return {name: _as_array([values.get(name) for values in parsed]) for name in names}
 
 
 def _present(column: NDArray[Any]) -> NDArray[np.bool_]:
@@ -864,16 +867,16 @@ def _present(column: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _joined(filters: dict[str, list[Part]]) -> Items:
-    """One cell from its runs; several filters share the documents."""
+    """The items of one cell from its parts; its filters share the documents."""
     values: dict[str, NDArray[Any]] = {}
     docs = reported = None
     for filter_, parts in filters.items():
         numbers = np.concatenate([part[0] for part in parts]) if len(parts) > 1 else parts[0][0]
         order = None if (np.diff(numbers) > 0).all() else np.argsort(numbers, kind="stable")
-        own = _concatenated(parts)
+        columns = _concatenated(parts)
         if order is not None:
-            numbers, own = numbers[order], {name: column[order] for name, column in own.items()}
-        values |= {naming.metric_label(name, filter_): column for name, column in own.items()}
+            numbers, columns = numbers[order], {name: column[order] for name, column in columns.items()}
+        values |= {naming.metric_label(name, filter_): column for name, column in columns.items()}
         if docs is None:
             docs = numbers
             halves = [part[1] for part in parts if part[1] is not None]
@@ -881,34 +884,30 @@ def _joined(filters: dict[str, list[Part]]) -> Items:
                 whole = np.concatenate(halves)
                 reported = whole if order is None else whole[order]
     assert docs is not None
-    _add_unknown(values)
+    if LABELS in values and LANG_UNKNOWN not in values:
+        values[LANG_UNKNOWN] = (values[LABELS] == UNKNOWN).astype(np.float64)
     return Items(docs, values, reported)
 
 
 def _concatenated(parts: list[Part]) -> dict[str, NDArray[Any]]:
     names = dict.fromkeys(name for part in parts for name in part[2])
-    found = {}
+    concatenated = {}
     for name in names:
-        there = [part[2].get(name) for part in parts]
-        like = next(column for column in there if column is not None)
+        columns = [part[2].get(name) for part in parts]
+        like = next(column for column in columns if column is not None)
         filled = [
             np.full((len(part[0]), *like.shape[1:]), None if like.dtype == object else np.nan, dtype=like.dtype)
             if column is None else column
-            for part, column in zip(parts, there, strict=True)
+            for part, column in zip(parts, columns, strict=True)
         ]  # fmt: skip
-        found[name] = np.concatenate(filled) if len(filled) > 1 else filled[0]
-    return found
-
-
-def _add_unknown(values: dict[str, NDArray[Any]]) -> None:
-    if "output_language" in values and "lang_unknown" not in values:
-        values["lang_unknown"] = (values["output_language"] == "unknown").astype(np.float64)
+        concatenated[name] = np.concatenate(filled) if len(filled) > 1 else filled[0]
+    return concatenated
 
 
 def _outputs(path: Path, cells: pd.DataFrame, items: dict[str, Items], limit: int) -> Samples:
-    """Generated text of the first cells that fit; merged tables hold no prompts.
+    """Generated text of the first cells up to the limit; merged tables hold no prompts.
 
-    Of every cell with identified outputs the degenerate ones are counted, where the task has not done so.
+    Adds `degenerate` and `lfs_clean` to the items of every cell with identified outputs whose task did not score them.
     """
     samples = Samples()
     generated = {cell for cell in cells["cell"] if cell in items and LABELS in items[cell].values}
@@ -919,26 +918,20 @@ def _outputs(path: Path, cells: pd.DataFrame, items: dict[str, Items], limit: in
     for batch in pq.ParquetFile(path).iter_batches(columns=["cell", "doc_id", "response"]):
         wanted = batch.filter(pc.is_in(batch.column("cell").cast(pa.string()), pa.array(sorted(generated))))
         for row in wanted.to_pylist():
-            texts.setdefault(row["cell"], {}).setdefault(row["doc_id"], _first_text(row["response"]))
-    for cell, answers in texts.items():
+            text = str(_first_response(json.loads(row["response"])))
+            texts.setdefault(row["cell"], {}).setdefault(row["doc_id"], text)
+    for cell, outputs in texts.items():
         values = items[cell].values
         if DEGENERATE not in values:
-            values[DEGENERATE] = np.array([float(degenerate(answers[doc])) for doc in items[cell].docs.tolist()])
+            values[DEGENERATE] = np.array([float(degenerate(outputs[doc])) for doc in items[cell].docs.tolist()])
         add_clean(values)
         if cell not in shown.index:
             continue
-        if samples.count + len(answers) > limit:
-            samples.left_out += len(answers)
+        if samples.count + len(outputs) > limit:
+            samples.left_out += len(outputs)
             continue
         labels = dict(zip(items[cell].docs.tolist(), values[LABELS], strict=True))
-        samples.outputs[cell] = [ItemOutput(doc, text, str(labels.get(doc) or "")) for doc, text in answers.items()]
+        samples.outputs[cell] = [ItemOutput(doc, text, str(labels.get(doc) or "")) for doc, text in outputs.items()]
         prompts = samples.prompts.setdefault(tuple(shown.loc[cell]), {})
-        prompts |= {doc: f"document {doc} (merged tables hold no prompts)" for doc in answers}
+        prompts |= {doc: f"document {doc} (merged tables hold no prompts)" for doc in outputs}
     return samples
-
-
-def _first_text(response: str) -> str:
-    answer = json.loads(response)
-    while isinstance(answer, list) and answer:
-        answer = answer[0]
-    return str(answer)

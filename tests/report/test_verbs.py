@@ -66,7 +66,7 @@ def test_compare_puts_one_intervention_beside_another(command: Command, runs: Pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("report", "{runs}/third", "--out", "{out}"), "third is no folder"),
+        (("report", "{runs}/third", "--out", "{out}"), "third is not a folder"),
         (("compare", "{runs}/first", "--out", "{out}", "--intervention", "scal"), "give two|two"),
         (("compare", "{runs}/first", "{runs}/second", "--out", "{out}", "--intervention", "scale"), "leave one"),
     ],
