@@ -453,7 +453,7 @@ def test_the_option_finds_what_discovery_leaves_alone() -> None:
         ("model.layers:mlp.act_fn:mlp.up_proj", r"layer 0: the input of mlp.up_proj \(5, 16\) is neither the output"),
         ("model.layers:mlp.gate_proj:mlp.down_proj", "neither the output of mlp.gate_proj .* nor its product"),
         ("model.layers:mlp.up_proj:mlp.down_proj", "neither the output|no activation function of single units"),
-        ("model.layers:input_layernorm:self_attn.q_proj", "input_layernorm is no activation function of single units"),
+        ("model.layers:input_layernorm:self_attn.q_proj", "input_layernorm is not an activation function"),
     ],
 )
 def test_a_wrong_option_is_refused_with_what_does_not_hold(option: str, message: str) -> None:

@@ -1,7 +1,7 @@
-"""The checks of `doctor` on the architecture and on the edits: does an intervention do what it says, and nothing else?
+"""The checks of `doctor`: the architecture, the edits, invariance to batch, padding and KV cache, and restoration.
 
-A check is one function that takes a bench and returns what was found. Interventions are moderate and written in plain
-numbers, so that they are defined for every neuron set. `invariance` holds the other half of the checks.
+A check is a function that takes a bench and returns a result. Its interventions are of moderate strength and use
+numbers as values, so that they are defined for every neuron set.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance
 from lm_eval_steering.steering.attach import Steering, steer
 
-# --- A loaded model on the bench: token rows, forward passes in every layout, and what hooks see while it runs
+# --- A loaded model, rows of tokens, and forward passes with and without padding and cache
 
-ROW_LENGTHS = (12, 9, 7, 12)  # tokens; two rows of one length, so that a batch without padding can be made
-_SHARE = 0.01  # of each layer's units that a random set takes, as LAPE's default rate
+ROW_LENGTHS = (12, 9, 7, 12)  # tokens; two rows of equal length make a batch without padding
+_SHARE = 0.01  # of each layer's units in a random set, LAPE's default rate
 
 
 @dataclass
 class Bench:
-    """A model, a neuron set that fits it, and where its units are.
+    """A model, a neuron set that fits it, and the modules of its units.
 
     Attributes:
         model: a causal language model of transformers in evaluation mode.
-        neurons: at least one language of it has neurons.
+        neurons: a set in which at least one language has neurons.
         sites: of the model.
-        override: where the units are, as the user said it.
+        override: the user's `sites=`, if given.
         seed: of the token rows.
     """
 
@@ -57,18 +57,18 @@ class Bench:
         sizes = {code: len(self.neurons.neurons(code)) for code in self.neurons.languages}
         ordered = [code for code in sorted(sizes, key=lambda code: (-sizes[code], code)) if sizes[code]]
         if not ordered:
-            raise NeuronSetError("no language of the neuron set has neurons, so there is nothing to try out")
+            raise NeuronSetError("no language of the neuron set has neurons, so there is nothing to check")
         return ordered[0], ordered[min(1, len(ordered) - 1)]
 
     def steer(self, language: str | None = None, **arguments: Any) -> Steering:
-        """The public `steer`, for the first language by default; that the set fits was checked already."""
+        """The public `steer`, for the first language by default; the set has been compared with the model already."""
         return steer(
             self.model, self.neurons, language or self.languages[0], force=True, sites=self.override, **arguments
         )
 
     @cached_property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Device of the token ids."""
         return self.model.get_input_embeddings().weight.device
 
     @cached_property
@@ -95,16 +95,16 @@ class Bench:
 
     @torch.no_grad()
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None, **inputs: Any) -> Any:
-        """The model's output; with a mask (row, position) the places of the tokens are given too.
+        """The model's output; with a mask (row, position) position ids are passed too.
 
         Args:
             ids: (row, token).
             mask: 1 for real tokens, over the cached ones as well.
-            inputs: what else the model takes.
+            inputs: further arguments of the model.
         """
         if mask is not None:
             inputs["attention_mask"] = mask
-            # BLOOM and MPT place tokens by distance and take no positions.
+            # BLOOM and MPT (ALiBi) take no position ids.
             if "position_ids" in self._parameters:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         return self.model(ids, **inputs)
@@ -114,13 +114,13 @@ class Bench:
         return self.forward(ids, mask, **inputs).logits
 
     def padded(self, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """All rows as one batch, (ids, mask) of shape (row, position), padded on this side."""
+        """All rows as one batch, (ids, mask) of shape (row, position), padded on one side."""
         longest = max(ROW_LENGTHS) + 3  # the first row is padded too
         ids = self.rows[0].new_full((len(self.rows), longest), int(self.rows[0][0]))
         mask = torch.zeros_like(ids)
         for number, row in enumerate(self.rows):
-            place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-            ids[number, place], mask[number, place] = row, 1
+            columns = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+            ids[number, columns], mask[number, columns] = row, 1
         return ids, mask
 
     def prefill_and_decode(self, ids: torch.Tensor, mask: torch.Tensor, decoded: int) -> torch.Tensor:
@@ -139,15 +139,13 @@ class Bench:
     def _parameters(self) -> frozenset[str]:
         return frozenset(signature(self.model.forward).parameters)
 
-    # --- what hooks see -----------------------------------------------------------------------------------------
-
     def path(self, module: nn.Module) -> str:
         """Name of a module, as `model.named_modules()` has it."""
-        return next((path for path, found in self.model.named_modules() if found is module), type(module).__name__)
+        return next((path for path, other in self.model.named_modules() if other is module), type(module).__name__)
 
     @contextmanager
     def watching(self, site: str) -> Iterator[list[torch.Tensor]]:
-        """The units of every layer at this site as they are when these hooks' turn comes: [(..., unit)] by layer."""
+        """The units of every layer at this site as these hooks see them, [(..., unit)] by layer."""
         seen: list[torch.Tensor] = []
         handles = []
         for layer in self.sites.layers:
@@ -167,7 +165,7 @@ class Bench:
 
 
 def random_neurons(shape: Shape, architecture: str, seed: int) -> NeuronSet:
-    """A seeded set of two made-up languages: 1 % of the units, one in every layer, one in every other layer.
+    """A seeded random set of two languages: 1 % of the units of every layer, and of every other layer.
 
     Args:
         shape: of the model.
@@ -189,14 +187,9 @@ def random_neurons(shape: Shape, architecture: str, seed: int) -> NeuronSet:
         for code, layers in every.items()
     }
     provenance = Provenance(
-        "random",
-        "",
-        architecture,
-        shape.layers,
-        shape.units,
-        widths=shape.widths,
+        "random", "", architecture, shape.layers, shape.units, widths=shape.widths,
         selection={"method": "random", "seed": seed},
-    )
+    )  # fmt: skip
     return NeuronSet(tuple(assignments), assignments, provenance)
 
 
@@ -207,22 +200,22 @@ _OPERATIONS: tuple[dict[str, Any], ...] = (
     {"op": "add", "value": 0.5, "factor": 3.0},
     {"op": "set", "value": 0.25, "factor": 2.0},
 )
-# Largest difference of logits that is rounding, as a share of the largest |logit|. float32 is the promise of the
-# guarantees, and for float64 too, since many families compute their softmax in float32 all the same; half precision
-# rounds after every module, and eight roundings of its own are allowed.
+# Largest difference of logits that counts as rounding, relative to the largest |logit|. That of float32 is guaranteed
+# (docs/guarantees.md), and holds for float64 too, since many families compute the softmax in float32; half precision
+# rounds after every module, and eight such roundings are allowed.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """Result of one check.
 
     Attributes:
         name: what must hold.
         passed: whether it does.
-        found: the number.
-        expected: what it was compared with.
-        detail: what to know where it fails: the module's name, or the error.
+        found: the measured value.
+        expected: the value it was compared with.
+        detail: why it fails: the module's name, or the error.
     """
 
     name: str
@@ -232,15 +225,15 @@ class Check:
     detail: str = ""
 
 
-Finding = tuple[bool, str, str, str]  # passed, found, expected, detail
+Finding = tuple[bool, str, str, str]  # passed, found, expected, detail of a Check
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Largest difference of logits that counts as rounding, as a share of the largest |logit|."""
+    """Largest difference of logits that counts as rounding, relative to the largest |logit|."""
     return _TOLERANCES.get(dtype, 8 * torch.finfo(dtype).eps)
 
 
-# --- the architecture -----------------------------------------------------------------------------------------------
+# --- The architecture
 
 
 def runs_once(bench: Bench) -> Finding:
@@ -265,7 +258,7 @@ def runs_once(bench: Bench) -> Finding:
 
 
 def output_is_used(bench: Bench) -> Finding:
-    """What the activation module returns is what reaches the last linear layer: zeros in, zeros there."""
+    """The output of the activation module reaches the last linear layer, whose input is 0 where it is 0."""
     handles = [layer.activation.register_forward_hook(lambda _m, _i, out: out * 0) for layer in bench.sites.layers]
     try:
         with bench.watching("product") as inputs:
@@ -275,13 +268,13 @@ def output_is_used(bench: Bench) -> Finding:
             handle.remove()
     if len(inputs) != len(bench.sites.layers):
         return False, f"{len(inputs)} layers", f"{len(bench.sites.layers)}", "a last linear layer did not run once"
-    passed_by = [
+    bypassed = [
         f"{bench.path(layer.activation)} is bypassed: zeroing its output leaves up to {float(seen.abs().max()):.3g} "
         f"at the input of {bench.path(layer.down)}"
         for layer, seen in zip(bench.sites.layers, inputs, strict=True)
         if bool((seen != 0).any())
     ]
-    return not passed_by, f"{len(inputs) - len(passed_by)} of {len(inputs)} layers", "all", listed(passed_by)
+    return not bypassed, f"{len(inputs) - len(bypassed)} of {len(inputs)} layers", "all", listed(bypassed)
 
 
 def fires_as_often(bench: Bench) -> Finding:
@@ -297,11 +290,11 @@ def fires_as_often(bench: Bench) -> Finding:
     return right, f"{evidence.fired} hooks in {evidence.forwards} forwards", f"{expected} in {1 + decoded}", ""
 
 
-# --- what is edited -------------------------------------------------------------------------------------------------
+# --- The edits
 
 
 def identity(bench: Bench, arguments: dict[str, Any]) -> Finding:
-    """An intervention that changes nothing gives the same bits, at both sites."""
+    """An identity intervention leaves the logits bit-equal, at both sites."""
     plain = bench.logits(bench.row)
     worst = 0.0
     for site in SITES:
@@ -311,42 +304,42 @@ def identity(bench: Bench, arguments: dict[str, Any]) -> Finding:
 
 
 def empty_set(bench: Bench) -> Finding:
-    """A language without neurons gives the same bits."""
+    """Steering a language without neurons leaves the logits bit-equal."""
     plain, code = bench.logits(bench.row), bench.languages[0]
-    nothing = replace(
+    empty = replace(
         bench.neurons, languages=(code,), assignments={code: np.zeros((0, 2), dtype=np.int64)}, calibrated=None
     )
-    with steer(bench.model, nothing, code, allow_empty=True, force=True, sites=bench.override, **STRONG):
+    with steer(bench.model, empty, code, allow_empty=True, force=True, sites=bench.override, **STRONG):
         worst = difference(bench.logits(bench.row), plain)
     return worst == 0, f"{worst:.3g}", "0", ""
 
 
 def takes_place(bench: Bench) -> Finding:
-    """A real intervention changes the logits, so that the other checks do not compare nothing with nothing."""
+    """An intervention changes the logits at both sites; otherwise the other checks would mean nothing."""
     plain = bench.logits(bench.row)
-    found = []
+    changes = []
     for site in SITES:
         with bench.steer(site=site, **STRONG):
-            found.append(difference(bench.logits(bench.row), plain))
-    return min(found) > 0, f"{min(found):.3g}", "> 0", ""
+            changes.append(difference(bench.logits(bench.row), plain))
+    return min(changes) > 0, f"{min(changes):.3g}", "> 0", ""
 
 
 def edits_by_definition(bench: Bench, site: str) -> Finding:
-    """Chosen units become what the definition says, computed here in double precision from the captured tensors."""
+    """Chosen units follow the definition, computed in float64 from the captured activations."""
     worst, limit = 0.0, 2 * max(torch.finfo(bench.model.dtype).eps, torch.finfo(torch.float32).eps)
     for arguments in _operations(bench):
         before, after = _around(bench, site, arguments)
         for layer, unit, value in _chosen(bench, site, arguments):
             old, new = (seen[layer][..., unit].cpu().double() for seen in (before, after))
-            expected = _by_hand(old, value, **arguments)
-            # Rounding of a sum is as large as its parts, which may cancel.
+            expected = _by_definition(old, value, **arguments)
+            # The rounding error of a sum is relative to its summands, which may cancel.
             size = old.abs() + expected.abs() + abs(value * arguments.get("factor", 1.0))
             worst = max(worst, float(((new - expected).abs() / size.clamp(min=1e-30)).max()))
     return worst <= limit, f"{worst:.3g}", f"<= {limit:.2g} relative", ""
 
 
 def nothing_else_changes(bench: Bench) -> Finding:
-    """Units that were not chosen keep their bits in every layer, and layers below the first edit see no difference."""
+    """Units that were not chosen stay bit-equal in every layer, and so does every layer below the first edit."""
     wrong = 0
     for site in SITES:
         with bench.watching(site) as plain:
@@ -363,9 +356,6 @@ def nothing_else_changes(bench: Bench) -> Finding:
     return wrong == 0, f"{wrong} values changed", "0", ""
 
 
-# --- parts ----------------------------------------------------------------------------------------------------------
-
-
 def _operations(bench: Bench) -> list[dict[str, Any]]:
     """Scale, add and set by numbers, and add of the calibrated mean where the set holds it."""
     statistics = bench.neurons.calibrated
@@ -376,8 +366,8 @@ def _operations(bench: Bench) -> list[dict[str, Any]]:
 def _around(
     bench: Bench, site: str, arguments: dict[str, Any]
 ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """Units of every layer in one forward pass, just before the intervention and just after it."""
-    # Hooks run in the order of registration, so the first to be put there sees what the intervention gets.
+    """Units of every layer in one forward pass, before and after the intervention's hooks."""
+    # Hooks run in the order of registration.
     with bench.watching(site) as before, bench.steer(site=site, **arguments), bench.watching(site) as after:
         bench.logits(bench.row)
     return before, after
@@ -393,8 +383,8 @@ def _chosen(bench: Bench, site: str, arguments: dict[str, Any]) -> list[tuple[in
     return [(int(layer), int(unit), v) for (layer, unit), v in zip(neurons.tolist(), values, strict=True)]
 
 
-def _by_hand(old: torch.Tensor, amount: float, op: str, factor: float, **_: Any) -> torch.Tensor:
-    """The definition of docs/interventions.md, in double precision."""
+def _by_definition(old: torch.Tensor, amount: float, op: str, factor: float, **_: Any) -> torch.Tensor:
+    """The definition of docs/interventions.md, in float64."""
     if op == "scale":
         return factor * old
     return old + factor * amount if op == "add" else torch.full_like(old, factor * amount)
@@ -407,56 +397,51 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.cpu().double() - other.cpu().double()).abs().nan_to_num(nan=torch.inf).max())
 
 
-def share_of_largest(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest |difference| as a share of the largest |value| of the other; infinite where one is not finite."""
+def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest |difference| relative to the largest |value| of the other; infinite if one is not finite."""
     one, other = one.cpu().double(), other.cpu().double()
     largest = (one - other).abs().nan_to_num(nan=torch.inf).max()
     return float(largest / other.abs().max().clamp(min=1e-30))
 
 
-def listed(found: list[str]) -> str:
-    """The first three, and how many more there are."""
-    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-    return "; ".join(found[:3]) + more
+def listed(problems: list[str]) -> str:
+    """The first three, and the number of further ones."""
+    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
 
 
-# --- The checks of `doctor` on rows and on what is left behind
-#
-# A row's result must not depend on its batch, its padding or the KV cache; and after steering the model must be the
-# one that it was before.
-
-# --- rows, padding, cache -------------------------------------------------------------------------------------------
+# --- Invariance: a row's logits do not depend on its batch, its padding or the KV cache
 
 
 def batch_composition(bench: Bench, arguments: dict[str, Any]) -> Finding:
-    """A row beside another row is what it is alone."""
+    """A row in a batch of two gives the logits that it gives alone."""
 
     def compare() -> float:
         alone = bench.logits(bench.row)
         pair = torch.stack([bench.rows[3], bench.rows[0]])
-        return share_of_largest(bench.logits(pair)[1:], alone)
+        return relative_difference(bench.logits(pair)[1:], alone)
 
     return _invariant(bench, arguments, compare)
 
 
 def batch_size(bench: Bench, arguments: dict[str, Any]) -> Finding:
-    """A row in a batch of eight is what it is alone."""
+    """A row in a batch of eight gives the logits that it gives alone."""
 
     def compare() -> float:
         alone = bench.logits(bench.row)
-        return share_of_largest(bench.logits(bench.row.repeat(8, 1))[-1:], alone)
+        return relative_difference(bench.logits(bench.row.repeat(8, 1))[-1:], alone)
 
     return _invariant(bench, arguments, compare)
 
 
 def padding(bench: Bench, arguments: dict[str, Any], side: str) -> Finding:
-    """Rows of a padded batch are what they are alone."""
+    """Rows of a padded batch give the logits that they give alone."""
 
     def compare() -> float:
         ids, mask = bench.padded(side)
         together = bench.logits(ids, mask)
         return max(
-            share_of_largest(together[number, mask[number].bool()], bench.logits(row[None])[0])
+            relative_difference(together[number, mask[number].bool()], bench.logits(row[None])[0])
             for number, row in enumerate(bench.rows)
         )
 
@@ -464,25 +449,25 @@ def padding(bench: Bench, arguments: dict[str, Any], side: str) -> Finding:
 
 
 def cache(bench: Bench, arguments: dict[str, Any]) -> Finding:
-    """Prefill and decoding with a KV cache give what one forward pass gives, alone and in a left-padded batch."""
+    """Prefill and decoding with a KV cache give the logits of one forward pass, alone and in a left-padded batch."""
 
     def compare() -> float:
         ids, mask = bench.padded("left")
         whole, alone = bench.logits(ids, mask), torch.ones_like(bench.row)
         stepwise = bench.prefill_and_decode(ids, mask, decoded=4)
         return max(
-            share_of_largest(stepwise[mask.bool()], whole[mask.bool()]),
-            share_of_largest(bench.prefill_and_decode(bench.row, alone, decoded=4), bench.logits(bench.row)),
+            relative_difference(stepwise[mask.bool()], whole[mask.bool()]),
+            relative_difference(bench.prefill_and_decode(bench.row, alone, decoded=4), bench.logits(bench.row)),
         )
 
     return _invariant(bench, arguments, compare)
 
 
-# --- leaving the model as it was ------------------------------------------------------------------------------------
+# --- Restoration: after steering the model is as before
 
 
 def detaching(bench: Bench) -> Finding:
-    """After steering, and after an error inside it, the model computes the same bits and carries no hook of ours."""
+    """After steering, and after an error inside it, logits are bit-equal and no hook of ours is left."""
     plain, hooks = bench.logits(bench.row), bench.hooks()
     with bench.steer(**STRONG):
         bench.logits(bench.row)
@@ -492,12 +477,12 @@ def detaching(bench: Bench) -> Finding:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         worst = max(worst, difference(bench.logits(bench.row), plain))
-    left = bench.hooks() - hooks
-    return worst == 0 and left == 0, f"{worst:.3g}, {left} hooks left", "0, 0", ""
+    remaining = bench.hooks() - hooks
+    return worst == 0 and remaining == 0, f"{worst:.3g}, {remaining} hooks left", "0, 0", ""
 
 
 def one_after_another(bench: Bench) -> Finding:
-    """Steering to one language, to another, and to the first again gives the first result again, bit by bit."""
+    """Steering to one language, to another, and to the first again gives bit-equal logits for the first."""
     first, second = bench.languages
 
     def steered(code: str, **arguments: Any) -> torch.Tensor:
@@ -511,7 +496,7 @@ def one_after_another(bench: Bench) -> Finding:
 
 
 def foreign_hooks(bench: Bench) -> Finding:
-    """Hooks of others on the same modules run before, while and after the model is steered."""
+    """Hooks of other libraries on the same modules run before, during and after steering."""
     calls = {"activation": 0, "down": 0, "decoder": 0}
 
     def count(name: str) -> Callable[..., None]:
@@ -533,13 +518,13 @@ def foreign_hooks(bench: Bench) -> Finding:
         for handle in handles:
             handle.remove()
     missing = [
-        f"a hook on {bench.path(modules[name])} ran {found} times" for name, found in calls.items() if found != 4
+        f"a hook on {bench.path(modules[name])} ran {number} times" for name, number in calls.items() if number != 4
     ]
     return not missing, "/".join(map(str, calls.values())), "4/4/4 calls", listed(missing)
 
 
 def weights_untouched(bench: Bench, before: str) -> Finding:
-    """The digest of the weights is what it was before the checks."""
+    """The digest of the weights has not changed during the checks."""
     after = weights_digest(bench.model)
     return after == before, after[:8], before[:8], ""
 
@@ -551,6 +536,6 @@ def _invariant(bench: Bench, arguments: dict[str, Any], compare: Callable[[], fl
         with bench.steer(site=site, **arguments):
             worst = max(worst, compare())
     passed = worst <= limit
-    # A model may depend on its batch by itself; that is worth knowing, and no fault of the intervention.
+    # The model itself may depend on the batch, which is no fault of the intervention.
     detail = "" if passed else f"the unsteered model: {compare():.3g}"
     return passed, f"{worst:.2g}", f"<= {limit:.2g} of the largest logit", detail

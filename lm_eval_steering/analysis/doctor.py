@@ -1,4 +1,4 @@
-"""`doctor`: is steering right in this model? Every guarantee that can be tried out on one, tried out on it."""
+"""`doctor`: checks every guarantee that can be checked on one model."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def examine(
     name: str = "this model",
     log: Log | None = None,
 ) -> list[Check]:
-    """Try out every guarantee on a loaded model.
+    """Check every guarantee on a loaded model.
 
     Args:
         model: a causal language model of transformers.
         neurons: of the model; a seeded random set of its shape by default.
-        sites: where the units are in a family that is not known.
+        sites: the modules of the units, for a family that is not in the table (`docs/architectures.md`).
         seed: of the random set and of the token rows.
         name: of the model, for messages.
-        log: shows progress.
+        log: of progress.
 
     Returns:
-        One check a guarantee, the architecture's first. A model whose units are not found has that one alone.
+        One check per guarantee, the architecture's first; that one alone if the model's units are not found.
 
     Raises:
         NeuronSetError: if the set belongs to another model, or no language of it has neurons.
@@ -53,27 +53,28 @@ def examine(
     log = log or Log(show=False)
     model.eval()
     try:
-        found = sites_of(model, sites)
+        model_sites = sites_of(model, sites)
     except ArchitectureError as error:
         return [Check("the units are found", False, "not found", "one site in each layer", str(error))]
-    neurons = neurons or random_neurons(found.shape, model_type_of(model.config), seed)
-    found = fitting_sites(model, neurons, sites=sites, name=name)
-    bench = Bench(model, neurons, found, sites or neurons.provenance.sites or None, seed)
-    where = f"{bench.path(found.layers[0].activation)}, {bench.path(found.layers[0].down)}, ..."
-    kind = "gated" if found.gated else "plain"
-    result = [Check("the units are found", True, f"{found.shape.layers} x {found.shape.units:,}", f"{kind} MLP", where)]
-    wanted = list(_checks(bench))
-    with log.bar("checking", len(wanted), "check") as bar:
-        for title, check in wanted:
-            result.append(_try(title, check))
+    neurons = neurons or random_neurons(model_sites.shape, model_type_of(model.config), seed)
+    model_sites = fitting_sites(model, neurons, sites=sites, name=name)
+    bench = Bench(model, neurons, model_sites, sites or neurons.provenance.sites or None, seed)
+    first, shape = model_sites.layers[0], model_sites.shape
+    kind = "gated MLP" if model_sites.gated else "plain MLP"
+    paths = f"{bench.path(first.activation)}, {bench.path(first.down)}, ..."
+    results = [Check("the units are found", True, f"{shape.layers} x {shape.units:,}", kind, paths)]
+    planned = list(_checks(bench))
+    with log.bar("checking", len(planned), "check") as bar:
+        for title, check in planned:
+            results.append(_result(title, check))
             bar.update(1)
-    return result
+    return results
 
 
 def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """(what must hold, how to find out) in the order of the table."""
+    """(what must hold, its check) in the order of the table."""
     digest = weights_digest(bench.model)
-    _ = bench.languages  # says so at once where no language has neurons
+    _ = bench.languages  # raises if no language has neurons
     yield "activation and down modules run once a forward", partial(checks.runs_once, bench)
     yield "the MLP uses what its activation module returns", partial(checks.output_is_used, bench)
     yield "hooks fire once a forward, prefill and decode", partial(checks.fires_as_often, bench)
@@ -96,45 +97,45 @@ def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], Finding]]]:
     yield "the weights are untouched", partial(checks.weights_untouched, bench, digest)
 
 
-def _try(title: str, check: Callable[[], Finding]) -> Check:
-    """What a check finds; an error inside it, ours or the model's, is a failure and not the end of the table."""
+def _result(title: str, check: Callable[[], Finding]) -> Check:
+    """The result of a check; an error inside it is a failure and does not end the other checks."""
     try:
         return Check(title, *check())
     except Exception as error:
         return Check(title, False, type(error).__name__, "no error", (str(error) or "no message").splitlines()[0])
 
 
-def passed(found: Sequence[Check]) -> bool:
-    """Whether every check did."""
-    return all(check.passed for check in found)
+def passed(results: Sequence[Check]) -> bool:
+    """Whether every check passed."""
+    return all(check.passed for check in results)
 
 
-# --- for people -----------------------------------------------------------------------------------------------------
+# --- Results as text, as a table and as JSON
 
 
-def plain_text(found: Sequence[Check]) -> str:
-    """Aligned columns without colours or lines, for a pipe; what explains a finding stands below it."""
-    names = max(len(check.name) for check in found)
-    numbers = max(len(check.found) for check in found)
+def plain_text(results: Sequence[Check]) -> str:
+    """Aligned columns without colours, for a pipe; each detail is below its check."""
+    names = max(len(check.name) for check in results)
+    numbers = max(len(check.found) for check in results)
     lines = []
-    for check, detail in _said_once(found):
+    for check, detail in _with_details(results):
         mark = "pass" if check.passed else "FAIL"
         lines.append(f"{mark}  {check.name:<{names}}  {check.found:<{numbers}}  {check.expected}".rstrip())
         lines += textwrap.wrap(
             detail, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_long_words=False
         )
-    return "\n".join([*lines, summary(found)])
+    return "\n".join([*lines, summary(results)])
 
 
-def _said_once(found: Sequence[Check]) -> Iterator[tuple[Check, str]]:
-    """Each check with its detail; one broken module makes many fail with the same words, which are said once."""
-    said = set()
-    for check in found:
-        yield check, "the same error as above" if check.detail in said else check.detail
-        said.add(check.detail or None)
+def _with_details(results: Sequence[Check]) -> Iterator[tuple[Check, str]]:
+    """Each check with its detail, which is shown once if one cause makes several checks fail."""
+    shown = set()
+    for check in results:
+        yield check, "the same error as above" if check.detail in shown else check.detail
+        shown.add(check.detail or None)
 
 
-def rich_table(found: Sequence[Check]) -> Any:
+def rich_table(results: Sequence[Check]) -> Any:
     """The same as a table of rich, for a terminal."""
     from rich.markup import escape
     from rich.table import Table
@@ -142,7 +143,7 @@ def rich_table(found: Sequence[Check]) -> Any:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("", "check", "found", "expected"):
         table.add_column(title, overflow="fold")
-    for check, detail in _said_once(found):
+    for check, detail in _with_details(results):
         colour = "dim" if check.passed else "red"
         mark = "[green]pass[/green]" if check.passed else "[bold red]FAIL[/bold red]"
         below = f"\n[{colour}]{escape(detail)}[/{colour}]" if detail else ""
@@ -150,17 +151,17 @@ def rich_table(found: Sequence[Check]) -> Any:
     return table
 
 
-def summary(found: Sequence[Check]) -> str:
+def summary(results: Sequence[Check]) -> str:
     """`25 checks passed`, or how many failed."""
-    failed = sum(not check.passed for check in found)
-    return f"{failed} of {len(found)} checks failed" if failed else f"{len(found)} checks passed"
+    failed = sum(not check.passed for check in results)
+    return f"{failed} of {len(results)} checks failed" if failed else f"{len(results)} checks passed"
 
 
-def report(found: Sequence[Check], model: LazyModel, neurons: NeuronSet | None, seed: int) -> dict[str, Any]:
-    """Everything that was found and on what, in values that JSON can hold."""
+def report(results: Sequence[Check], model: LazyModel, neurons: NeuronSet | None, seed: int) -> dict[str, Any]:
+    """All results with model, neuron set, versions and machine, in values that JSON can hold."""
     return {
-        "passed": passed(found),
-        "checks": [vars(check) for check in found],
+        "passed": passed(results),
+        "checks": [vars(check) for check in results],
         "model": model.maker() | {"dtype": str(model.model.dtype), "device": str(model.model.device)},
         "neurons": neurons.content_hash() if neurons else {"random": True, "seed": seed},
         "versions": versions(),

@@ -1,4 +1,4 @@
-"""What is in a neuron set: the numbers behind `lm-eval-steering inspect`, and the text that it prints."""
+"""The contents of a neuron set: the numbers of `lm-eval-steering inspect`, and the text that it prints."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.languages import english_name
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 
-_MOST_ALIKE = 5  # pairs of languages that the text names
-_TOLD_ELSEWHERE = {"entropy_histogram", "entropy_threshold", "languages_without_neurons", "of"}
-_LABEL = 16  # characters that a label takes: with a SHA-256 a line still has 80
+_MOST_SIMILAR = 5  # pairs of languages in the text
+_IN_OTHER_LINES = {"entropy_histogram", "entropy_threshold", "languages_without_neurons", "of"}
+_LABEL = 16  # width of a label in characters: a line with a SHA-256 has 80
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class LanguageRow:
     """One language of a set.
 
     Attributes:
-        neurons: how many belong to it.
+        neurons: number of its neurons.
         share: of all units of the model, 0 to 1.
-        exclusive: how many belong to no other language of the set.
-        shared: how many belong to at least one other.
-        tokens: that were read of it to find the neurons, None where the set does not say.
+        exclusive: number of neurons that belong to no other language of the set.
+        shared: number of neurons that belong to at least one other language.
+        tokens: number of its tokens in the recording, None if the set does not hold it.
     """
 
     code: str
@@ -47,7 +47,7 @@ class EntropyDistribution:
     Attributes:
         edges: (bin + 1,) of the histogram, in nats, from 0 to ln(languages).
         counts: (bin,) eligible neurons.
-        threshold: largest entropy that was selected, in nats; None where nothing was.
+        threshold: largest entropy of a selected neuron, in nats; None if none was selected.
         selected: neurons that were selected; some of them may belong to no language.
     """
 
@@ -70,7 +70,7 @@ def distinct_by_layer(neuron_set: NeuronSet) -> NDArray[np.int64]:
 
 
 def multiplicity(neuron_set: NeuronSet) -> NDArray[np.int64]:
-    """In how many languages each neuron of `neuron_set.union()` lies, (neuron,)."""
+    """Number of languages that each neuron of `neuron_set.union()` belongs to, (neuron,)."""
     rows = [neuron_set.assignments[code] for code in neuron_set.languages]
     return np.unique(np.concatenate([np.zeros((0, 2), dtype=np.int64), *rows]), axis=0, return_counts=True)[1]
 
@@ -82,8 +82,7 @@ def jaccard(overlap: NDArray[np.int64]) -> NDArray[np.float64]:
         overlap: (language, language) numbers of shared neurons, the sizes on the diagonal (`NeuronSet.overlap`).
 
     Returns:
-        nan where both sets are empty, for nothing over nothing is no number; tables and pictures leave it blank. An
-        empty set and one that is not have 0.
+        0 if one of the sets is empty, nan if both are; tables and figures leave nan blank.
     """
     sizes = np.diag(overlap)
     distinct = sizes[:, None] + sizes[None, :] - overlap
@@ -91,28 +90,26 @@ def jaccard(overlap: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def language_rows(neuron_set: NeuronSet) -> list[LanguageRow]:
-    """One row a language, in the order of the set."""
+    """One row per language, in the order of the set."""
     union, times = neuron_set.union(), multiplicity(neuron_set)
     units = neuron_set.provenance.units
-    alone = union[times == 1] @ [units, 1]  # one number a neuron: layer * units + unit
+    alone = union[times == 1] @ [units, 1]  # one number per neuron: layer * units + unit
     tokens = neuron_set.provenance.corpus.get("tokens") or {}
-    found = []
+    rows = []
     for code in neuron_set.languages:
-        own = neuron_set.assignments[code] @ [units, 1]
-        exclusive = int(np.isin(own, alone).sum())
-        share = len(own) / (neuron_set.provenance.layers * units)
-        row = LanguageRow(
-            code, english_name(code), len(own), share, exclusive, len(own) - exclusive, tokens.get(code)
-        )  # fmt: skip
-        found.append(row)
-    return found
+        neurons = neuron_set.assignments[code] @ [units, 1]
+        exclusive = int(np.isin(neurons, alone).sum())
+        share = len(neurons) / (neuron_set.provenance.layers * units)
+        shared = len(neurons) - exclusive
+        rows.append(LanguageRow(code, english_name(code), len(neurons), share, exclusive, shared, tokens.get(code)))
+    return rows
 
 
 def entropy_distribution(neuron_set: NeuronSet) -> EntropyDistribution | None:
-    """The entropies that the selection looked at, or None for a set that does not hold them.
+    """The entropies of the selection; None if the set does not hold them.
 
     Raises:
-        NeuronSetError: if the histogram of the set is not one.
+        NeuronSetError: if the set's histogram is damaged.
     """
     selection = neuron_set.provenance.selection
     histogram = selection.get("entropy_histogram")
@@ -135,44 +132,44 @@ def entropy_distribution(neuron_set: NeuronSet) -> EntropyDistribution | None:
 
 
 def describe(neuron_set: NeuronSet) -> str:
-    """Provenance, neurons of each language, what they share, and which statistics there are.
+    """Provenance, neurons of each language, shared neurons, and the calibrated statistics.
 
-    Plain text without colours, so that it is the same on a terminal, in a pipe and in a file; no line of it is cut.
+    Plain text without colours, the same on a terminal, in a pipe and in a file; no line is cut.
     """
     parts = (_provenance(neuron_set), _languages(neuron_set), _sharing(neuron_set), _contents(neuron_set))
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
-# --- the parts of the text ------------------------------------------------------------------------------------------
+# --- Parts of the text
 
 
 def _line(label: str, text: str) -> str:
-    """Label and text; what is longer than a terminal goes on below, but no word, so no hash, is broken."""
+    """Label and text, wrapped at 80 characters; no word, and so no hash, is broken."""
     wrapped = textwrap.wrap(text, 80 - _LABEL, break_long_words=False, break_on_hyphens=False)
     return f"{label:<{_LABEL}}" + f"\n{'':<{_LABEL}}".join(wrapped)
 
 
 def _provenance(neuron_set: NeuronSet) -> list[str]:
-    own = neuron_set.provenance
+    made = neuron_set.provenance
     return [
-        _line("model", own.model),
-        _line("revision", own.revision or "not known"),
-        _line("architecture", own.architecture),
-        *([_line("activation", own.activation_function)] if own.activation_function else []),
-        *([_line("sites", own.sites)] if own.sites else []),
-        _line("layers x units", f"{own.layers} x {own.units:,} = {own.layers * own.units:,}"),
-        _line("weights", "sketch known" if own.weights else "not known: another checkpoint cannot be told apart"),
-        *_selection(own.selection),
-        *([_line("recorded in", own.dtype)] if own.dtype else []),
-        *([_line("tokenizer", own.tokenizer)] if own.tokenizer else []),
-        *_corpus(own.corpus),
-        _line("versions", _pairs(own.versions) or "not known"),
+        _line("model", made.model),
+        _line("revision", made.revision or "not known"),
+        _line("architecture", made.architecture),
+        *([_line("activation", made.activation_function)] if made.activation_function else []),
+        *([_line("sites", made.sites)] if made.sites else []),
+        _line("layers x units", f"{made.layers} x {made.units:,} = {made.layers * made.units:,}"),
+        _line("weights", "sketch known" if made.weights else "not known: another checkpoint cannot be detected"),
+        *_selection(made.selection),
+        *([_line("recorded in", made.dtype)] if made.dtype else []),
+        *([_line("tokenizer", made.tokenizer)] if made.tokenizer else []),
+        *_corpus(made.corpus),
+        _line("versions", _pairs(made.versions) or "not known"),
         _line("content sha256", neuron_set.content_hash()),
     ]
 
 
 def _selection(selection: Mapping[str, Any]) -> list[str]:
-    """The method with its numbers, and for a set that was made of others their hashes and the same of each."""
+    """The method and its numbers; for a set made from other sets their hashes, methods and numbers."""
     lines = [_line("selection", _pairs(selection, first="method") or "not known")]
     for source in selection.get("of") or ():
         lines += [_line("  of", str(source["sha256"])), _line("", _pairs(source["selection"], first="method"))]
@@ -188,7 +185,7 @@ def _corpus(corpus: Mapping[str, Any]) -> list[str]:
     lines += _one_or_each("text sha256", corpus["sha256"]) if "sha256" in corpus else []
     if calibration := corpus.get("calibration"):
         sentences = _range(calibration["sentences"].values())
-        lines += [_line("calibration", f"{sentences} sentences a language from {calibration['source']}")]
+        lines += [_line("calibration", f"{sentences} sentences per language from {calibration['source']}")]
         lines += _one_or_each("calibr. sha256", calibration["sha256"])
     return lines
 
@@ -197,18 +194,18 @@ def _one_or_each(label: str, value: Any) -> list[str]:
     """One value for the whole corpus, or one for each language below the label."""
     if not isinstance(value, Mapping):
         return [_line(label, str(value))]
-    return [label, *(_line(f"  {code}", str(own)) for code, own in value.items())]
+    return [label, *(_line(f"  {code}", str(each)) for code, each in value.items())]
 
 
 def _range(values: Iterable[int]) -> str:
-    found = sorted(values)
-    low, high = found[0], found[-1]
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _pairs(numbers: Mapping[str, Any], first: str = "") -> str:
-    """`lape, rate 0.05, ...`: the value of `first`, then names with values; what is told elsewhere is left out."""
-    names = sorted(set(numbers) - {first} - _TOLD_ELSEWHERE)
+    """`lape, rate 0.05, ...`: the value of `first`, then names with values; what other lines show is left out."""
+    names = sorted(set(numbers) - {first} - _IN_OTHER_LINES)
     rest = [f"{name} {_short(numbers[name])}" for name in names]
     return ", ".join([*([str(numbers[first])] if first in numbers else []), *rest])
 
@@ -233,8 +230,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> 
     columns = [column for column in zip(header, *rows, strict=True) if any(column[1:]) or not rows]
     widths = [max(map(len, column)) for column in columns]
     aligned = [
-        [f"{cell:<{width}}" if place < texts else f"{cell:>{width}}" for cell in column]
-        for place, (column, width) in enumerate(zip(columns, widths, strict=True))
+        [f"{cell:<{width}}" if number < texts else f"{cell:>{width}}" for cell in column]
+        for number, (column, width) in enumerate(zip(columns, widths, strict=True))
     ]
     return ["  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
 
@@ -245,19 +242,19 @@ def _sharing(neuron_set: NeuronSet) -> list[str]:
     lines = [_line("distinct", f"{len(times):,} neurons ({len(times) / total:.3%} of all)")]
     for languages, neurons in enumerate(np.bincount(times)):
         if neurons:
-            own = f"in {languages} language{'s' if languages > 1 else ''}"
-            lines.append(_line(own, f"{neurons:,} ({neurons / len(times):.1%})"))
-    return lines + [_line("most alike" if i == 0 else "", text) for i, text in enumerate(_most_alike(neuron_set))]
+            label = f"in {languages} language{'s' if languages > 1 else ''}"
+            lines.append(_line(label, f"{neurons:,} ({neurons / len(times):.1%})"))
+    return lines + [_line("most similar" if i == 0 else "", text) for i, text in enumerate(_most_similar(neuron_set))]
 
 
-def _most_alike(neuron_set: NeuronSet) -> list[str]:
+def _most_similar(neuron_set: NeuronSet) -> list[str]:
     overlap = neuron_set.overlap()
-    likeness = jaccard(overlap)
+    similarity = jaccard(overlap)
     pairs = [(i, j) for i in range(len(overlap)) for j in range(i) if overlap[i, j]]
-    pairs.sort(key=lambda pair: (-likeness[pair], pair))
+    pairs.sort(key=lambda pair: (-similarity[pair], pair))
     return [
-        f"{neuron_set.languages[j]} {neuron_set.languages[i]}  {overlap[i, j]:,} shared, Jaccard {likeness[i, j]:.3f}"
-        for i, j in pairs[:_MOST_ALIKE]
+        f"{neuron_set.languages[j]} {neuron_set.languages[i]}  {overlap[i, j]:,} shared, Jaccard {similarity[i, j]:.3f}"
+        for i, j in pairs[:_MOST_SIMILAR]
     ]
 
 
@@ -268,18 +265,18 @@ def _contents(neuron_set: NeuronSet) -> list[str]:
 def _statistics(neuron_set: NeuronSet) -> list[str]:
     if neuron_set.calibrated is None:
         return [_line("statistics", "none, so value= takes numbers only")]
-    found = neuron_set.calibrated
+    calibrated = neuron_set.calibrated
     sites: dict[str, list[str]] = {}
-    for site, tables in found.values.items():
+    for site, tables in calibrated.values.items():
         sites.setdefault(" ".join(sorted(tables)), []).append(site)
-    lines = [_line("statistics", f"of {len(found.neurons):,} neurons in {len(found.languages)} languages")]
-    return lines + [_line("", f"{' and '.join(own)}: {names}") for names, own in sites.items()]
+    lines = [_line("statistics", f"of {len(calibrated.neurons):,} neurons in {len(calibrated.languages)} languages")]
+    return lines + [_line("", f"{' and '.join(each)}: {names}") for names, each in sites.items()]
 
 
 def _entropy(neuron_set: NeuronSet) -> str:
-    found = entropy_distribution(neuron_set)
-    if found is None:
+    entropies = entropy_distribution(neuron_set)
+    if entropies is None:
         method = neuron_set.provenance.selection.get("method", "not known")
         return _line("entropy", f"not in this set (method {method}), so it is not drawn")
-    limit = "" if found.threshold is None else f", up to {found.threshold:.4f} nats"
-    return _line("entropy", f"{found.selected:,} of {found.counts.sum():,} eligible neurons selected{limit}")
+    limit = "" if entropies.threshold is None else f", up to {entropies.threshold:.4f} nats"
+    return _line("entropy", f"{entropies.selected:,} of {entropies.counts.sum():,} eligible neurons selected{limit}")

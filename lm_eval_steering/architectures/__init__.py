@@ -1,7 +1,7 @@
-"""Where a model keeps its MLP units: what recording and steering share.
+"""The modules of a model's MLP units, for recording and steering.
 
-`families` is the table, read from a config alone; `discovery` finds the units of any other model by a `probe` and
-proves what it found; `sites` holds the modules of a loaded model. `docs/architectures.md` is the page about it.
+`families` is the table of model families, read from a config alone; `discovery` finds the units of any other model by a
+forward pass that also checks them; `sites` holds the modules of a loaded model. See `docs/architectures.md`.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def sites_of(model: nn.Module, override: str | None = None) -> ModelSites:
 
     Args:
         model: a causal language model of transformers, or a composite model with one inside.
-        override: `LAYERS:ACTIVATION:DOWN`, where the units are; checked by the probe, whatever the family.
+        override: `LAYERS:ACTIVATION:DOWN`, the modules of the units; checked by the probe, whatever the family.
 
     Raises:
-        ArchitectureError: if the family is refused by name, a module is not where the table or the override says,
-            modules are shared between layers, or the probe finds no single site in each layer.
+        ArchitectureError: if the family is refused, the model has no module at a path of the table or the override,
+            layers share modules, or the probe finds no single site in each layer.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     family = family_of(base.config)
@@ -66,7 +66,7 @@ def sites_of(model: nn.Module, override: str | None = None) -> ModelSites:
 def _from_table(base: Any, family: Family) -> ModelSites:
     shape, inner = shape_of(base.config), text_part(base)
     layers: Any = submodule(inner, family.layers, "list of layers")
-    # OPT's head calls the inner decoder past the model around it: the module that holds the layers always runs.
+    # OPT's head calls the inner decoder directly: only the module that holds the layers always runs.
     decoder = submodule(inner, family.layers.rpartition(".")[0], "decoder")
     if len(layers) != shape.layers:
         raise ArchitectureError(f"{family.layers}: {len(layers)} layers, the config has {shape.layers}")

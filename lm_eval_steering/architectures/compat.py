@@ -1,6 +1,6 @@
-"""What finding and loading a model needs of transformers' private names; `lmeval/compat.py` has all others.
+"""Private names of transformers that this package and `export` use, which work without lm-eval.
 
-They stand apart because this package works without lm-eval. Written for transformers 5.
+`lmeval/compat.py` has all others.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ PRIVATE = {"_name_or_path": "an argument of save_pretrained that leaves out wher
 
 
 def forget_path(config: Any) -> None:
-    """Make a config that is about to be saved say nothing of where it was read from."""
+    """Remove from a config the path that it was read from, before it is saved."""
     config.__dict__.pop("_name_or_path", None)

@@ -1,4 +1,4 @@
-"""Finding the MLP units of a family that the table does not know, and checking where a user says that they are."""
+"""The MLP units of a family that is not in the table: found by a forward pass, or checked at the user's paths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lm_eval_steering.architectures.families import (
 from lm_eval_steering.architectures.sites import ModelSites, layer_sites, submodule, text_part
 from lm_eval_steering.errors import ArchitectureError
 
-# --- One forward pass of a few tokens, watched from inside the decoder layers, that leaves the model as it was
+# --- The probe: one forward pass of a few tokens with hooks inside the decoder layers
 
 TOKENS = 5
 _HOOKS = (
@@ -35,7 +35,7 @@ _HOOKS = (
 
 @dataclass
 class LayerTrace:
-    """What one layer did in the probe; paths are inside the layer.
+    """The modules of one layer in the probe; paths are inside the layer.
 
     Attributes:
         calls: path -> calls of that module.
@@ -50,21 +50,21 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was seen: a trace for each layer, and how often each watched ancestor of the layers ran."""
+    """A trace for each layer, and the number of calls of each watched ancestor of the layers."""
 
     layers: tuple[LayerTrace, ...]
     ancestors: tuple[int, ...]
 
 
 def run_probe(base: Any, layers: Sequence[nn.Module], ancestors: Sequence[nn.Module]) -> Probe:
-    """Run the model once on a few tokens and note inputs and outputs of every module inside its layers.
+    """Run the model once on a few tokens and record inputs and outputs of every module inside its layers.
 
-    Hooks of others sleep meanwhile; random state, training mode, gradients and hooks are afterwards what they were.
+    Other hooks are disabled meanwhile; random state, training mode and hooks are restored.
 
     Args:
         base: the whole model, as transformers loaded it.
         layers: its decoder layers.
-        ancestors: modules around them whose calls are counted.
+        ancestors: modules that contain the layers, whose calls are counted.
 
     Raises:
         ArchitectureError: if weights are not in memory, or the forward pass fails.
@@ -72,7 +72,7 @@ def run_probe(base: Any, layers: Sequence[nn.Module], ancestors: Sequence[nn.Mod
     tensors = [*base.parameters(), *base.buffers()]
     if any(tensor.device.type == "meta" for tensor in tensors):
         raise ArchitectureError(
-            f"architecture {model_type_of(base.config)!r}: its MLP units are checked by a forward pass, and some "
+            f"architecture {model_type_of(base.config)!r}: its MLP units are checked by a forward pass, but some "
             "weights are on the meta device (offloaded, or never loaded); load the model whole"
         )
     traces = tuple(LayerTrace() for _ in layers)
@@ -81,7 +81,7 @@ def run_probe(base: Any, layers: Sequence[nn.Module], ancestors: Sequence[nn.Mod
         try:
             ids = _token_ids(base)
             base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except Exception as error:  # a model that we know nothing of can fail in any way
+        except Exception as error:  # an unknown model can fail in any way
             raise ArchitectureError(
                 f"architecture {model_type_of(base.config)!r}: the forward pass of {TOKENS} tokens that looks for its "
                 f"MLP units failed: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
@@ -91,7 +91,7 @@ def run_probe(base: Any, layers: Sequence[nn.Module], ancestors: Sequence[nn.Mod
 
 @contextmanager
 def untouched(base: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without anyone's hooks, and everything as before at the end."""
+    """Evaluation mode without gradients and hooks; at the end everything is restored."""
     modules = list(base.modules())
     training = [module.training for module in modules]
     hooks = [{name: module.__dict__[name] for name in _HOOKS if name in module.__dict__} for module in modules]
@@ -102,7 +102,7 @@ def untouched(base: nn.Module) -> Iterator[None]:
         try:
             for module, saved in zip(modules, hooks, strict=True):
                 module.training = False
-                # The handles of others refer to their dictionary, so it is set aside, not emptied.
+                # Handles refer to the dictionaries, which are therefore replaced and not emptied.
                 module.__dict__.update({name: OrderedDict() for name in saved})
             yield
         finally:
@@ -131,9 +131,9 @@ def _token_ids(base: Any) -> torch.Tensor:
 def _watching(
     layers: Sequence[nn.Module], traces: Sequence[LayerTrace], ancestors: Sequence[nn.Module], calls: list[int]
 ) -> Iterator[None]:
-    """Fill the traces and the counts of calls during a forward pass."""
+    """Record the traces and the numbers of calls during a forward pass."""
     names = [{id(module): path for path, module in layer.named_modules() if path} for layer in layers]
-    running: list[int] = []  # numbers of the layers in progress; a module that layers share is noted for the last
+    running: list[int] = []  # numbers of the layers in progress; a shared module counts for the last
 
     def enter(number: int) -> Callable[..., None]:
         return lambda *_: running.append(number)
@@ -181,14 +181,14 @@ def _keep(into: dict[str, torch.Tensor], path: str, value: Any) -> None:
 
 FORM = "sites=LAYERS:ACTIVATION:DOWN, for example sites=model.layers:mlp.act_fn:mlp.down_proj"
 _PATH = re.compile(r"\w+(\.\w+)*")
-# An activation followed by a linear layer also stands in attention and in state-space blocks.
+# An activation followed by a linear layer also occurs in attention and state-space blocks.
 _NOT_MLP = re.compile(r"attn|attention|mamba|mixer|ssm|conv|router|vision")
 _ROUTED = re.compile(r"(^|\.)(routed_)?experts?(_?\d+)?(\.|$)")
 
 
 @dataclass(frozen=True)
 class SitePaths:
-    """Where a user says that the units are.
+    """The user's paths of the modules of the units.
 
     Attributes:
         layers: path of the list of decoder layers, from the whole model as `model.named_modules()` names it.
@@ -215,12 +215,12 @@ class Site:
 
     @property
     def paths(self) -> tuple[str, str, bool]:
-        """All but the number of units, which may differ between layers."""
+        """What must be equal in all layers; the number of units may differ."""
         return self.activation, self.down, self.gated
 
 
 def parse_sites(text: str) -> SitePaths:
-    """Read the option `sites=`: three dotted paths joined by colons, which `--model_args` leaves alone.
+    """The argument `sites=`: three dotted paths joined by colons, which `--model_args` does not split.
 
     Raises:
         ArchitectureError: if the text has another form.
@@ -232,16 +232,16 @@ def parse_sites(text: str) -> SitePaths:
 
 
 def discover(base: Any) -> ModelSites:
-    """The sites of a model outside the table, found and proven by one forward pass.
+    """The sites of a model outside the table, found by one forward pass.
 
-    In every layer there must be one activation module, working on each unit by itself and called once, of which the
-    input of one linear layer is the output, or the output times the output (or half of it) of another linear layer.
+    In every layer there must be one module that works on each unit by itself and is called once, such that the input
+    of one linear layer is its output, or its output times the output (or half the output) of another linear layer.
 
     Args:
         base: the whole model, as transformers loaded it.
 
     Raises:
-        ArchitectureError: naming what was found instead, and the option that points at the modules.
+        ArchitectureError: naming the candidates, and the argument that names the modules.
     """
     path = _layer_list(base)
     layers = list(base.get_submodule(path))
@@ -261,14 +261,14 @@ def discover(base: Any) -> ModelSites:
 
 
 def verify(base: Any, paths: SitePaths) -> ModelSites:
-    """The sites where the user says that they are, held to the same proof as discovered ones.
+    """The sites at the user's paths, with the same checks as in `discover`.
 
     Args:
         base: the whole model, as transformers loaded it.
-        paths: parsed from the option.
+        paths: from `parse_sites`.
 
     Raises:
-        ArchitectureError: naming the option, the layer and what does not hold.
+        ArchitectureError: naming the argument, the layer and the failed check.
     """
     try:
         holder = submodule(base, paths.layers, "list of layers")
@@ -305,7 +305,7 @@ def _layer_list(base: Any) -> str:
 
 
 def _probe(base: Any, path: str, layers: list[nn.Module]) -> tuple[tuple[LayerTrace, ...], nn.Module]:
-    """The layers' traces, and the decoder: the innermost module around them that takes token ids and runs once."""
+    """The layers' traces, and the decoder: the innermost module with the layers that takes token ids and runs once."""
     for name, _module in base.named_modules():
         if name.startswith(f"{path}.") and _ROUTED.search(name):
             raise experts_error(base.config, f"modules {name}")
@@ -319,7 +319,7 @@ def _probe(base: Any, path: str, layers: list[nn.Module]) -> tuple[tuple[LayerTr
 
 
 def _sites_in(layer: nn.Module, trace: LayerTrace) -> list[Site]:
-    """Every pair of modules in one layer that behaves as an MLP's activation."""
+    """Every pair of modules in one layer that passes the checks."""
     sites = []
     for down in _linear_layers(layer, trace):
         for activation in trace.outputs:
@@ -328,14 +328,14 @@ def _sites_in(layer: nn.Module, trace: LayerTrace) -> list[Site]:
             gated = _relation(trace, activation, down, layer)
             if gated is not None and _works_on_each_unit(layer.get_submodule(activation), trace, activation):
                 sites.append(Site(activation, down, trace.outputs[activation].shape[-1], gated))
-    # An adapter around the last linear layer passes its input on to its parts.
+    # An adapter around the last linear layer passes its input to its parts.
     return [
         site for site in sites if not any(site.down.startswith(f"{other.down}.") for other in sites if other != site)
     ]
 
 
 def _checked(number: int, layer: nn.Module, trace: LayerTrace, paths: SitePaths) -> Site:
-    """The site at the user's paths in one layer, or an error that names what does not hold there."""
+    """The site at the user's paths in one layer, or an error that names the failed check."""
     for path in (paths.activation, paths.down):
         if trace.calls[path] != 1:
             raise ArchitectureError(f"layer {number}: {path} was called {trace.calls[path]} times, expected once")
@@ -347,7 +347,7 @@ def _checked(number: int, layer: nn.Module, trace: LayerTrace, paths: SitePaths)
             "another linear layer"
         )
     if not _works_on_each_unit(layer.get_submodule(paths.activation), trace, paths.activation):
-        raise ArchitectureError(f"layer {number}: {paths.activation} is no activation function of single units")
+        raise ArchitectureError(f"layer {number}: {paths.activation} is not an activation function of single units")
     return Site(paths.activation, paths.down, trace.outputs[paths.activation].shape[-1], gated)
 
 
@@ -369,27 +369,27 @@ def _relation(trace: LayerTrace, activation: str, down: str, layer: nn.Module) -
 
 
 def _works_on_each_unit(module: nn.Module, trace: LayerTrace, path: str) -> bool:
-    """Whether the module changes its input, and a change of every other unit leaves the units between alone."""
+    """Whether the module changes its input, and no output depends on other units (every other unit is varied)."""
     before, after = trace.inputs.get(path), trace.outputs[path]
     if before is None or before.shape != after.shape or _equal(before, after):
         return False
     other = before.clone()
-    other[:, ::2] = 50 * (1 + other[:, ::2].abs())  # far away, so that a norm cannot come out the same
+    other[:, ::2] = 50 * (1 + other[:, ::2].abs())  # large, so that a norm would change
     try:
         return _equal(module(other)[:, 1::2], after[:, 1::2])
-    except (TypeError, ValueError, RuntimeError, IndexError):  # it wants another shape, or more than one input
+    except (TypeError, ValueError, RuntimeError, IndexError):  # it needs another shape, or several inputs
         return False
 
 
 def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Equality up to a few roundings of their dtype."""
+    """Equality up to a few rounding errors of their dtype."""
     step = torch.finfo(second.dtype).eps
     one, two = first.cpu().double(), second.cpu().double()  # not every accelerator has doubles
     return torch.allclose(one, two, rtol=4 * step, atol=step * float(two.abs().max()))
 
 
 def _linear_layers(layer: nn.Module, trace: LayerTrace) -> list[str]:
-    """Paths of the modules that ran and multiply by a matrix: of torch, of transformers, quantised or adapted."""
+    """Paths of the linear layers that ran: of torch, of transformers, quantised or with an adapter."""
     return [path for path in trace.inputs if _is_linear(layer.get_submodule(path))]
 
 
@@ -399,7 +399,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _model_sites(base: Any, decoder: nn.Module, layers: list[nn.Module], sites: Sequence[Site]) -> ModelSites:
-    """The sites, once their shape is seen to be that of the config."""
+    """The sites, whose shape must be that of the config."""
     name, site = model_type_of(base.config), sites[0]
     shape = Shape.of([each.units for each in sites])
     units = declared_units(base.config) or [each.units for each in sites]
@@ -413,7 +413,7 @@ def _model_sites(base: Any, decoder: nn.Module, layers: list[nn.Module], sites: 
 
 
 def _way_out(layer: nn.Module, trace: LayerTrace) -> str:
-    """What can be done about a layer without a site: nothing, where no module that ran is an activation function."""
+    """What can be done about a layer without a site: nothing, if no module that ran is an activation function."""
     modules = {path: layer.get_submodule(path) for path in trace.outputs}
     if any(_works_on_each_unit(module, trace, path) for path, module in modules.items() if not _is_linear(module)):
         return f"; name it: {FORM}"
@@ -424,7 +424,7 @@ def _way_out(layer: nn.Module, trace: LayerTrace) -> str:
 
 
 def _unused(layer: nn.Module, trace: LayerTrace) -> str:
-    """What is named like an activation in a layer without a site, and how often each was called."""
+    """Modules named like an activation function in a layer without a site, and their numbers of calls."""
     names = [path for path, _ in layer.named_modules() if re.search(r"act|gelu|silu|relu", path.rpartition(".")[2])]
     return "none that leads to a linear layer" + "".join(
         f", {path} ran {trace.calls[path]} times" for path in names[:3]

@@ -1,6 +1,6 @@
-"""What a config says before anything is loaded: the family, its row in the table, the shape, and what is refused.
+"""The table of model families, read from a config before anything is loaded: modules, shape, and what is refused.
 
-To add a family, add a row. `docs/architectures.md` says what each column means.
+To add a family, add a row (`docs/architectures.md`).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def model_type_of(config: Any) -> str:
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Refuse by name what no table and no probe can make right.
+    """Refuse models whose units cannot be steered.
 
     Raises:
         ArchitectureError: for a mixture of experts and for an encoder-decoder model.
@@ -190,7 +190,7 @@ def refuse_unsupported(config: Any) -> None:
     if not _has_expert_layers(text):
         return
     for part in (text, getattr(text, "ffn_config", None)):
-        # Under its key in config.json, where transformers gives it another name too.
+        # The key of config.json first: transformers may have a second name for it.
         for name in sorted(_EXPERTS, key=lambda name: name not in vars(part or text)):
             count = getattr(part, name, None)
             if isinstance(count, int) and count > (0 if text.model_type in _EXPERTS_FROM_ONE else 1):
@@ -198,7 +198,7 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def _has_expert_layers(text: Any) -> bool:
-    """Whether any layer has experts: a config may count some, and leave them out of every layer."""
+    """Whether any layer has experts: a config may count experts and use them in no layer."""
     if not getattr(text, "is_moe", True):
         return False
     layers = getattr(text, "num_hidden_layers", None)
@@ -213,7 +213,7 @@ def _has_expert_layers(text: Any) -> bool:
 
 
 def experts_error(config: Any, sign: str) -> ArchitectureError:
-    """The refusal of a mixture of experts; `sign` is by what it was recognised."""
+    """The refusal of a mixture of experts; `sign` is what shows it."""
     return ArchitectureError(
         f"{model_type_of(config)}: a mixture of experts ({sign}), not supported: its routed experts share one "
         "activation module and get the tokens regrouped, so a unit would not mean the same thing in each token; use "
@@ -232,13 +232,13 @@ def family_of(config: Any) -> Family | None:
 
 
 def declared_layers(config: Any) -> int | None:
-    """Number of decoder layers by the config, None where it does not name it."""
+    """Number of decoder layers by the config, None if it does not name it."""
     layers = getattr(text_config_of(config), "num_hidden_layers", None)
     return int(layers) if isinstance(layers, int) else None
 
 
 def declared_units(config: Any) -> int | tuple[int, ...] | None:
-    """Units per layer by the config: by the table or the usual names; None where it does not name them.
+    """Units per layer by the config: by the table or the usual names; None if it does not name them.
 
     Raises:
         ArchitectureError: if the family is refused.
@@ -259,7 +259,7 @@ def declared_units(config: Any) -> int | tuple[int, ...] | None:
 
 
 def shape_of(config: Any) -> Shape:
-    """Layers and units per layer, from a transformers config alone: nothing is loaded.
+    """Layers and units per layer, from a transformers config alone.
 
     A family of the table has its own formula. Of any other, the config's `num_hidden_layers` and the first of
     `intermediate_size`, `ffn_dim`, `n_inner`, `ffn_hidden_size` and `d_ff` count (four times the hidden size where that
@@ -273,7 +273,7 @@ def shape_of(config: Any) -> Shape:
         what, names = ("layers", ("num_hidden_layers",)) if layers is None else ("MLP units", _WIDTHS)
         raise ArchitectureError(
             f"architecture {model_type_of(config)!r} is not in the table, and its config does not name the number of "
-            f"{what} (looked for {', '.join(names)}); a row in lm_eval_steering.architectures.FAMILIES makes it known"
+            f"{what} (looked for {', '.join(names)}); add a row to lm_eval_steering.architectures.FAMILIES"
         )
     if isinstance(units, tuple) and len(units) != layers:
         raise ArchitectureError(f"{model_type_of(config)}: {len(units)} widths of the MLP for {layers} layers")

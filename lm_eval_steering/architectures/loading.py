@@ -1,4 +1,4 @@
-"""A model that is loaded when its weights are first needed: everything that can be refused before, is."""
+"""A model that is loaded when its weights are first needed; what can be refused earlier is refused earlier."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lm_eval_steering.architectures import (
 from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import ArchitectureError, SteeringError, did_you_mean
 
-# What loading takes beside its own parameters, with the names that `steered-hf` and lm-eval's `hf` give them.
+# Further arguments of loading, with their names in `steered-hf` and lm-eval's `hf`.
 _ARGUMENTS = (
     "gguf_file", "subfolder", "peft", "tokenizer", "use_fast_tokenizer", "add_bos_token", "prefix_token_id",
     "quantization_config", "load_in_8bit", "load_in_4bit", "attn_implementation", "max_memory", "offload_folder",
@@ -42,11 +42,11 @@ class LazyModel:
     """A causal language model of transformers and its tokenizer; the config is read at once, the weights on demand.
 
     Attributes:
-        name: hub id, or the name of the folder: never a path of this machine.
+        name: hub id, or the name of the folder without its path.
         revision: commit of the hub, empty for a folder.
         config: of transformers.
-        dtype: of the weights, the checkpoint's where `auto` was asked for.
-        arguments: what else it is loaded with.
+        dtype: of the weights, the checkpoint's for `auto`.
+        arguments: further arguments of loading.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class LazyModel:
             pretrained: hub id or folder.
             revision: branch, tag or commit on the hub.
             dtype: of the weights.
-            device: a GPU by default where there is one.
-            sites: where the units are in a family that is not known (`architectures.sites_of`).
-            device_map: of accelerate, such as auto, for a model that one device cannot hold.
+            device: a GPU by default if there is one.
+            sites: modules of the units, for a family that is not in the table (`architectures.sites_of`).
+            device_map: of accelerate, such as auto, for a model that does not fit on one device.
             trust_remote_code: whether to run code of the model's repository.
             arguments: as `steered-hf` takes them: `gguf_file`, `peft`, `quantization_config`, `load_in_8bit`, ...
 
         Raises:
-            SteeringError: if a dtype, device or argument is not known, or there is no such model; then in
-                transformers' words.
+            SteeringError: if a dtype, device or argument is unknown, or there is no such model (with
+                transformers' message).
         """
         from transformers import AutoConfig
 
@@ -86,7 +86,7 @@ class LazyModel:
         self.override = sites
         self.config = self._from_pretrained(AutoConfig, **self._given("gguf_file", "subfolder", "token", "cache_dir"))
         self.revision = commit_of(self._pretrained, revision, self.arguments.get("cache_dir"))
-        # What `auto` takes, so that a recording names what it was made in.
+        # The dtype that `auto` means, so that a recording names it.
         self.dtype = dtype if dtype != "auto" else str(self.config.dtype or "float32").removeprefix("torch.")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise SteeringError(f"dtype {dtype!r}: expected auto, bfloat16, float16, float32 or float64")
@@ -94,9 +94,9 @@ class LazyModel:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> LazyModel:
-        """A model that is loaded already."""
+        """From a loaded model."""
         lazy = cls.__new__(cls)
-        lazy.revision = ""  # transformers 5 does not keep it with a model
+        lazy.revision = ""  # transformers 5 does not keep it in a loaded model
         lazy.config, lazy.dtype, lazy.override = model.config, str(model.dtype).removeprefix("torch."), None
         lazy.arguments = {}
         lazy._set_name(str(model.config.name_or_path or "unnamed"))
@@ -107,7 +107,7 @@ class LazyModel:
         self.name = Path(pretrained).name if Path(pretrained).exists() else pretrained
 
     def _given(self, *names: str) -> dict[str, Any]:
-        """Those of the named arguments that were given."""
+        """The named arguments that were given."""
         return {name: self.arguments[name] for name in names if self.arguments.get(name) not in (None, False, "")}
 
     def _from_pretrained(self, kind: Any, source: str | None = None, **arguments: Any) -> Any:
@@ -152,7 +152,7 @@ class LazyModel:
         loaded = self._from_pretrained(AutoModelForCausalLM, dtype=self.dtype, **given)
         if self._given("peft"):
             loaded = self._with_adapter(loaded)
-        # A quantised or dispatched model is where it must be.
+        # A quantised or dispatched model is on its devices already.
         if self._device_map is None and getattr(loaded, "hf_quantizer", None) is None:
             loaded = loaded.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return loaded.eval()
@@ -170,15 +170,15 @@ class LazyModel:
 
     @cached_property
     def sites(self) -> ModelSites:
-        """Where its units are."""
+        """The modules of its units."""
         sites = sites_of(self.model, self.override)
         if sites.shape != self.shape:
-            raise ArchitectureError(f"{self.name}: {sites.shape} found, by the config {self.shape}")
+            raise ArchitectureError(f"{self.name}: the model has {sites.shape}, its config {self.shape}")
         return sites
 
     @property
     def shape(self) -> Shape:
-        """Layers and units, from the config where its family is known: nothing is loaded."""
+        """Layers and units, from the config alone."""
         return shape_of(self.config)
 
     @cached_property
@@ -187,15 +187,15 @@ class LazyModel:
         return weights_sketch(self.model)
 
     def prefix(self, bos: Bos = "auto") -> tuple[int, ...]:
-        """Token ids that the model sees before a text, as evaluation shows them.
+        """Token ids before a text, the same as in evaluation.
 
         Args:
-            bos: `auto`: what the tokenizer puts before a text by itself, or else lm-eval's `prefix_token_id`: the
+            bos: `auto`: the tokens that the tokenizer adds before a text, or else lm-eval's `prefix_token_id`: the
                 argument of that name, the tokenizer's BOS, or its EOS. `always`: lm-eval's `prefix_token_id`,
-                whatever the tokenizer does. `never`: nothing.
+                whatever the tokenizer adds. `never`: nothing.
 
         Raises:
-            SteeringError: if `always` was asked for and the tokenizer has neither BOS nor EOS.
+            SteeringError: for `always`, if the tokenizer has neither BOS nor EOS.
         """
         if bos == "never":
             return ()
@@ -215,7 +215,7 @@ class LazyModel:
 
     @cached_property
     def context(self) -> int | None:
-        """Tokens that fit after BOS; None where the model names no limit."""
+        """Number of tokens that fit after BOS; None if the config names no limit."""
         names = ("max_position_embeddings", "max_seq_len")
         text = text_config_of(self.config)
         return next((int(getattr(text, name)) - 1 for name in names if getattr(text, name, None)), None)
@@ -226,7 +226,7 @@ class LazyModel:
         return model_type_of(self.config)
 
     def maker(self) -> dict[str, Any]:
-        """What the config alone says of the model, as fields of a provenance."""
+        """Fields of a provenance that the config gives."""
         return {
             "model": self.name,
             "revision": self.revision,
@@ -239,19 +239,19 @@ class LazyModel:
         }
 
     def description(self) -> dict[str, Any]:
-        """The model's part of a provenance: nothing is loaded but the tokenizer."""
+        """The model's fields of a provenance; only the tokenizer is loaded."""
         return self.maker() | {"dtype": self.dtype, "tokenizer": self.tokenizer_sha256}
 
 
 def _added_before(tokenizer: Any) -> tuple[int, ...]:
-    """Special tokens that a tokenizer puts before a text by itself."""
+    """Special tokens that a tokenizer adds before a text."""
     special = set(tokenizer.all_special_ids)
     ids = tokenizer("a")["input_ids"]
     return tuple(takewhile(special.__contains__, ids))
 
 
 def quantization_config(arguments: Mapping[str, Any], dtype: str) -> Any:
-    """The quantisation that arguments ask for, as transformers takes it; None where they ask for none.
+    """The quantisation config of some arguments for transformers; None if there is none.
 
     Args:
         arguments: `quantization_config`, an object of transformers or a mapping as in a checkpoint's config.json; or
@@ -302,7 +302,7 @@ def commit_of(pretrained: str, revision: str = "main", cache_dir: str | None = N
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash over a tokenizer's vocabulary and rules; how a batch was last padded or cut is no part of it."""
+    """Hash over a tokenizer's vocabulary and rules, without its current padding and truncation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: Any = tokenizer.get_vocab()
@@ -318,12 +318,12 @@ def _device(name: str | torch.device | None) -> torch.device | None:
     except RuntimeError:
         raise SteeringError(f"device {name!r}: expected cuda, cuda:1, cpu, mps, ...") from None
     if device is not None and device.type == "cuda" and not torch.cuda.is_available():
-        raise SteeringError(f"device {name!r}: torch finds no CUDA device here")
+        raise SteeringError(f"device {name!r}: torch finds no CUDA device on this machine")
     return device
 
 
 def activation_function(config: Any) -> str:
-    """Its name in the config, empty where the family has it in its code."""
+    """Name of the activation function in the config, empty if it is not a setting of the family."""
     names = ("hidden_act", "hidden_activation", "activation_function", "activation")
     text = text_config_of(config)
     return next((str(getattr(text, name)) for name in names if getattr(text, name, None)), "")

@@ -27,7 +27,7 @@ class LayerSites:
 
 @dataclass(frozen=True)
 class ModelSites:
-    """All sites of a loaded model. `decoder` holds the layers, has no head, and runs each site once a forward pass."""
+    """All sites of a loaded model. `decoder` holds the layers without a head, and runs each site once per forward."""
 
     decoder: nn.Module
     layers: tuple[LayerSites, ...]
@@ -92,7 +92,7 @@ def _headless(model: Any) -> nn.Module:
 
 
 def check_width(units: torch.Tensor, expected: int, layer: int) -> None:
-    """Refuse activations (..., unit) whose last axis is not the number of units, as in a tensor-parallel shard.
+    """Refuse activations (..., unit) with another number of units than expected, as in a tensor-parallel shard.
 
     Raises:
         ArchitectureError: naming the layer and both widths.

@@ -1,4 +1,4 @@
-"""Which weights a loaded model has: a hash that decides a score's fingerprint, and a sketch that survives a dtype."""
+"""Identity of loaded weights: a hash for fingerprints, and a sketch that can be compared across dtypes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from torch import nn
 
 from lm_eval_steering.errors import ArchitectureError
 
-SAMPLES = 64  # values read from each tensor for the digest
-SKETCH = 256  # values of a sketch
+SAMPLES = 64  # values of each tensor in the digest
+SKETCH = 256  # values in a sketch
 
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over the loaded weights: every tensor's name, shape and dtype, and 64 evenly spaced values of each.
 
-    It is taken from memory, so a revision, an adapter's matrices or a delta are part of it whatever their name, and a
-    model of 70 billion parameters costs a fraction of a second. Tensors on the meta device (offloaded) count by name
-    and shape alone.
+    It is computed from memory, so it covers a revision, an adapter's matrices or a delta, and takes a fraction of a
+    second for 70 billion parameters. Of tensors on the meta device (offloaded) only name, shape and dtype count.
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(model):
@@ -31,21 +30,21 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def weights_sketch(model: nn.Module) -> tuple[float, ...]:
-    """256 values from evenly spaced floating-point tensors, to tell models of one shape apart in any dtype.
+    """256 values from evenly spaced floating-point tensors, which distinguish models of one shape in any dtype.
 
-    Empty where some weights are on the meta device (offloaded), because then the values cannot be compared.
+    Empty if some weights are on the meta device (offloaded): their values are unknown.
     """
     tensors = [tensor for _, tensor in _tensors(model) if tensor.is_floating_point()]
     if any(tensor.device.type == "meta" for tensor in tensors):
         return ()
-    places = np.linspace(0, len(tensors) - 1, SKETCH).round().astype(int)
-    # A tensor that is drawn several times gives as many of its values.
-    drawn = [_sample(tensors[i], int(count)) for i, count in zip(*np.unique(places, return_counts=True), strict=True)]
+    indices = np.linspace(0, len(tensors) - 1, SKETCH).round().astype(int)
+    # A tensor that is chosen several times gives as many of its values.
+    drawn = [_sample(tensors[i], int(count)) for i, count in zip(*np.unique(indices, return_counts=True), strict=True)]
     return tuple(float(f"{value:.4g}") for value in torch.cat([part.float() for part in drawn]).tolist())
 
 
 def same_weights(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two sketches are of one checkpoint: at most 2 % of the values differ by more than rounding can do."""
+    """Whether two sketches are of one checkpoint: at most 2 % of the values differ by more than rounding."""
     if len(first) != len(second):
         return False
     one, other = np.asarray(first), np.asarray(second)
@@ -61,7 +60,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _dequantized(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A plain tensor; a subclass that holds quantised values (torchao's) as the values that they stand for.
+    """A plain tensor; of a subclass with quantised values (torchao's) the dequantised values.
 
     Raises:
         ArchitectureError: if a subclass cannot be dequantised.
@@ -87,5 +86,5 @@ def _sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
     drawn = min(count, flat.numel())
     # The middles of equal stretches, so that a single value is not always the first.
-    places = ((torch.arange(drawn, dtype=torch.float64) + 0.5) * flat.numel() / drawn).long()
-    return flat[places.to(flat.device)].cpu()
+    indices = ((torch.arange(drawn, dtype=torch.float64) + 0.5) * flat.numel() / drawn).long()
+    return flat[indices.to(flat.device)].cpu()

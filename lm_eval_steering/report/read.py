@@ -735,7 +735,7 @@ def forced(items: Items, metric: str, steered: str) -> NDArray[np.float64] | Non
 
 def text_of(sample: Mapping[str, Any]) -> str | None:
     """The generated text; None for log-likelihoods, which lm-eval logs as text too."""
-    first = next(iter(_requests(sample)), {})
+    first: Any = next(iter(_requests(sample)), {})
     decoding = first.get("arg_1") if isinstance(first, Mapping) else first[1] if len(first) > 1 else None
     if not isinstance(decoding, Mapping) and LABELS not in sample:
         return None

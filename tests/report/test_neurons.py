@@ -112,7 +112,7 @@ def test_the_text_holds_the_numbers(hand_made: NeuronSet) -> None:
     assert line(text, "tur_Latn") == ["tur_Latn", "Turkish", "0", "0.000%", "0", "0"]
     assert line(text, "distinct")[1:3] == ["4", "neurons"]
     assert [line(text, f"in {n} language")[3] for n in (1, 2, 3)] == ["2", "1", "1"]
-    assert "most alike      spa_Latn deu_Latn  2 shared, Jaccard 0.500" in text
+    assert "most similar    spa_Latn deu_Latn  2 shared, Jaccard 0.500" in text
     assert hand_made.content_hash() in text
     assert "activation and product: max mean median p10 sentence_mean" in text
 
@@ -132,7 +132,7 @@ def test_provenance_is_told_whole(hand_made: NeuronSet) -> None:
         versions={"torch": "2.13.0"},
     )  # fmt: skip
     text = describe(replace(hand_made, provenance=own))
-    sentences = "90 to 100 sentences a language from lines"
+    sentences = "90 to 100 sentences per language from lines"
     for part in ("org/model", "c" * 40, "a" * 64, "b" * 64, "lape, rate 0.01", "torch 2.13.0", sentences):
         assert part in text
     assert line(text, "layers x units")[3:] == ["3", "x", "24", "=", "72"]
