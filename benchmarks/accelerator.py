@@ -3,7 +3,7 @@
     python -m benchmarks.accelerator             # about 40 GB of GPU memory; the weights are made, not downloaded
     python -m benchmarks.accelerator --quick --json accelerator.json     # a small model, on any device
 
-Interleaved rounds, batch size 16. `share` is the matrix products' floating-point operations a second (attention's own
+Interleaved rounds, batch size 16. `share` is the matrix products' floating-point operations per second (attention's own
 left out, pads counted), over those of one large product in the same precision.
 """
 
@@ -53,7 +53,7 @@ def build(quick: bool) -> Callable[[], Any]:
 
 
 def ceiling(model: nn.Module, side: int) -> float:
-    """Floating-point operations a second of one product of two square matrices, the median of nine."""
+    """Floating-point operations per second of one product of two square matrices, the median of nine."""
     weight = next(model.parameters())
     one = torch.randn(side, side, dtype=weight.dtype, device=weight.device)
     seconds = interleaved({"product": lambda: one @ one}, 9)["product"]
@@ -62,18 +62,18 @@ def ceiling(model: nn.Module, side: int) -> float:
 
 def operations(lm: Any, work: Callable[[], Any]) -> float:
     """Floating-point operations of the linear layers while `work` runs."""
-    found = 0
+    operations = 0
 
     def count(module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-        nonlocal found
+        nonlocal operations
         assert isinstance(module, nn.Linear)
-        found += 2 * module.in_features * output.numel()
+        operations += 2 * module.in_features * output.numel()
 
     handles = [each.register_forward_hook(count) for each in lm.model.modules() if isinstance(each, nn.Linear)]
     work()
     for handle in handles:
         handle.remove()
-    return found
+    return operations
 
 
 def compare(plain: Any, ours: Any, call: str, requests: list[Instance], most: float, rounds: int) -> dict[str, Any]:
@@ -81,9 +81,9 @@ def compare(plain: Any, ours: Any, call: str, requests: list[Instance], most: fl
     works = {name: lambda lm=lm: getattr(lm, call)(requests, disable_tqdm=True) for name, lm in
              {"hf": plain, "ours": ours, "again": plain}.items()}  # fmt: skip
     seconds = interleaved(works, rounds)
-    medians = {name: statistics.median(own) for name, own in seconds.items()}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
-        "seconds": {name: round(own, 4) for name, own in medians.items()},
+        "seconds": {name: round(median, 4) for name, median in medians.items()},
         "ratios": {name: round(ratio(seconds, name, "hf"), 3) for name in ("ours", "again")},
         "share": {
             name: round(operations(lm, works[name]) / medians[name] / most, 3)

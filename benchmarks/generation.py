@@ -6,7 +6,7 @@
 Interleaved rounds, batch size 16, greedy, float32. `full` makes the same number of tokens for every prompt, so that
 little is to be saved; `clauses` ends a text at a comma or a full stop, whichever is first. `unsteered` is
 ours with the intervention suspended, whose texts have to be those of `hf`, byte for byte; `steered` makes other texts,
-longer or shorter ones in `clauses`. Ours also identifies the language of each output. `again` is the rival once more.
+longer or shorter ones in `clauses`. Ours also identifies the language of each output. `again` is `hf` once more.
 Medians of the ratios in each round, with their 95 % intervals.
 """
 
@@ -43,12 +43,12 @@ def random_model() -> Any:
 def measured(build: Callable[[], Any], number: int, rounds: int) -> dict[str, Any]:
     """Seconds, ratios, and whether the texts are equal, by setting."""
     plain, ours = rivals(build)
-    prompts = [text[: 40 + 9 * place] for place, text in enumerate(texts(number))]
-    found: dict[str, Any] = {}
+    prompts = [text[: 40 + 9 * index] for index, text in enumerate(texts(number))]
+    results: dict[str, Any] = {}
     for name, settings in SETTINGS.items():
         requests = [Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts]
-        found[name] = compare(plain, ours, requests, rounds)
-    return found
+        results[name] = compare(plain, ours, requests, rounds)
+    return results
 
 
 def compare(plain: Any, ours: Any, requests: list[Instance], rounds: int) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def compare(plain: Any, ours: Any, requests: list[Instance], rounds: int) -> dic
     }
     seconds = interleaved(works, rounds)
     return {
-        "seconds": {name: round(statistics.median(own), 4) for name, own in seconds.items()},
+        "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
         "ratios": {name: round(ratio(seconds, name, "hf"), 3) for name in works if name != "hf"},
         "intervals": {
             name: [round(bound, 3) for bound in interval(seconds, name, "hf")] for name in works if name != "hf"

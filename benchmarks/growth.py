@@ -5,7 +5,7 @@
 
 Demo model, float32, batch size 16, ours steered. Options and contexts: one question, against unsteered `hf` on the same
 requests in interleaved rounds. Factors and languages: LSS pairs, with and without the intervention, for one factor
-after the other (one language after the other, each with pairs of its own); `hf` would need one pass more than factors.
+after the other (one language after the other, each with other pairs); `hf` would need one pass more than factors.
 Factors share the unsteered scores, languages do not.
 """
 
@@ -29,8 +29,8 @@ Table = dict[str, dict[int, float]]  # work -> number -> median of seconds
 
 def question(words: int, options: int) -> Pairs:
     """A context of so many words, and options of six words each."""
-    own = " ".join(texts(40)).split()
-    return [[(" ".join(own[:words]), " " + " ".join(own[500 + 6 * i : 506 + 6 * i])) for i in range(options)]]
+    text = " ".join(texts(40)).split()
+    return [[(" ".join(text[:words]), " " + " ".join(text[500 + 6 * i : 506 + 6 * i])) for i in range(options)]]
 
 
 def against_hf(plain: Any, ours: Any, questions: dict[int, Pairs], rounds: int) -> Table:
@@ -58,34 +58,32 @@ def repeated(plain: Any, ours: Any, numbers: Sequence[int], share: bool, pairs: 
             ours.intervene(ours.neuron_set, language="fra_Latn", op="scale", factor=1.5 + turn)
             ours.loglikelihood(requests_of(asked(turn), twice=True), disable_tqdm=True)
 
-    def rival(number: int) -> None:
+    def plain_hf(number: int) -> None:
         passes = [asked(0)] * (number + 1) if share else [asked(turn) for turn in range(number)] * 2
         for items in passes:
             plain.loglikelihood(requests_of(items), disable_tqdm=True)
 
     works: dict[str, Callable[[], Any]] = {}
     for number in numbers:
-        works |= {f"hf {number}": lambda n=number: rival(n), f"ours {number}": lambda n=number: steered(n)}
+        works |= {f"hf {number}": lambda n=number: plain_hf(n), f"ours {number}": lambda n=number: steered(n)}
     return _table(interleaved(works, rounds))
 
 
 def _table(seconds: dict[str, list[float]]) -> Table:
     table: Table = {"hf": {}, "ours": {}}
-    for name, own in seconds.items():
+    for name, times in seconds.items():
         work, size = name.split()
-        table[work][int(size)] = round(statistics.median(own), 4)
+        table[work][int(size)] = round(statistics.median(times), 4)
     return table
 
 
 def draw(tables: dict[str, Table], file: Path) -> None:
-    """One panel a table."""
+    """One panel per table."""
     figure, panels = plt.subplots(1, len(tables), figsize=(3.1 * len(tables), 2.9), layout="constrained")
     for panel, (title, table) in zip(panels, tables.items(), strict=True):
-        for (work, own), style in zip(table.items(), ("o--", "o-"), strict=True):
-            label = "hf, unsteered" if work == "hf" else "steered-hf"
-            panel.plot(
-                list(own), list(own.values()), style, label=label, color="#888888" if work == "hf" else "#0a6ebd"
-            )
+        for work, medians in table.items():
+            label, style, colour = LINES[work]
+            panel.plot(list(medians), list(medians.values()), style, label=label, color=colour)
         panel.set_xlabel(title)
         panel.set_ylim(bottom=0)
         panel.spines[["top", "right"]].set_visible(False)

@@ -46,15 +46,15 @@ def xcopa(number: int) -> Pairs:
 
 def xwinograd(number: int) -> Pairs:
     """Two contexts that differ in the middle, and one continuation."""
-    found = []
+    options = []
     for row in itertools.islice(_rows("xwinograd", "en", "test.jsonl"), number):
         before, after = row["sentence"].split("_", 1)
-        found.append([(before + row[option], " " + after.strip()) for option in ("option1", "option2")])
-    return found
+        options.append([(before + row[option], " " + after.strip()) for option in ("option1", "option2")])
+    return options
 
 
 def _question(row: dict[str, Any], passage: bool) -> str:
-    answers = "\n".join(f"{letter}: {row[f'mc_answer{place}']}" for place, letter in enumerate("ABCD", 1))
+    answers = "\n".join(f"{letter}: {row[f'mc_answer{number}']}" for number, letter in enumerate("ABCD", 1))
     return (f"P: {row['flores_passage']}\n" if passage else "") + f"Q: {row['question']}\n{answers}\nAnswer:"
 
 
@@ -93,16 +93,16 @@ def lss(number: int) -> Pairs:
 def sentences(number: int) -> list[str]:
     """Of FLORES, in languages that the demo model knows."""
     rows = itertools.chain.from_iterable(_rows("flores200", f"{code}.devtest.jsonl") for code in LANGUAGES)
-    found = [row["sentence"] for row in itertools.islice(rows, number)]
-    if len(found) < number:
-        raise ValueError(f"{number} sentences were asked for, {len(found)} are in {LANGUAGES}")
-    return found
+    chosen = [row["sentence"] for row in itertools.islice(rows, number)]
+    if len(chosen) < number:
+        raise ValueError(f"{number} sentences requested, {', '.join(LANGUAGES)} have {len(chosen)}")
+    return chosen
 
 
 def texts(number: int) -> list[str]:
     """Paragraphs of five sentences."""
-    found = sentences(5 * number)
-    return [" ".join(found[5 * place : 5 * place + 5]) for place in range(number)]
+    lines = sentences(5 * number)
+    return [" ".join(lines[5 * index : 5 * index + 5]) for index in range(number)]
 
 
 SHAPES: dict[str, Callable[[int], Pairs]] = {
@@ -113,7 +113,7 @@ SHAPES: dict[str, Callable[[int], Pairs]] = {
 def requests_of(items: Pairs, twice: bool = False) -> list[Instance]:
     """lm-eval's requests; scored with and without the intervention if they are LSS pairs."""
     doc = {UNSTEERED_TWIN: True} if twice else {}
-    return [Instance("loglikelihood", doc, pair, place) for item in items for place, pair in enumerate(item)]
+    return [Instance("loglikelihood", doc, pair, index) for item in items for index, pair in enumerate(item)]
 
 
 def rolling_of(paragraphs: list[str]) -> list[Instance]:
@@ -130,7 +130,7 @@ def random_set(model: Any) -> NeuronSet:
         for layer in range(layers)
         for unit in np.sort(generator.choice(units, int(units * STEERED), replace=False))
     ])  # fmt: skip
-    return NeuronSet(("fra_Latn",), {"fra_Latn": rows}, Provenance("made up", "", "llama", layers, units), None)
+    return NeuronSet(("fra_Latn",), {"fra_Latn": rows}, Provenance("random", "", "llama", layers, units), None)
 
 
 def demo_model() -> Any:

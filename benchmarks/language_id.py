@@ -4,7 +4,7 @@
     python -m benchmarks.language_id --lid glotlid --texts 10000
 
 Texts are the demo's sentences; words are theirs too, in the languages that put blanks between words. `wrong` is the
-share of wrong guesses among those above the threshold, by number of letters, with no bar on that number. Prints one
+share of wrong guesses among those above the threshold, by number of letters, which has no minimum here. Prints one
 JSON object.
 """
 
@@ -26,9 +26,9 @@ LONGEST = 8  # letters
 
 
 def speed(identifier: LanguageIdentifier, number: int, rounds: int) -> dict[str, Any]:
-    own = [sentence(n, code) for code in demo_languages() for n in SENTENCES]
-    texts = (own * (number // len(own) + 1))[:number]
-    identifier.identify(own)
+    sentences = [sentence(n, code) for code in demo_languages() for n in SENTENCES]
+    texts = (sentences * (number // len(sentences) + 1))[:number]
+    identifier.identify(sentences)
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -46,12 +46,12 @@ def short_words(identifier: LanguageIdentifier) -> dict[int, dict[str, Any]]:
     right: dict[int, list[bool]] = defaultdict(list)
     words: dict[int, int] = defaultdict(int)
     for code in (code for code in demo_languages() if code not in UNSPACED):
-        own = [word for number in SENTENCES for word in sentence(number, code).split()]
-        for word, found in zip(own, identifier.identify(own), strict=True):
+        text = [word for number in SENTENCES for word in sentence(number, code).split()]
+        for word, identified in zip(text, identifier.identify(text), strict=True):
             length = scripts(word).total()
             words[length] += 1
-            if found.language != UNKNOWN:
-                right[length].append(in_language(found.language, code))
+            if identified.language != UNKNOWN:
+                right[length].append(in_language(identified.language, code))
     return {
         length: {"words": words[length], "wrong": round(1 - statistics.mean(right[length]), 3)}
         for length in range(1, LONGEST)

@@ -3,7 +3,7 @@
     python -m benchmarks.loop                # the demo model, and a random Llama with a vocabulary of 128k
     python -m benchmarks.loop --quick --json loop.json
 
-The loop is stated again here: for each item it registers a hook on the activation of every steered layer, encodes
+The loop is written again here: for each item it registers a hook on the activation of every steered layer, encodes
 context and option, runs the model on one row, takes log_softmax over all logits and sums the continuation's, and
 removes the hooks. Interleaved rounds; the median of the ratios in each round.
 """
@@ -90,7 +90,7 @@ def measured(build: Callable[[], Any], shapes: list[str], share: float, rounds: 
     """Seconds and ratios of every shape, and the largest difference of scores in nats."""
     _, ours = rivals(build)
     loop = Loop(ours, build())
-    found = {}
+    results = {}
     for name in shapes:
         if name in ROLLING:
             wholes, number = ROLLING[name]
@@ -109,12 +109,12 @@ def measured(build: Callable[[], Any], shapes: list[str], share: float, rounds: 
             }
         seconds = interleaved(works, rounds)
         pairs = zip(works["loop"](), works["ours"](), strict=True)
-        found[name] = {
-            "seconds": {work: round(statistics.median(own), 4) for work, own in seconds.items()},
+        results[name] = {
+            "seconds": {work: round(statistics.median(times), 4) for work, times in seconds.items()},
             "ratio": round(ratio(seconds, "ours", "loop"), 3),
             "difference": max(abs(a - b) for a, b in pairs),
         }
-    return found
+    return results
 
 
 def main() -> None:

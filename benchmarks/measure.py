@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved rounds, medians and ratios, and what machine it was."""
+"""What all benchmarks share: interleaved rounds, medians and ratios, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def ratio(seconds: Mapping[str, list[float]], name: str, rival: str) -> float:
-    """Median over the rounds of one work's time over its rival's in the same round."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[rival], strict=True))
+def ratio(seconds: Mapping[str, list[float]], name: str, other: str) -> float:
+    """Median over the rounds of one work's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
 
 
-def interval(seconds: Mapping[str, list[float]], name: str, rival: str) -> tuple[float, float]:
+def interval(seconds: Mapping[str, list[float]], name: str, other: str) -> tuple[float, float]:
     """95 % of the bootstrapped medians of the same ratios."""
-    ratios = np.array(seconds[name]) / np.array(seconds[rival])
+    ratios = np.array(seconds[name]) / np.array(seconds[other])
     low, high = bootstrap((ratios,), np.median, method="percentile", rng=0).confidence_interval
     return float(low), float(high)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.memory              # a random Llama with a vocabulary of 128k
     python -m benchmarks.memory --quick --json memory.json
 
-Each of the two runs in a process of its own. On a processor the peak is that of the resident set after the model was
+Each of the two runs in its own process. On CPU the peak is that of the resident set after the model was
 loaded (`VmHWM` or `getrusage`, after one item to warm up and a reset where the system offers one) less the resident
 set before scoring; on a GPU it is that of torch's allocator.
 """
@@ -61,15 +61,15 @@ def _peak() -> int:
 
 def peaks(items: Mapping[str, int]) -> dict[str, Any]:
     """MB of both and their ratio, by shape."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for shape, number in items.items():
         command = [sys.executable, "-m", "benchmarks.memory", "--shape", shape, "--items", str(number), "--peak"]
-        own: dict[str, Any] = {
+        of_shape: dict[str, Any] = {
             name: int(subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, text=True).stdout)
             for name in NAMES
         }
-        found[shape] = own | {"ratio": round(own["ours"] / own["hf"], 3)}
-    return found
+        results[shape] = of_shape | {"ratio": round(of_shape["ours"] / of_shape["hf"], 3)}
+    return results
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def build(quick: bool) -> tuple[Any, NeuronSet]:
     ])  # fmt: skip
     table = generator.normal(size=(len(rows), 1)).astype(np.float32)
     known = Statistics(union_of([rows]), ("fra_Latn",), {"activation": {"mean": table}})
-    provenance = Provenance("made up", "", "llama", layers, units)
+    provenance = Provenance("random", "", "llama", layers, units)
     return model, NeuronSet(("fra_Latn",), {"fra_Latn": rows}, provenance, known)
 
 
@@ -79,7 +79,7 @@ def tasks(model: Any) -> dict[str, Callable[[], Any]]:
 
 def timed(model: Any, neurons: NeuronSet, rounds: int) -> dict[str, Any]:
     """Milliseconds and ratios of both tasks, unsteered and under each intervention."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, task in tasks(model).items():
 
         def under(arguments: dict[str, Any], task: Callable[[], Any] = task) -> Callable[[], Any]:
@@ -93,12 +93,12 @@ def timed(model: Any, neurons: NeuronSet, rounds: int) -> dict[str, Any]:
 
         works = {"none": task, "again": task} | {kind: under(each) for kind, each in INTERVENTIONS.items()}
         seconds = interleaved(works, rounds)
-        found[name] = {
-            "milliseconds": {kind: round(1000 * statistics.median(own), 2) for kind, own in seconds.items()},
+        results[name] = {
+            "milliseconds": {kind: round(1000 * statistics.median(times), 2) for kind, times in seconds.items()},
             "ratio": {kind: round(ratio(seconds, kind, "none"), 4) for kind in works if kind != "none"},
             "limit": LIMITS[name],
         }
-    return found
+    return results
 
 
 def peak(kind: str) -> int:
@@ -121,12 +121,12 @@ def peak(kind: str) -> int:
 
 
 def memory() -> dict[str, Any]:
-    """Peak megabytes with and without steering, each in a process of its own."""
+    """Peak megabytes with and without steering, each in its own process."""
     bytes_of = {
         kind: int(subprocess.check_output([sys.executable, "-m", "benchmarks.overhead", "--peak", kind]).split()[-1])
         for kind in ("none", "scale")
     }
-    megabytes = {kind: round(own / 2**20, 1) for kind, own in bytes_of.items()}
+    megabytes = {kind: round(peak / 2**20, 1) for kind, peak in bytes_of.items()}
     return {"peak_megabytes": megabytes, "ratio": round(bytes_of["scale"] / bytes_of["none"], 4)}
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.record              # a Llama of 8 layers on a CPU, of 8B shape on a GPU
     python -m benchmarks.record --quick --json record.json
 
-Interleaved rounds; prints the medians, their ratio (the rival's own rounds against each other show the noise) and
+Interleaved rounds; prints the medians, their ratio (the bare pass against itself shows the noise) and
 tokens per second.
 """
 

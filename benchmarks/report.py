@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [--folder DIR] [--languages 18] [--factors 9] [--items 1000]
 
-The tables are made up (they are written first, which is not counted) and have the layout that `lm-eval-steering merge
---items` writes. Four tasks are right or wrong, one is a perplexity.
+The tables are synthetic (written first, not measured) and have the layout of `lm-eval-steering merge --items`. Four
+tasks score 0 or 1, one is a perplexity.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ PERPLEXITY = "demo_perplexity"
 
 def cells(languages: int, factors: int) -> Iterator[tuple[str, str, str, float]]:
     """(cell, task, steered language, factor); the baseline is steered to nothing. In the order of the names."""
-    found = []
+    cells = []
     for family in (*ACCURACIES, PERPLEXITY):
         for evaluated in CODES[:languages]:
             task = f"steering_{family}_{evaluated}"
             for steered in ("", *CODES[:languages]):
                 for factor in FACTORS[:factors] if steered else (0.0,):
                     name = f"{steered}-scale-x{factor:g}" if steered else "baseline"
-                    found.append((f"{name}--{task}--0", task, steered, factor))
-    return iter(sorted(found))
+                    cells.append((f"{name}--{task}--0", task, steered, factor))
+    return iter(sorted(cells))
 
 
 def write(folder: Path, languages: int, factors: int, items: int) -> int:
@@ -88,12 +88,12 @@ def write(folder: Path, languages: int, factors: int, items: int) -> int:
             if len(batch) == 500:
                 writer.write_table(pa.concat_tables(batch))
                 batch = []
-            said = f"op:scale|factor:{factor:g}|lang:{steered}|site:activation|layers:all" if steered else "none"
+            steps = f"op:scale|factor:{factor:g}|lang:{steered}|site:activation|layers:all" if steered else "none"
             rows.append(
                 {
-                    "cell": cell, "model": "made-up", "task": task, "languages": steered, "preset": None,
+                    "cell": cell, "model": "synthetic", "task": task, "languages": steered, "preset": None,
                     "factor": factor or None, "deactivated": "", "control": None, "target": steered or None,
-                    "items": "all", "stage": 1, "fingerprint": "0", "signature": f"{said}|fp:0|v:0", "metric": metric,
+                    "items": "all", "stage": 1, "fingerprint": "0", "signature": f"{steps}|fp:0|v:0", "metric": metric,
                     "filter": "none", "value": value, "text": None, "n": items, "higher_is_better": better,
                     "planned": True,
                 }
@@ -124,9 +124,9 @@ def main() -> None:
     sweep = read_results(folder)
     marks["read"] = time.perf_counter() - started
     report = write_report(sweep, folder / "report")
-    found = {
+    results = {
         "cells": len(sweep.cells),
-        "items": int(sum(len(own.docs) for own in sweep.items.values())),
+        "items": int(sum(len(items.docs) for items in sweep.items.values())),
         "seconds_read": round(marks["read"], 1),
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
@@ -134,7 +134,7 @@ def main() -> None:
         "peak_gb_before": round(written / 1e6, 2),
         "page_mb": round(report.page.stat().st_size / 1e6, 1),
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

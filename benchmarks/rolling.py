@@ -23,13 +23,13 @@ def main() -> None:
     plain, ours = rivals(demo_model)
     rounds = 5 if options.quick else 9
     shapes = {"sentences": sentences(60 if options.quick else 200), "paragraphs": texts(12 if options.quick else 40)}
-    found = {name: measured(plain, ours, own, rounds) for name, own in shapes.items()}
-    report({**found, "limit": LIMIT, "scoring": ours.scoring_report()}, options.json)
+    results = {name: measured(plain, ours, each, rounds) for name, each in shapes.items()}
+    report({**results, "limit": LIMIT, "scoring": ours.scoring_report()}, options.json)
 
 
-def measured(plain: Any, ours: Any, own: list[str], rounds: int) -> dict[str, Any]:
+def measured(plain: Any, ours: Any, text: list[str], rounds: int) -> dict[str, Any]:
     """Seconds and ratios, and the largest relative difference."""
-    requests = rolling_of(own)
+    requests = rolling_of(text)
     works = {
         "hf": lambda: plain.loglikelihood_rolling(requests, disable_tqdm=True),
         "ours": lambda: ours.loglikelihood_rolling(requests, disable_tqdm=True),
@@ -37,12 +37,12 @@ def measured(plain: Any, ours: Any, own: list[str], rounds: int) -> dict[str, An
     }
     seconds = interleaved(works, rounds)
     with ours.steering.suspended():
-        found = ours.loglikelihood_rolling(requests, disable_tqdm=True)
+        scores = ours.loglikelihood_rolling(requests, disable_tqdm=True)
     expected = plain.loglikelihood_rolling(requests, disable_tqdm=True)
     return {
         "seconds": {name: round(statistics.median(each), 4) for name, each in seconds.items()},
         "ratios": {name: round(ratio(seconds, name, "hf"), 3) for name in ("ours", "again")},
-        "relative difference": max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)),
+        "relative difference": max(abs(a / b - 1) for a, b in zip(scores, expected, strict=True)),
     }
 
 

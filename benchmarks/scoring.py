@@ -3,8 +3,8 @@
     python -m benchmarks.scoring             # the demo model, and a random Llama with a vocabulary of 128k
     python -m benchmarks.scoring --quick --json scoring.json
 
-Interleaved rounds, batch size 16; prints the medians, the median of the ratios in each round, and `again`, the rival's
-own rounds against each other, which shows the noise. `lss both` is steered and unsteered together against one
+Interleaved rounds, batch size 16; prints the medians, the median of the ratios in each round, and `again`,
+`hf` once more, which shows the noise. `lss both` is steered and unsteered together against one
 unsteered pass. `unsteered difference` is the largest between lm-eval's scores and ours, in nats. Without `--quick`
 there is peak memory too (`benchmarks.memory`).
 """
@@ -53,30 +53,30 @@ def compare(plain: Any, ours: Any, requests: list[Instance], twice: bool, rounds
     with ours.steering.suspended():
         unsteered = ours.loglikelihood(requests, disable_tqdm=True)
     expected = plain.loglikelihood(requests, disable_tqdm=True)
-    found: dict[str, Any] = {
-        "seconds": {name: round(statistics.median(own), 4) for name, own in seconds.items()},
+    results: dict[str, Any] = {
+        "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
         "ratio": ratio(seconds, "ours", "hf"),
         "again": ratio(seconds, "again", "hf"),
         "unsteered difference": max(abs(a[0] - b[0]) for a, b in zip(unsteered, expected, strict=True)),
         "matches differ": sum(a[1] != b[1] for a, b in zip(unsteered, expected, strict=True)),
     }
-    return found | ({"both": ratio(seconds, "ours both", "hf")} if twice else {})
+    return results | ({"both": ratio(seconds, "ours both", "hf")} if twice else {})
 
 
 def measured(build: Callable[[], Any], items: Mapping[str, int], rounds: int) -> dict[str, Any]:
     """Every shape on one model."""
     plain, ours = rivals(build)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, number in items.items():
         requests = requests_of(SHAPES[name](number))
-        found[name] = compare(plain, ours, requests, name == "lss", rounds)
-    return found | {"scoring": ours.scoring_report()}
+        results[name] = compare(plain, ours, requests, name == "lss", rounds)
+    return results | {"scoring": ours.scoring_report()}
 
 
-def ratios(found: dict[str, Any]) -> dict[str, float]:
+def ratios(results: dict[str, Any]) -> dict[str, float]:
     """Ours over unsteered `hf`, by shape."""
-    made = {name: round(own["ratio"], 3) for name, own in found.items() if "ratio" in own}
-    return made | {f"{name} both": round(own["both"], 3) for name, own in found.items() if "both" in own}
+    made = {name: round(each["ratio"], 3) for name, each in results.items() if "ratio" in each}
+    return made | {f"{name} both": round(each["both"], 3) for name, each in results.items() if "both" in each}
 
 
 def main() -> None:

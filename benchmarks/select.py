@@ -1,4 +1,4 @@
-"""Seconds and memory of selecting neurons in a model of a given size, from made-up activations.
+"""Seconds and memory of selecting neurons in a model of a given size, from random activations.
 
     python -m benchmarks.select      # LAPE at five rates, 80 layers of 28,672 units, 21 languages
     python -m benchmarks.select --method average_precision --layers 32 --units 14336

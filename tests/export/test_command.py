@@ -108,16 +108,16 @@ def test_a_killed_export_leaves_nothing_that_loads_and_the_next_one_is_whole(tmp
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a process's own memory is read from /proc")
 def test_an_export_holds_a_shard_and_not_the_model(tmp_path: Path) -> None:
-    found = measure(tmp_path, QUICK, layers=4, shard_bytes=5 * 10**7)
-    assert found["bytes"] > 4e8 and found["largest_file"] < 6e7
-    assert found["peak_own"] < 1.5e8
+    measured = measure(tmp_path, QUICK, layers=4, shard_bytes=5 * 10**7)
+    assert measured["bytes"] > 4e8 and measured["largest_file"] < 6e7
+    assert measured["peak_private"] < 1.5e8
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--op", "add", "--as", "checkpoint", "--positions", "last"), "weights treat every token alike"),
-        (("--op", "scale", "--as", "checkpoint", "--factors", "1,2"), "--factors: a checkpoint has one factor"),
+        (("--op", "scale", "--as", "checkpoint", "--factors", "1,2"), "--factors conflicts with --as checkpoint"),
         (("--op", "scale", "--as", "lora", "--factors", "1;2"), "--factors 1;2: expected numbers joined by commas"),
         (("--op", "scale", "--factor", "2", "--as", "lora", "--verify", "3"), "--verify without --text"),
         (("--op", "scale", "--as", "lora", "--factor", "2", "--value", "3"), "takes none but a live_ statistic"),

@@ -81,7 +81,7 @@ def test_a_rank_above_the_limit_names_the_layers(saved: Saved, tmp_path: Path) -
     ("arguments", "factors", "message"),
     [
         ({"language": "fra_Latn", "op": "add"}, (), "a LoRA can scale units and not add to them"),
-        ({**FRENCH, "factor": 2}, (2.0,), "--factor beside --factors"),
+        ({**FRENCH, "factor": 2}, (2.0,), "--factor conflicts with --factors"),
         ({**FRENCH, "deactivate": "eng_Latn"}, (2.0,), "single step op=scale"),
         ({"language": "fra_Latn", "op": "add"}, (2.0,), "single step op=scale"),
     ],
