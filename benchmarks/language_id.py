@@ -17,7 +17,8 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from lm_eval_steering.lmeval.task_families.demo import UNSPACED, demo_languages, sentence
+from lm_eval_steering.lmeval.task_families.demo import demo_languages, sentence
+from lm_eval_steering.lmeval.task_families.parallel import unspaced
 from lm_eval_steering.metrics.language_id import DEFAULT, UNKNOWN, LanguageIdentifier, in_language
 from lm_eval_steering.metrics.text import scripts
 
@@ -45,7 +46,7 @@ def speed(identifier: LanguageIdentifier, number: int, rounds: int) -> dict[str,
 def short_words(identifier: LanguageIdentifier) -> dict[int, dict[str, Any]]:
     right: dict[int, list[bool]] = defaultdict(list)
     words: dict[int, int] = defaultdict(int)
-    for code in (code for code in demo_languages() if code not in UNSPACED):
+    for code in (code for code in demo_languages() if not unspaced(code)):
         text = [word for number in SENTENCES for word in sentence(number, code).split()]
         for word, identified in zip(text, identifier.identify(text), strict=True):
             length = scripts(word).total()

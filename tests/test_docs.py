@@ -7,6 +7,7 @@ import io
 import json
 import re
 from dataclasses import fields
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,6 +48,11 @@ def test_every_file_that_contributing_names_is_there() -> None:
     names += [f"lm_eval_steering/{name}" for name in re.findall(r"\| `([a-z_]+/\w+\.py)` \|", text)]
     assert len(names) > 20
     assert [name for name in names if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_every_benchmark_can_be_imported(name: str) -> None:
+    assert hasattr(import_module(f"benchmarks.{name}"), "main") or name in {"items", "measure"}
 
 
 def test_the_readme_has_every_argument_of_ours_and_no_other() -> None:
