@@ -113,7 +113,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def make_set(
     assignments: dict[str, list[tuple[int, int]]], architecture: str = "llama", seed: int = 0, calibrated: bool = True
 ) -> NeuronSet:
-    """A neuron set of the tiny models, with made-up statistics."""
+    """A neuron set of the tiny models, with arbitrary statistics."""
     rows = {code: np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2) for code, pairs in assignments.items()}
     union = union_of(list(rows.values()))
     generator = np.random.default_rng(seed)

@@ -397,7 +397,7 @@ def test_a_mixture_of_experts_is_refused_by_name_before_loading(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
-def test_loaded_experts_are_refused_whatever_the_option_says(name: str) -> None:
+def test_loaded_experts_are_refused_with_the_option_too(name: str) -> None:
     experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": UNITS}
     model = build(name, GEMMA | experts)
     for override in (None, "model.layers:mlp.experts.act_fn:mlp.gate"):

@@ -1,4 +1,4 @@
-"""The core works without the extras, and a command that lacks one says so before it does anything."""
+"""The core works without the extras, and a command that needs a missing extra names it before it does anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel holds what an editable install finds beside the package."""
+"""The wheel holds the data that an editable install reads from the checkout."""
 
 from __future__ import annotations
 

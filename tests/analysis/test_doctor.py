@@ -112,7 +112,7 @@ def test_a_model_that_depends_on_its_batch_fails_and_says_that_it_does_so_unstee
     assert "scale by 1 is bit-equal to no intervention" not in found
 
 
-def test_a_model_with_a_state_of_its_own_fails_the_bit_equal_checks() -> None:
+def test_a_model_with_an_internal_state_fails_the_bit_equal_checks() -> None:
     model: Any = tiny_model("llama")
     calls = [0]
 
@@ -157,7 +157,7 @@ def test_a_wrong_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == {"activations follow the definition", "products follow the definition"}
 
 
-def test_units_that_are_not_found_are_the_one_finding() -> None:
+def test_a_model_whose_units_are_not_found_has_this_check_alone() -> None:
     model: Any = tiny_model("llama")
     model.model.layers[1].mlp.act_fn = model.model.layers[0].mlp.act_fn
     (found,) = examine(model)
@@ -203,7 +203,7 @@ def test_the_table_is_plain_text_or_rich_and_says_an_error_once() -> None:
     assert "FAIL" in shown and "model.layers.2.mlp.act_fn ran 0 times" in shown
 
 
-def test_the_report_holds_what_was_found_on_what() -> None:
+def test_the_report_holds_results_model_set_and_versions() -> None:
     model = LazyModel.of(tiny_model("llama"), None)
     content = json.loads(json.dumps(report(examine(model.model), model, None, 7)))
     assert content["passed"] and content["neurons"] == {"random": True, "seed": 7}

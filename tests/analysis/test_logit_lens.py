@@ -1,4 +1,4 @@
-"""The logit lens: the model's own end on every family, the paper's aggregation, and a plain loop on the demo model."""
+"""The logit lens: the model's head on every family, the paper's aggregation, and a plain loop on the demo model."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_special_tokens_pieces_and_ids_beyond_the_vocabulary_are_unknown(demo: L
 
 
 def plain_loop(demo: LazyModel, prompts: Prompts, top_k: int) -> list[dict[str, float]]:
-    """The definition without batches or hooks: one prompt at a time, Llama's own norm and head written out."""
+    """The definition without batches or hooks: one prompt at a time, Llama's norm and head written out."""
     model, identifier = demo.model, LanguageIdentifier()
     found: list[dict[str, float]] = [defaultdict(float) for _ in range(6)]
     for text in prompts.texts:

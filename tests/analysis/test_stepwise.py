@@ -48,7 +48,7 @@ def found(demo: LazyModel, demo_set: NeuronSet) -> Fallback:
     return deactivate_stepwise(demo, demo_set, prompts, ORDER, Decoding(12, 5))
 
 
-def test_each_step_deactivates_one_more_and_proves_it(found: Fallback, demo_set: NeuronSet) -> None:
+def test_each_step_deactivates_one_more_language_with_evidence(found: Fallback, demo_set: NeuronSet) -> None:
     assert [step.deactivated for step in found.steps] == [(), ORDER[:1], ORDER]
     assert [step.neurons for step in found.steps] == [len(demo_set.union(ORDER[:k])) for k in range(3)]
     assert found.steps[0].evidence is None and found.steps[0].signature == "none"
@@ -92,7 +92,7 @@ def test_a_repeated_run_is_the_same(demo: LazyModel, demo_set: NeuronSet, found:
     assert [step.fingerprint for step in again.steps] == [step.fingerprint for step in found.steps]
 
 
-def test_the_checkpoints_own_sampling_is_switched_off(demo: LazyModel, demo_set: NeuronSet, found: Fallback) -> None:
+def test_sampling_of_the_checkpoint_is_switched_off(demo: LazyModel, demo_set: NeuronSet, found: Fallback) -> None:
     settings, before = demo.model.generation_config, demo.model.generation_config.to_dict()
     prompts = Prompts(demo_prompts(["eng_Latn", "tur_Latn", "jpn_Jpan"]).texts[:12], "test")
     try:
@@ -122,7 +122,7 @@ def test_the_model_may_be_kept_from_ending_at_once(demo: LazyModel, demo_set: Ne
     assert free.shares["empty"] > 0 and "empty" not in kept.shares
 
 
-def test_what_is_written(found: Fallback, tmp_path: Path) -> None:
+def test_the_written_files(found: Fallback, tmp_path: Path) -> None:
     assert [path.name for path in write(found, tmp_path)] == [
         "steps.csv", "stepwise.json", "stepwise.png", "stepwise.svg",
     ]  # fmt: skip
@@ -233,7 +233,7 @@ def test_a_bypassed_module_is_an_error_not_a_table() -> None:
     assert all(not module._forward_hooks for module in model.modules())
 
 
-def test_the_verb_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("When it rains,\nWenn es regnet,\n")
     analysis.stepwise(

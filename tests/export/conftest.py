@@ -88,7 +88,7 @@ def exported(model: Path, variant: str, out: Path, **arguments: Any) -> Path:
 
 
 def folded(model: Path, variant: str, folder: Path, intervention: list[dict[str, Any]]) -> Any:
-    """The exported model without what stands beside the weights, for tests that export many times."""
+    """The exported model without model card and tokenizer, for tests that export many times."""
     folder.mkdir()
     prepared = Exported(job_of(model, variant, folder, intervention=intervention))
     maps = prepared.maps(prepared.job.plan())

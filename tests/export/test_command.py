@@ -1,4 +1,4 @@
-"""The real commands on the demo model, in processes of their own: scores, a kill, memory, mistakes."""
+"""The real commands on the demo model, in separate processes: scores, a kill, memory, mistakes."""
 
 from __future__ import annotations
 

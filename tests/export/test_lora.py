@@ -1,4 +1,4 @@
-"""A scaling as a LoRA: peft's own loading against hooks, factors that share a file, and what an adapter cannot say."""
+"""A scaling as a LoRA: loaded by peft against hooks, factors that share a file, and what an adapter cannot hold."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_adapter_is_what_the_hooks_do(family: str, saved: Saved, tmp_path: Pa
     assert share(expected, logits(plain)) > 0.001
 
 
-def test_factors_are_one_number_beside_one_file(saved: Saved, tmp_path: Path) -> None:
+def test_adapters_of_several_factors_share_one_file(saved: Saved, tmp_path: Path) -> None:
     export_lora(job_of(saved("llama"), "llama", tmp_path / "out", **FRENCH), factors=(-1.0, 0.1, 1.0, 3.0))
     folders = sorted((tmp_path / "out").iterdir())
     assert [folder.name for folder in folders] == ["factor--1", "factor-0.1", "factor-1", "factor-3"]
@@ -86,7 +86,7 @@ def test_a_rank_above_the_limit_names_the_layers(saved: Saved, tmp_path: Path) -
         ({"language": "fra_Latn", "op": "add"}, (2.0,), "single step op=scale"),
     ],
 )
-def test_what_an_adapter_cannot_say_is_refused(
+def test_what_an_adapter_cannot_hold_is_refused(
     arguments: dict[str, Any], factors: tuple[float, ...], message: str, saved: Saved, tmp_path: Path
 ) -> None:
     with pytest.raises(InterventionError, match=message):

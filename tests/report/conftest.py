@@ -1,4 +1,4 @@
-"""One made-up sweep, its report and a browser for all tests of the report."""
+"""A synthetic sweep, its report and a browser for all tests of the report."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def made(tmp_path: Path) -> Made:
     return Made(tmp_path / "sweep")
 
 
-def test_help_is_said_with_intervention_factor_language_and_price(made: Made) -> None:
+def test_an_improvement_is_stated_with_intervention_factor_language_and_damage(made: Made) -> None:
     made.forcing("deu_Latn", 30, garbage=4)
     made.nats("deu_Latn")
     made.nats("deu_Latn", "deu_Latn", 0.5)
@@ -162,7 +162,7 @@ def test_averages_over_other_languages_are_not_compared(made: Made) -> None:
 
 
 def test_the_answer_follows_what_the_sweep_chose_for_each_language(tmp_path: Path) -> None:
-    """Each language has an intervention of its own in the second stage; the price is that of the chosen one."""
+    """Each language has another intervention in the second stage; the damage is that of the chosen one."""
     made = Made(tmp_path / "sweep")
     for code, op, factor in (("deu_Latn", "set", 1), ("fra_Latn", "scale", 4)):
         for stage in (1, 2):
@@ -185,7 +185,7 @@ def deactivations(made: Made, own: float, other: float, controls: int = 0) -> No
                 made.nats(text, code, 0.1, factor=1, op="deactivate", control=control)
 
 
-def test_a_deactivation_is_judged_by_damage_to_its_own_language(tmp_path: Path) -> None:
+def test_a_deactivation_is_judged_by_damage_to_the_deactivated_language(tmp_path: Path) -> None:
     made = Made.__new__(Made)
     made.cells = FolderOfCells(tmp_path / "sweep")
     deactivations(made, 2.0, 0.25, controls=2)
@@ -203,7 +203,7 @@ def test_a_deactivation_that_hurts_all_alike_is_no_evidence(tmp_path: Path) -> N
     assert sentence.startswith("No evidence") and "0 of 3 rows" in sentence and "no matched random sets" in sentence
 
 
-def test_a_high_lss_beside_garbage_is_pointed_out_and_its_captions_speak_of_lss(made: Made) -> None:
+def test_a_high_lss_with_degenerate_outputs_is_pointed_out_and_captions_name_lss(made: Made) -> None:
     for factor in (2, 4):
         made.forcing("deu_Latn", 3, garbage=30, factor=factor)
         made.cells.add("steering_lss_eng_Latn", {"lss": right(1.0)}, "deu_Latn", factor)

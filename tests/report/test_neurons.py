@@ -117,7 +117,7 @@ def test_the_text_holds_the_numbers(hand_made: NeuronSet) -> None:
     assert "activation and product: max mean median p10 sentence_mean" in text
 
 
-def test_provenance_is_told_whole(hand_made: NeuronSet) -> None:
+def test_the_text_has_the_whole_provenance(hand_made: NeuronSet) -> None:
     corpus = {
         "source": "wiki", "rows": "packed", "sha256": "a" * 64,
         "calibration": {
@@ -152,12 +152,12 @@ def test_no_line_with_a_hash_is_wider_than_a_terminal_and_nothing_is_coloured(ha
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_set_without_entropies_says_so(hand_made: NeuronSet) -> None:
+def test_a_set_without_entropies_is_marked_as_such(hand_made: NeuronSet) -> None:
     assert "entropy         not in this set (method lape), so it is not drawn" in describe(with_selection(hand_made))
     assert "statistics      none" in describe(make_set(HAND_MADE, calibrated=False))
 
 
-def test_the_threshold_is_told_and_the_histogram_is_not_poured_out(hand_made: NeuronSet) -> None:
+def test_the_text_has_the_threshold_and_not_the_histogram(hand_made: NeuronSet) -> None:
     text = describe(with_entropy(hand_made))
     assert "4 of 2,016 eligible neurons selected, up to 0.5000 nats" in text
     assert "edges" not in text

@@ -19,7 +19,7 @@ SCHEMES, WIDTHS = ("light", "dark"), (1400, 420)
 
 @pytest.fixture
 def page(browser: Any, report: Report) -> Iterator[Any]:
-    """The page, open; at the end it must have said nothing on the console and asked for nothing."""
+    """The open page; at the end it must have logged nothing and requested nothing."""
     opened = browser.new_page(viewport={"width": 1400, "height": 900})
     said: list[str] = []
     asked: list[str] = []
@@ -36,7 +36,7 @@ def page(browser: Any, report: Report) -> Iterator[Any]:
 
 
 def shows(page: Any, place: str, text: str) -> None:
-    """Wait until a place shows a text; the page's policy lets no test evaluate a condition in it."""
+    """Wait until an element shows a text; the page's policy allows no evaluated condition."""
     page.locator(place, has_text=text).wait_for()
 
 
@@ -88,7 +88,7 @@ def test_the_explorer_pages_searches_and_picks_by_language(page: Any) -> None:
     assert page.locator("#items .pill.s").first.inner_text() == "Thai"
 
 
-def test_outputs_stand_beside_the_baseline_by_factor(page: Any) -> None:
+def test_outputs_are_shown_with_the_baseline_by_factor(page: Any) -> None:
     heads = page.locator("#items .item").first.locator(".output header b").all_inner_texts()
     assert heads == ["baseline", "×2", "×4"]
 

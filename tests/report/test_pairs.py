@@ -94,7 +94,7 @@ def test_runs_without_samples_are_compared_without_an_interval(tmp_path: Path) -
         ({"prompts": "Answer: "}, "40 of 40 prompts differ"),
     ],
 )
-def test_what_was_not_asked_alike_is_refused_or_stated_beside_every_table(
+def test_different_prompts_or_models_are_refused_or_stated_with_every_table(
     tmp_path: Path, command: Command, other: dict[str, Any], named: str
 ) -> None:
     one, two = lm_eval_run(tmp_path / "a", 0.5), lm_eval_run(tmp_path / "b", 0.75, **other)
@@ -151,7 +151,7 @@ def relation(file: Path, **options: Any) -> str:
     return str(read_results(file, **options).cells["relation"].iloc[0])
 
 
-def test_the_language_of_the_items_is_read_from_metadata_or_said(tmp_path: Path) -> None:
+def test_the_language_of_the_items_is_read_from_metadata_or_given(tmp_path: Path) -> None:
     plain = lm_eval_run(tmp_path / "plain", 0.5, factor=2)
     assert relation(plain) == "several"
     assert relation(plain, evaluated={TASK: "fr"}) == "self"

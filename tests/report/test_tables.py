@@ -90,7 +90,7 @@ def test_the_best_factor_is_chosen_and_reported_on_different_items(results: Resu
     assert (own["n"] + own["n_choose"] == 40).all()
 
 
-def test_damage_stands_beside_success(results: Results) -> None:
+def test_damage_is_in_the_row_of_success(results: Results) -> None:
     own = results.damage.set_index(["steered", "factor"]).loc[("deu_Latn", 4.0)]
     assert own["success"] == pytest.approx(40 / 60)
     assert own["perplexity_self"] == pytest.approx(0.4)
@@ -218,7 +218,7 @@ def test_the_answer_has_numbers_and_their_n(report: Report) -> None:
     assert "2 random sets, too few to exclude chance" in chance
 
 
-def test_a_folder_that_is_none_says_so(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"holds neither sweep\.json"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps([]))

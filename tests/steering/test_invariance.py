@@ -1,4 +1,4 @@
-"""What a row's numbers may depend on: on the row, the intervention and nothing else, in every architecture."""
+"""The numbers of a row depend on the row and the intervention alone, in every architecture."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def forward(model: torch.nn.Module, ids: torch.Tensor, inputs: dict[str, Any], p
 
 
 def test_generating_equals_feeding_back_by_hand(family: str, neuron_set: NeuronSet) -> None:
-    """The model's own `generate`, which hands the intervention nothing but its attention mask."""
+    """The model's `generate`, of which the intervention sees the attention mask alone."""
     model = tiny_model(family)
     ids, inputs = batched(model, [ROW, LONGER], "left")
     for arguments in (TOKEN[2], TOKEN[5], TOKEN[6], TOKEN[7], TOKEN[-1]):
@@ -160,7 +160,7 @@ def by_hand(name: str, values: list[float], chosen: list[float]) -> float:
 def edited(
     step: Any, row: list[list[float]], owners: dict[int, list[float]], positions: list[int]
 ) -> list[list[float]]:
-    """One row of one layer after one step: owners are unit -> values of the languages that own it."""
+    """One row of one layer after one step: owners are unit -> values of the languages that it belongs to."""
     after = [list(values) for values in row]
     for position in positions:
         here = [row[position]] if step.scope == "token" else row
@@ -218,7 +218,7 @@ def test_edited_activations_equal_a_computation_by_hand(family: str, neuron_set:
 
 
 def owned(neuron_set: NeuronSet, step: Any, layer: int) -> dict[int, list[float]]:
-    """Unit -> calibrated or plain values of the languages that own it, in one layer."""
+    """Unit -> calibrated or plain values of the languages that it belongs to, in one layer."""
     found: dict[int, list[float]] = {}
     if layer not in step.chosen_layers(3):
         return found

@@ -1,4 +1,4 @@
-"""Kinds of models and of runs: compiled, quantised, sharded, changed under way, with hooks of others."""
+"""Kinds of models and of runs: compiled, quantised, sharded, changed while attached, with hooks of others."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_identities_are_bit_equal(arguments: dict[str, Any], dtype: torch.dtype)
         assert steering.evidence().largest_change == 0
 
 
-def test_a_changed_plan_is_as_good_as_a_new_one_and_keeps_its_place_among_hooks() -> None:
+def test_a_changed_plan_equals_a_new_one_and_keeps_the_order_of_hooks() -> None:
     model, calls = tiny_model("llama"), []
     sites = sites_of(model)
     plans = [compile_intervention(from_arguments(arguments), SET) for arguments in KINDS]
@@ -112,7 +112,7 @@ def test_a_changed_plan_is_as_good_as_a_new_one_and_keeps_its_place_among_hooks(
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_models_own_gradients_are_left_as_they_are() -> None:
+def test_gradients_of_the_model_are_unchanged() -> None:
     model = tiny_model("llama")
     with steer(model, SET, "fra", op="add", value="live_mean"):
         out = model(IDS).logits

@@ -189,7 +189,7 @@ def test_a_shared_neuron_is_scaled_once() -> None:
     assert (plan.neurons, plan.shared) == (4, 1)
 
 
-def test_deactivation_leaves_out_what_is_steered_unless_told_otherwise() -> None:
+def test_deactivation_leaves_out_steered_neurons_unless_keep_shared_is_false() -> None:
     arguments = {"language": "fra_Latn", "op": "scale", "factor": 3, "deactivate": "deu_Latn"}
     kept, literal = from_arguments(arguments), from_arguments({**arguments, "keep_shared": False})
     activations = np.ones((3, 24))

@@ -1,4 +1,4 @@
-"""Positions over real tokens, whatever the padding, and live statistics over valid ones."""
+"""Positions count real tokens under any padding; live statistics are over valid tokens."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_a_loop_from_python_gives_the_prompt_or_is_refused() -> None:
     assert torch.allclose(logits, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_generate_is_the_models_own_again_after_any_order_of_detaching() -> None:
+def test_generate_is_restored_after_any_order_of_detaching() -> None:
     model = tiny_model("llama")
     one = steer(model, SET, "fra", op="add", value=6.0, positions="last", layers="0").attach()
     other = steer(model, SET, "fra", op="add", value=6.0, positions="last", layers="2").attach()

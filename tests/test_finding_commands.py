@@ -1,4 +1,4 @@
-"""The verbs around a neuron set as a user types them; bad input is one line and exit code 2."""
+"""The commands on neuron sets as a user types them; bad input gives one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CODES = "fra_Latn,deu_Latn,tur_Latn"
 
 
 def run(*arguments: Any) -> str:
-    """What a verb prints; our own errors come through as they are raised."""
+    """Output of a command; our errors are raised."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -20,7 +20,7 @@ TASK = "steering_xcopa_fra_Latn"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sweeps of one cell beside its baseline, which is 0.5: `first` gives 0.6 and `second` 0.8."""
+    """Two sweeps of one cell and its baseline of 0.5: `first` scores 0.6 and `second` 0.8."""
     folder = tmp_path_factory.mktemp("runs")
     for name, share in (("first", 0.6), ("second", 0.8)):
         made = FolderOfCells(folder / name)
@@ -52,12 +52,12 @@ def test_report_takes_a_plain_run_as_baseline(command: Command, tmp_path: Path) 
     assert differences(tmp_path / "out") == {"scale": 0.25}
 
 
-def test_compare_puts_the_second_run_beside_the_first(command: Command, runs: Path, tmp_path: Path) -> None:
+def test_compare_shows_the_second_run_against_the_first(command: Command, runs: Path, tmp_path: Path) -> None:
     assert command("compare", runs / "first", runs / "second", "--out", tmp_path)[0] == 0
     assert differences(tmp_path)["scale"] == 0.2
 
 
-def test_compare_puts_one_intervention_beside_another(command: Command, runs: Path, tmp_path: Path) -> None:
+def test_compare_shows_one_intervention_against_another(command: Command, runs: Path, tmp_path: Path) -> None:
     kinds = ("--intervention", "scale", "--intervention", "set 1")
     assert command("compare", runs / "second", *kinds, "--out", tmp_path)[0] == 0
     assert list(differences(tmp_path).values()) == [0.1]
@@ -86,7 +86,7 @@ def test_the_halves_are_those_of_the_plan(tmp_path: Path) -> None:
     for factor, share in ((2, 0.6), (4, 0.8)):
         made.add(TASK, {"acc": right(share)}, "fra_Latn", factor)
     plan = {"choose": {"split": "half", "seed": 11, "item": None}}
-    (made.path / "plan.json").write_text(json.dumps({"plan": plan, "plan_hash": "made up", "cells": []}))
+    (made.path / "plan.json").write_text(json.dumps({"plan": plan, "plan_hash": "synthetic", "cells": []}))
     reported = [place for place in range(40) if half_of(str(place), 11) == REPORT]
     merge([made.path], tmp_path / "merged", items=True)
     for folder in ("sweep", "merged"):
