@@ -1,4 +1,4 @@
-"""Two runs, or two interventions of one run: what the second does beside the first, over the same items."""
+"""Two runs, or two interventions of one run, compared over the same items."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLACE = ["task", "steered", "kind", "factor", "items"]
 
 
 def compare_runs(first: Sweep, second: Sweep, allow_different_prompts: bool = False) -> Sweep:
-    """Cells of the second run, each with the same cell of the first in the place of its baseline.
+    """Cells of the second run, each with the same cell of the first as its baseline.
 
     The same cell has the same task, steered language, intervention and factor. Where the two have no such cell in
     common, runs are paired by task alone: an unsteered run with every cell of the other one, and two runs that have one
@@ -24,9 +24,9 @@ def compare_runs(first: Sweep, second: Sweep, allow_different_prompts: bool = Fa
     when the results are computed (`read.check_pairs`).
 
     Args:
-        first: in the place of the baseline.
+        first: the baseline.
         second: what is compared with it.
-        allow_different_prompts: compare other prompts and models too, and state it beside every table.
+        allow_different_prompts: compare different prompts and models too, with a warning on every table.
 
     Raises:
         ReportError: if no cell is in both.
@@ -66,40 +66,40 @@ def compare_interventions(sweep: Sweep, kinds: Sequence[str]) -> Sweep:
         if kind not in known:
             raise ReportError(f"--intervention {kind!r} is not in {sweep.facts.title}{did_you_mean(kind, known)}")
     base, after = (steered[steered["kind"] == kind] for kind in kinds)
-    found = _paired(base, after, [name for name in _PLACE if name != "kind"])
-    if found.empty:
-        factors = [sorted(own["factor"].dropna().unique()) for own in (base, after)]
+    pairs = _paired(base, after, [name for name in _PLACE if name != "kind"])
+    if pairs.empty:
+        factors = [sorted(cells["factor"].dropna().unique()) for cells in (base, after)]
         raise ReportError(f"{kinds[0]!r} and {kinds[1]!r} share no factor: {factors[0]} and {factors[1]}")
-    return _comparison(sweep, sweep, found, base, kinds[0])
+    return _comparison(sweep, sweep, pairs, base, kinds[0])
 
 
-def _paired(base: pd.DataFrame, after: pd.DataFrame, place: list[str]) -> pd.DataFrame:
+def _paired(base: pd.DataFrame, after: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Rows of `after` with their baseline in `base`; a factor that is absent equals an absent one."""
 
     def keys(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
-        filled = frame[place].astype(object).where(frame[place].notna(), None)
+        filled = frame[columns].astype(object).where(frame[columns].notna(), None)
         return list(filled.itertuples(index=False, name=None))
 
-    of = dict(zip(keys(base), base["cell"], strict=True))
-    baselines = [of.get(key) for key in keys(after)]
-    return after.assign(baseline_cell=baselines)[[found is not None for found in baselines]]
+    cell_of = dict(zip(keys(base), base["cell"], strict=True))
+    baselines = [cell_of.get(key) for key in keys(after)]
+    return after.assign(baseline_cell=baselines)[[cell is not None for cell in baselines]]
 
 
-def _comparison(first: Sweep, second: Sweep, found: pd.DataFrame, base: pd.DataFrame, against: str) -> Sweep:
+def _comparison(first: Sweep, second: Sweep, paired: pd.DataFrame, base: pd.DataFrame, against: str) -> Sweep:
     import pandas as pd
 
-    used = base[base["cell"].isin(found["baseline_cell"])]
+    used = base[base["cell"].isin(paired["baseline_cell"])]
     old = used.assign(cell=_FIRST + used["cell"], is_baseline=True, baseline_cell="", steered="", relation="several")
-    new = found.assign(baseline_cell=_FIRST + found["baseline_cell"], is_baseline=False, control=pd.NA)
+    new = paired.assign(baseline_cell=_FIRST + paired["baseline_cell"], is_baseline=False, control=pd.NA)
     new["kind"] = new["kind"].where(new["kind"] != "", _UNSTEERED)
     cells = pd.concat([old, new], ignore_index=True).astype({"control": "Int64"})
     before = first.scores[first.scores["cell"].isin(used["cell"])]
-    after = second.scores[second.scores["cell"].isin(found["cell"])]
+    after = second.scores[second.scores["cell"].isin(paired["cell"])]
     scores = pd.concat([before.assign(cell=_FIRST + before["cell"]), after], ignore_index=True)
     items = {_FIRST + cell: first.items[cell] for cell in used["cell"] if cell in first.items}
-    items |= {cell: second.items[cell] for cell in found["cell"] if cell in second.items}
-    outputs = {_FIRST + cell: own for cell, own in first.samples.outputs.items()} | second.samples.outputs
-    left_out = len(_compared(second)) - len(found)
+    items |= {cell: second.items[cell] for cell in paired["cell"] if cell in second.items}
+    outputs = {_FIRST + cell: kept for cell, kept in first.samples.outputs.items()} | second.samples.outputs
+    left_out = len(_compared(second)) - len(paired)
     notes = [note for note in [*first.facts.notes, *second.facts.notes] if "no finished baseline" not in note]
     notes = list(dict.fromkeys(notes))
     if left_out:
@@ -107,7 +107,7 @@ def _comparison(first: Sweep, second: Sweep, found: pd.DataFrame, base: pd.DataF
     title = (
         f"{second.facts.title} against {against}"
         if first is not second
-        else f"{found['kind'].iloc[0]} against {against}"
+        else f"{paired['kind'].iloc[0]} against {against}"
     )
     facts = Facts(
         title, list(dict.fromkeys([*first.facts.sources, *second.facts.sources])), "", second.facts.plan,

@@ -70,25 +70,25 @@ def short(code: str) -> str:
 def heat_map(effects: Effects, family: str, metric: str, kind: str, factor: float | None, theme: Theme) -> Figure:
     """Differences from the baseline: steered x evaluated language at one factor, or steered language x factor.
 
-    Better is blue and worse orange; a dot marks p < 0.05 after Holm's correction; grey is a cell that is not there.
+    Better is blue and worse orange; a dot marks p < 0.05 after Holm's correction; grey is a missing cell.
 
     Args:
         effects: of all cells.
         family: of tasks.
         metric: of theirs.
         kind: of intervention.
-        factor: the one to show; None shows all of them, where the items are in one language or in several.
+        factor: to show; None shows all factors, for items in one language or in several.
         theme: colours.
     """
     frame = single(effects)
-    own = frame[(frame["family"] == family) & (frame["metric"] == metric) & (frame["kind"] == kind)]
+    shown = frame[(frame["family"] == family) & (frame["metric"] == metric) & (frame["kind"] == kind)]
     if factor is not None:
-        own = own[own["factor"] == factor]
+        shown = shown[shown["factor"] == factor]
     across = "factor" if factor is None else "evaluated"
-    rows = ordered(own["steered"].unique())
-    columns: list[Any] = sorted(own["factor"].unique()) if factor is None else ordered(own["evaluated"].unique())
+    rows = ordered(shown["steered"].unique())
+    columns: list[Any] = sorted(shown["factor"].unique()) if factor is None else ordered(shown["evaluated"].unique())
     grid = {
-        name: own.pivot(index="steered", columns=across, values=name)
+        name: shown.pivot(index="steered", columns=across, values=name)
         .reindex(index=rows, columns=columns)
         .to_numpy(float)
         for name in ("difference", "p_holm")
@@ -98,7 +98,7 @@ def heat_map(effects: Effects, family: str, metric: str, kind: str, factor: floa
     cell = min(0.36, (width - 1.0) / max(1, len(columns)))
     figure = new_figure(width, 1.0 + max(2, len(rows)) * max(cell, 0.2))
     axes = figure.subplots()
-    sign = sign_of(own["higher_is_better"].iloc[0]) or 1
+    sign = sign_of(shown["higher_is_better"].iloc[0]) or 1
     _draw_grid(figure, axes, grid["difference"], grid["p_holm"], sign, theme, 72 * cell)
     names = [f"×{column:g}" if factor is None else short(column) for column in columns]
     axes.set_xticks(range(len(columns)), names, rotation=90 if factor is not None and len(columns) > 6 else 0)
@@ -153,9 +153,9 @@ def _draw_grid(
 
 def _separate(axes: Any, codes: list[str], line: Any, theme: Theme) -> None:
     """Thin lines between families of languages."""
-    for place in range(1, len(codes)):
-        if codes[place - 1] and codes[place] and family_of(codes[place - 1])[0] != family_of(codes[place])[0]:
-            line(place - 0.5, color=theme.ink, linewidth=0.5)
+    for index in range(1, len(codes)):
+        if codes[index - 1] and codes[index] and family_of(codes[index - 1])[0] != family_of(codes[index])[0]:
+            line(index - 0.5, color=theme.ink, linewidth=0.5)
 
 
 def factor_curve(summary: pd.DataFrame, theme: Theme) -> Figure:
@@ -165,31 +165,29 @@ def factor_curve(summary: pd.DataFrame, theme: Theme) -> Figure:
         summary: rows of one family, metric and intervention.
         theme: colours.
     """
-    own = summary.sort_values("factor")
+    curve = summary.sort_values("factor")
     figure = new_figure(COLUMN, 2.35)
     axes = figure.subplots()
     axes.axhline(0, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
     for relation, marker in zip((SELF, CROSS, SEVERAL), MARKERS, strict=False):
-        values = own[f"{relation}_difference"].to_numpy(float)
+        values = curve[f"{relation}_difference"].to_numpy(float)
         if np.isnan(values).all():
             continue
-        factors, cells = own["factor"].to_numpy(float), int(own[f"{relation}_cells"].max())
-        low, high = own[f"{relation}_low"].to_numpy(float), own[f"{relation}_high"].to_numpy(float)
+        factors, cells = curve["factor"].to_numpy(float), int(curve[f"{relation}_cells"].max())
+        low, high = curve[f"{relation}_low"].to_numpy(float), curve[f"{relation}_high"].to_numpy(float)
         axes.fill_between(factors, low, high, color=_COLOURS[relation], alpha=0.22, linewidth=0)
         axes.plot(
             factors, values, color=_COLOURS[relation], marker=marker, markersize=3.5, linewidth=1.4,
             label=f"{_LABELS[relation]} ({cells} cell{'s' if cells != 1 else ''})",
         )  # fmt: skip
-    baseline = next(
-        (own[f"{name}_baseline"].mean() for name in (SELF, SEVERAL, CROSS) if own[f"{name}_baseline"].notna().any()),
-        np.nan,
-    )
-    axes.set_title(readable_metric(str(own["metric"].iloc[0])))
+    baselines = (curve[f"{relation}_baseline"] for relation in (SELF, SEVERAL, CROSS))
+    baseline = next((values.mean() for values in baselines if values.notna().any()), np.nan)
+    axes.set_title(readable_metric(str(curve["metric"].iloc[0])))
     axes.set_xlabel("factor")
-    metric = str(own["metric"].iloc[0])
+    metric = str(curve["metric"].iloc[0])
     difference = "difference" if np.isnan(baseline) else f"difference (baseline {baseline:.3g})"
     axes.set_ylabel(readable_metric(metric) if is_lss(metric) else difference)
-    axes.set_xticks(sorted(own["factor"].unique()))
+    axes.set_xticks(sorted(curve["factor"].unique()))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2)
@@ -201,9 +199,9 @@ def trade_off(damage: pd.DataFrame, theme: Theme) -> Figure:
     price = price_of(damage)
     figure = new_figure(COLUMN, 2.6)
     axes = figure.subplots()
-    own = damage[damage["success"].notna() & damage[price].notna()]
-    for place, (code, rows) in enumerate(own.sort_values("factor").groupby("steered", sort=False)):
-        colour, marker = CYCLE[place % len(CYCLE)], MARKERS[place // len(CYCLE) % len(MARKERS)]
+    measured = damage[damage["success"].notna() & damage[price].notna()]
+    for number, (code, rows) in enumerate(measured.sort_values("factor").groupby("steered", sort=False)):
+        colour, marker = CYCLE[number % len(CYCLE)], MARKERS[number // len(CYCLE) % len(MARKERS)]
         axes.plot(
             rows[price], rows["success"], color=colour, marker=marker, markersize=4, linewidth=1.1,
             label=english_name(str(code).split("+", maxsplit=1)[0]),
@@ -214,7 +212,7 @@ def trade_off(damage: pd.DataFrame, theme: Theme) -> Figure:
     axes.set_ylim(-0.04, 1.08)
     axes.set_title("Success against damage")
     axes.set_xlabel(price_label(price, damage))
-    axes.set_ylabel(readable_metric(str(own["success_metric"].iloc[0])))
+    axes.set_ylabel(readable_metric(str(measured["success_metric"].iloc[0])))
     axes.grid()
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3)
@@ -241,9 +239,9 @@ def price_label(price: str, damage: pd.DataFrame) -> str:
     }[price]
 
 
-# --- Figures of outputs: languages over factors, LSS and LFS beside random neurons
+# --- Figures of outputs: languages over factors, LSS and LFS against random neurons
 
-_NAMED, _PANELS = 4, 12  # languages with a colour of their own; panels on one page
+_NAMED, _PANELS = 4, 12  # languages with their own colour; panels on one page
 _PER_ROW = 4
 Shares = dict[str, dict[float, Counter[str]]]
 
@@ -252,23 +250,23 @@ def language_counts(sweep: Sweep, kind: str) -> Shares:
     """Steered language -> factor (0 is the baseline) -> how many outputs are in each language."""
     cells = sweep.steered_cells()
     cells = cells[(cells["kind"] == kind) & cells["factor"].notna()]
-    found: Shares = {}
+    counts: Shares = {}
     for row in cells.itertuples():
         for factor, cell in ((row.factor, row.cell), (0.0, row.baseline_cell)):
             items = sweep.items.get(cell)
             if items is not None and LABELS in items.values:
                 labels = [str(label) for label in items.values[LABELS] if label is not None]
-                found.setdefault(row.steered, {}).setdefault(factor, Counter()).update(labels)
-    return found
+                counts.setdefault(row.steered, {}).setdefault(factor, Counter()).update(labels)
+    return counts
 
 
 def output_languages(counts: Shares, theme: Theme) -> Figure:
-    """Stacked shares of output languages at each factor, one panel a steered language."""
+    """Stacked shares of output languages at each factor, one panel per steered language."""
     codes = list(counts)[:_PANELS]
     others: Counter[str] = Counter()
     for code in codes:
-        for own in counts[code].values():
-            others.update({label: n for label, n in own.items() if label != UNKNOWN and not same_language(label, code)})
+        for outputs in counts[code].values():
+            others.update({one: n for one, n in outputs.items() if one != UNKNOWN and not same_language(one, code)})
     named = [label for label, _ in others.most_common(_NAMED)]
     columns = min(_PER_ROW, len(codes))
     rows = -(-len(codes) // columns)
@@ -284,12 +282,12 @@ def output_languages(counts: Shares, theme: Theme) -> Figure:
     return figure
 
 
-def _stack(axes: Any, code: str, own: dict[float, Counter[str]], named: list[str], theme: Theme) -> None:
-    factors = sorted(own)
+def _stack(axes: Any, code: str, counts: dict[float, Counter[str]], named: list[str], theme: Theme) -> None:
+    factors = sorted(counts)
     bottom = np.zeros(len(factors))
     parts = [("steered language", BLUE, ""), *((label, CYCLE[1 + i], "") for i, label in enumerate(named))]
     for label, colour, hatch in [*parts, ("others", theme.faint, ""), ("unknown", theme.paper, "////")]:
-        shares = np.array([_share(own[factor], label, code, named) for factor in factors])
+        shares = np.array([_share(counts[factor], label, code, named) for factor in factors])
         name = english_name(label) if label in named else label
         axes.bar(
             range(len(factors)), shares, bottom=bottom, color=colour, width=0.86, label=name, hatch=hatch,
@@ -306,12 +304,12 @@ def _stack(axes: Any, code: str, own: dict[float, Counter[str]], named: list[str
 
 def _share(counted: Counter[str], label: str, code: str, named: list[str]) -> float:
     total = sum(counted.values())
-    of_steered = sum(n for own, n in counted.items() if own != UNKNOWN and same_language(own, code))
+    of_steered = sum(n for other, n in counted.items() if other != UNKNOWN and same_language(other, code))
     if label == "steered language":
         return of_steered / total
     if label == "unknown":
         return counted[UNKNOWN] / total
-    of_named = {own: counted[own] for own in named if not same_language(own, code)}
+    of_named = {other: counted[other] for other in named if not same_language(other, code)}
     if label in named:
         return of_named.get(label, 0) / total
     return (total - of_steered - counted[UNKNOWN] - sum(of_named.values())) / total
@@ -368,15 +366,15 @@ class Picture:
 
 
 def drawn_metrics(effects: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """(family, metric, kind) of what is drawn, successes first."""
-    found: list[tuple[str, str, str]] = []
-    for wanted in (SUCCESSES, DAMAGES):
-        for (family, kind), own in effects.groupby(["family", "kind"], sort=False):
-            names = {name.partition("@")[0]: name for name in own["metric"].unique()}
-            first = next((names[name] for name in wanted if name in names), None)
+    """(family, metric, kind) of each drawn metric, successes first."""
+    drawn: list[tuple[str, str, str]] = []
+    for names_in_order in (SUCCESSES, DAMAGES):
+        for (family, kind), rows in effects.groupby(["family", "kind"], sort=False):
+            names = {name.partition("@")[0]: name for name in rows["metric"].unique()}
+            first = next((names[name] for name in names_in_order if name in names), None)
             if first is not None:
-                found.append((family, first, kind))
-    return found
+                drawn.append((family, first, kind))
+    return drawn
 
 
 def gallery(results: Results) -> list[Picture]:
@@ -389,7 +387,7 @@ def gallery(results: Results) -> list[Picture]:
     for kind in kinds:
         counts = language_counts(sweep, kind)
         if counts:
-            n = sum(sum(own.values()) for factors in counts.values() for own in factors.values())
+            n = sum(outputs.total() for factors in counts.values() for outputs in factors.values())
             caption = f"Languages of the outputs against the factor, {kind}; n = {n:,} outputs."
             pictures.append(Picture(_file("languages", kind), caption, _bind(output_languages, counts)))
         damage = results.damage[results.damage["kind"] == kind] if len(results.damage) else results.damage
@@ -410,27 +408,27 @@ def gallery(results: Results) -> list[Picture]:
 
 def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[Picture]:
     frame = single(results.effects)
-    own = frame[(frame["family"] == family) & (frame["metric"] == metric) & (frame["kind"] == kind)]
+    setting = frame[(frame["family"] == family) & (frame["metric"] == metric) & (frame["kind"] == kind)]
     summary = results.summary
     rows = summary[(summary["family"] == family) & (summary["metric"] == metric) & (summary["kind"] == kind)]
     name, what = (family, metric, kind), f"{readable_metric(metric)} on {family}, {kind}"
     against, lss = results.sweep.against, results.sweep.is_shift(metric)
     pictures = []
     # Where each language has one chosen factor, factors differ in their languages and are no curve.
-    factors = int(own.groupby("steered")["factor"].nunique().max())
+    factors = int(setting.groupby("steered")["factor"].nunique().max())
     if factors > 1:
         moved = "mean over languages" if lss else f"mean difference from the {against}"
         caption = (
             f"{what}: {moved}, with 95 % bands over languages and items "
-            f"({counted(own['steered'].nunique(), 'language')}; n = {int(own['n'].sum()):,} items in all)."
+            f"({counted(setting['steered'].nunique(), 'language')}; n = {int(setting['n'].sum()):,} items in all)."
         )
         pictures.append(Picture(_file("curve", *name), caption, _bind(factor_curve, rows)))
-    one_column = own["evaluated"].nunique() < 2
-    if own["difference"].notna().any() and (factors > 1 or not one_column):
+    one_column = setting["evaluated"].nunique() < 2
+    if setting["difference"].notna().any() and (factors > 1 or not one_column):
         factor = None if one_column else best_overall(rows)
         at = "each factor" if factor is None else f"factor {factor:g}, the best on average"
-        n = own if factor is None else own[own["factor"] == factor]
-        comparisons = int(own["comparisons"].max())
+        n = setting if factor is None else setting[setting["factor"] == factor]
+        comparisons = int(setting["comparisons"].max())
         if lss:
             caption = (
                 f"{what} at {at}: share of items whose preference moved towards the steered language; 0 for the "
@@ -438,7 +436,7 @@ def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[P
             )
         else:
             caption = f"{what}: difference from the {against} at {at}."
-            caption += " Blue is better" if own["higher_is_better"].notna().all() else " Blue is more"
+            caption += " Blue is better" if setting["higher_is_better"].notna().all() else " Blue is more"
             if comparisons:
                 caption += f"; a dot and bold mark p < 0.05 after Holm's correction over {comparisons} comparisons"
         caption += f"; n = {int(n['n'].sum()):,} items."
@@ -452,10 +450,10 @@ def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[P
         ]
         if factors > 1 and len(own_controls):
             sets = int(own_controls["sets"].max())
-            beside = (
+            null = (
                 f"beside {counted(sets, 'matched random set')} (band: lowest and highest)" if sets else "no random sets"
             )
-            caption = f"{what}: mean over languages, {beside}."
+            caption = f"{what}: mean over languages, {null}."
             draw = _bind(against_random, own_controls)
             pictures.append(Picture(_file("random", *name), caption, draw))
     return pictures
@@ -472,7 +470,7 @@ def best_overall(rows: pd.DataFrame) -> float:
 
 
 def neuron_set_of(neurons: str) -> NeuronSet | None:
-    """The neuron set that a plan names, None where it is not at hand."""
+    """The neuron set that a plan names, None if it cannot be read."""
     try:
         return NeuronSet.load(resources.find_neuron_set(neurons)) if neurons else None
     except (SteeringError, OSError):
@@ -516,7 +514,7 @@ class Figured:
 def draw(pictures: list[Picture], folder: Path) -> tuple[list[Figured], list[Path]]:
     """Figures for the page, and the files that were written for papers (in the light theme)."""
     folder.mkdir(parents=True, exist_ok=True)
-    found, paths = [], []
+    drawn, paths = [], []
     for picture in pictures:
         with themed(LIGHT):
             figure = laid_out(picture.draw(LIGHT))
@@ -527,5 +525,5 @@ def draw(pictures: list[Picture], folder: Path) -> tuple[list[Figured], list[Pat
         width, height = (round(96 * float(side)) for side in figure.get_size_inches())
         wide = figure.get_size_inches()[0] > COLUMN
         light_text, dark_text = (base64.b64encode(svg).decode() for svg in (light, dark))
-        found.append(Figured(picture.caption, light_text, dark_text, width, height, wide))
-    return found, paths
+        drawn.append(Figured(picture.caption, light_text, dark_text, width, height, wide))
+    return drawn, paths

@@ -48,7 +48,7 @@ def is_lss(metric: str) -> bool:
 
 
 def sign_of(higher_is_better: Any) -> int:
-    """1 where more is better, -1 where less is, 0 where nobody says."""
+    """1 if higher is better, -1 if lower is, 0 if unknown."""
     if higher_is_better is None or higher_is_better != higher_is_better:  # noqa: PLR0124  (nan)
         return 0
     return 1 if higher_is_better else -1
@@ -60,17 +60,17 @@ def family_of_task(task: str) -> str:
         return _OUR_CODE.sub("", task).removeprefix("steering_")
     if evaluated_language(task) is None:
         return task
-    found = [prefix for prefix in family_prefixes() if task.startswith(prefix)]
-    return max(found, key=len, default=task).strip("_")
+    prefixes = [prefix for prefix in family_prefixes() if task.startswith(prefix)]
+    return max(prefixes, key=len, default=task).strip("_")
 
 
 def families(tasks: list[str]) -> dict[str, str]:
     """Task -> family; tasks of one family that have one language between them keep their own names."""
-    found = {task: family_of_task(task) for task in tasks}
+    family_of = {task: family_of_task(task) for task in tasks}
     seen: dict[tuple[str, str | None], list[str]] = {}
-    for task, family in found.items():
+    for task, family in family_of.items():
         seen.setdefault((family, evaluated_language(task)), []).append(task)
-    return found | {task: task for own in seen.values() if len(own) > 1 for task in own}
+    return family_of | {task: task for same in seen.values() if len(same) > 1 for task in same}
 
 
 def relation_of(steered: str, evaluated: str) -> str:
@@ -85,16 +85,16 @@ def kind_of(signature: str, preset: str | None, off: str) -> str:
 
     Args:
         signature: of the score.
-        preset: name under which the plan asked for it.
-        off: what is silenced beside what is steered, as `silenced` says it.
+        preset: its name in the plan.
+        off: languages deactivated as well, from `silenced`.
     """
     steps = parse(signature).steps
     if not steps:
         return ""
     step = next((step for step in reversed(steps) if not step.deactivation), steps[-1])
     value = "" if step.value is None else f"{step.value:g}" if isinstance(step.value, float | int) else step.value
-    said = preset or f"{step.op} {value}".strip()
-    name = f"deactivate ({said})" if step.deactivation and not preset else said
+    what = preset or f"{step.op} {value}".strip()
+    name = f"deactivate ({what})" if step.deactivation and not preset else what
     if step.site != "activation":
         name += f" at {step.site}"
     parts = [name]
@@ -110,16 +110,16 @@ def kind_of(signature: str, preset: str | None, off: str) -> str:
 
 
 def silenced(languages: list[str], off: list[str]) -> list[str]:
-    """What each amplification silences beside: `others` where it is always every other language, else the codes.
+    """Languages that each amplification also deactivates: `others` if it is always every other language, else codes.
 
     Args:
-        languages: steered ones of each row, joined by `+`; empty where a row only silences.
-        off: silenced ones of each row.
+        languages: steered ones of each row, joined by `+`; empty for a pure deactivation.
+        off: deactivated ones of each row.
     """
-    both = {(own, gone) for own, gone in zip(languages, off, strict=True) if own and gone}
-    whole = {frozenset({*own.split("+"), *gone.split("+")}) for own, gone in both}
+    both = {(on, out) for on, out in zip(languages, off, strict=True) if on and out}
+    whole = {frozenset({*on.split("+"), *out.split("+")}) for on, out in both}
     others = len(both) > 1 and len(whole) == 1
-    return ["" if not own else _OTHERS if gone and others else gone for own, gone in zip(languages, off, strict=True)]
+    return ["" if not on else _OTHERS if out and others else out for on, out in zip(languages, off, strict=True)]
 
 
 def language_name(code: str) -> str:
@@ -128,7 +128,7 @@ def language_name(code: str) -> str:
 
 
 def number(value: Any, signed: bool = False) -> str:
-    """Three significant digits; nothing for nan."""
+    """Three significant digits; empty for nan."""
     if value is None or math.isnan(value):
         return ""
     text = f"{value:+.3g}" if signed else f"{value:.3g}"
@@ -136,7 +136,7 @@ def number(value: Any, signed: bool = False) -> str:
 
 
 def with_interval(value: float, low: float, high: float) -> str:
-    """`+0.12 [+0.03, +0.21]`; nothing for nan."""
+    """`+0.12 [+0.03, +0.21]`; empty for nan."""
     if math.isnan(value):
         return ""
     ends = "" if math.isnan(low) else f" [{number(low, True)}, {number(high, True)}]"

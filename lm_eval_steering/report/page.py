@@ -1,7 +1,7 @@
 """Write a report: figures, tables, and a page that is one HTML file, safe to open although it holds model output.
 
-Nothing is fetched, and nothing from the data becomes HTML: tables and samples travel as compressed JSON and are put in
-place as text. The content security policy names the one script and the one style sheet by their hashes and forbids
+Nothing is fetched, and no data become HTML: tables and samples are embedded as compressed JSON and inserted as
+text. The content security policy names the one script and the one style sheet by their hashes and forbids
 everything else, so that even a mistake here could run nothing and send nothing.
 """
 
@@ -59,7 +59,7 @@ def write_report(sweep: Sweep, out: Path, command: Sequence[str] = ()) -> Report
     Args:
         sweep: as `read_results` or `comparison` gave it.
         out: folder; files of an earlier report of that name are replaced.
-        command: that asked for it, to be printed.
+        command: that made the report, to be printed.
     """
     out = Path(out)
     sweep.facts.command = shlex.join(command)
@@ -77,7 +77,7 @@ def write_report(sweep: Sweep, out: Path, command: Sequence[str] = ()) -> Report
 
 _PARTS = Path(__file__).parent / "page_parts"
 _CHUNK = 2000  # samples that are unpacked at once
-MOST_ROWS = 20_000  # of a table on the page; all of them are in the files beside it
+MOST_ROWS = 20_000  # of a table on the page; its file has all rows
 TABLES = {
     "summary": (
         "Self and cross",
@@ -141,19 +141,19 @@ def _hash(text: str) -> str:
 
 
 def packed(data: Any) -> str:
-    """JSON, gzip, base64: letters that mean nothing to HTML, the same for the same data."""
+    """JSON, gzip, base64: characters without meaning in HTML, the same for the same data."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0)).decode()
 
 
 def _tables(results: Results) -> list[dict[str, Any]]:
-    found = []
+    listed = []
     for name, table in results.frames().items():
         title, about = TABLES[name]
         frame = by_relation(table) if name == "summary" else table
         shown = frame.head(MOST_ROWS)
         columns = [column for column in shown.columns if _is_shown(name, column, shown)]
-        found.append(
+        listed.append(
             {
                 "name": name,
                 "title": title,
@@ -163,7 +163,7 @@ def _tables(results: Results) -> list[dict[str, Any]]:
                 "total": len(frame),
             }
         )
-    return found
+    return listed
 
 
 def _is_shown(name: str, column: str, frame: pd.DataFrame) -> bool:
@@ -201,22 +201,22 @@ def explorer_data(sweep: Sweep) -> list[dict[str, Any]]:
     [output or null for each column]], an output being [text, language, verdict]; the verdict is `s` for the steered
     language, `u` for none that is known, `o` for any other.
     """
-    outputs = {cell: {output.doc: output for output in own} for cell, own in sweep.samples.outputs.items()}
+    outputs = {cell: {output.doc: output for output in rows} for cell, rows in sweep.samples.outputs.items()}
     cells = sweep.steered_cells()
     cells = cells[cells["cell"].isin(outputs)]
-    order = {code: place for place, code in enumerate(family_order(sorted(cells["steered"].unique())))}
+    order = {code: number for number, code in enumerate(family_order(sorted(cells["steered"].unique())))}
     groups = []
-    for (task, steered, kind), own in cells.sort_values("factor").groupby(["task", "steered", "kind"]):
-        base = own["baseline_cell"].iloc[0]
-        columns = [outputs.get(base, {}), *(outputs[cell] for cell in own["cell"])]
-        prompts = _prompts(sweep, task, own["target"].iloc[0])
+    for (task, steered, kind), rows in cells.sort_values("factor").groupby(["task", "steered", "kind"]):
+        base = rows["baseline_cell"].iloc[0]
+        columns = [outputs.get(base, {}), *(outputs[cell] for cell in rows["cell"])]
+        prompts = _prompts(sweep, task, rows["target"].iloc[0])
         docs = sorted({doc for column in columns for doc in column})
         groups.append(
             {
                 "task": task,
                 "steered": steered,
                 "kind": kind,
-                "factors": [sweep.against, *(_factor(factor) for factor in own["factor"])],
+                "factors": [sweep.against, *(_factor(factor) for factor in rows["factor"])],
                 "items": [
                     [doc, prompts.get(doc, ""), [_output(column.get(doc), steered) for column in columns]]
                     for doc in docs
@@ -239,8 +239,8 @@ def language_names(groups: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _prompts(sweep: Sweep, task: str, target: str) -> dict[int, str]:
-    found = sweep.samples.prompts.get((task, target))
-    return found if found else sweep.samples.prompts.get((task, ""), {})
+    of_target = sweep.samples.prompts.get((task, target))
+    return of_target if of_target else sweep.samples.prompts.get((task, ""), {})
 
 
 def _factor(factor: float) -> str:

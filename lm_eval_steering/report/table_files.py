@@ -40,36 +40,36 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
 
 
 def printed(results: Results) -> dict[str, tuple[pd.DataFrame, str]]:
-    """Name -> (table of texts, caption) of what is meant for a paper."""
+    """Name -> (table of texts, caption) of the tables for a paper."""
     against = results.sweep.against
-    found = {}
+    texts = {}
     for family, metric, kind in drawn_metrics(results.effects.frame):
         rows = results.summary
         rows = rows[(rows["family"] == family) & (rows["metric"] == metric) & (rows["kind"] == kind)]
-        place = "".join(c if c.isalnum() else "-" for c in f"{family}-{metric}-{kind}")
+        suffix = "".join(c if c.isalnum() else "-" for c in f"{family}-{metric}-{kind}")
         what = f"{readable_metric(metric)} on {family}, {kind}"
         caption = (
             f"{what}: mean over languages, difference from the {against} with its 95 % interval (bootstrap of "
             "languages and items), and languages or pairs that improved, in brackets those significant after Holm's "
             "correction."
         )
-        found[f"summary-{place}"] = (summary_text(rows), caption)
+        texts[f"summary-{suffix}"] = (summary_text(rows), caption)
         factor = best_overall(rows)
         values = tables.matrix(results.effects, family, metric, kind, factor, "difference")
         n = tables.matrix(results.effects, family, metric, kind, factor, "n").to_numpy(float)
         caption = f"{what}, factor {factor:g}: difference from the {against}, steered language by evaluated language"
-        found[f"matrix-{place}"] = (matrix_text(values), f"{caption} (n = {_whole(np.nanmax(n))} items a cell).")
+        texts[f"matrix-{suffix}"] = (matrix_text(values), f"{caption} (n = {_whole(np.nanmax(n))} items a cell).")
     if len(results.best) and len(results.best) <= PRINTED_ROWS:
         caption = "The best factor of each language: chosen on one half of the items, reported on the other one."
-        found["best-factors"] = (best_text(results.best), caption)
-    return found
+        texts["best-factors"] = (best_text(results.best), caption)
+    return texts
 
 
 def summary_text(rows: pd.DataFrame) -> pd.DataFrame:
-    """The summary as a person reads it: one row a factor; a blank where there is nothing."""
+    """The summary as texts: one row per factor, blank where there is no value."""
     import pandas as pd
 
-    found = []
+    lines = []
     for row in rows.sort_values("factor").to_dict("records"):
         texts = {"factor": number(row["factor"])}
         for relation in tables.RELATIONS:
@@ -89,8 +89,8 @@ def summary_text(rows: pd.DataFrame) -> pd.DataFrame:
                 texts[f"{relation} missing"] = _whole(row[f"{relation}_missing"])
         if rows["gap"].notna().any():
             texts["self - cross"] = with_interval(row["gap"], row["gap_low"], row["gap_high"])
-        found.append(texts)
-    return pd.DataFrame(found).fillna("")
+        lines.append(texts)
+    return pd.DataFrame(lines).fillna("")
 
 
 def matrix_text(values: pd.DataFrame) -> pd.DataFrame:
@@ -102,13 +102,13 @@ def matrix_text(values: pd.DataFrame) -> pd.DataFrame:
 
 def best_text(best: pd.DataFrame) -> pd.DataFrame:
     """The best factors as texts."""
-    own = best[[*("family", "metric", "kind", "steered", "factor", "n_choose", "n", "baseline", "score")]].copy()
+    texts = best[[*("family", "metric", "kind", "steered", "factor", "n_choose", "n", "baseline", "score")]].copy()
     for name in ("factor", "baseline", "score"):
-        own[name] = [number(value) for value in own[name]]
-    own["difference"] = [
+        texts[name] = [number(value) for value in texts[name]]
+    texts["difference"] = [
         with_interval(*ends) for ends in zip(best["difference"], best["low"], best["high"], strict=True)
     ]
-    return own.rename(columns={"n_choose": "n chosen on"}).astype(str)
+    return texts.rename(columns={"n_choose": "n chosen on"}).astype(str)
 
 
 def _whole(value: Any) -> str:

@@ -1,6 +1,6 @@
 """The tables of a report, as data frames: matrix, self and cross, controls, damage, best factors, cost.
 
-A blank (nan) is a cell that is not there; it is counted, and never taken for 0.
+A missing cell is blank (nan); it is counted, and never taken for 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Places = dict[tuple[Any, ...], list[dict[str, Any]]]
 
 
 def single(effects: Effects) -> pd.DataFrame:
-    """One row a cell in the sense of the matrix: where two stages evaluated one, the one with more items."""
+    """One row per cell of the matrix: of two stages that evaluated a cell, the one with more items."""
     frame = effects.frame.sort_values(["n", "stage"], ascending=[False, True], kind="stable")
     return frame.drop_duplicates([*GROUP, "steered", "evaluated"]).sort_index()
 
@@ -53,8 +53,8 @@ def matrix(effects: Effects, family: str, metric: str, kind: str, factor: float,
     own = frame[(frame["family"] == family) & (frame["metric"] == metric) & (frame["kind"] == kind)]
     at = own[own["factor"].isna()] if np.isnan(factor) else own[own["factor"] == factor]
     rows, columns = ordered(own["steered"].unique()), ordered(own["evaluated"].unique())
-    found = at.pivot(index="steered", columns="evaluated", values=value)
-    return found.reindex(index=rows, columns=columns)
+    pivoted = at.pivot(index="steered", columns="evaluated", values=value)
+    return pivoted.reindex(index=rows, columns=columns)
 
 
 def summary(effects: Effects) -> pd.DataFrame:
@@ -69,9 +69,9 @@ def summary(effects: Effects) -> pd.DataFrame:
 
     frame = single(effects)
     rows = []
-    for _, own in frame.groupby(["family", "metric", "kind"], sort=False):
-        expected = _expected(own)
-        for _, group in own.groupby("factor", sort=True, dropna=False):
+    for _, setting in frame.groupby(["family", "metric", "kind"], sort=False):
+        expected = _expected(setting)
+        for _, group in setting.groupby("factor", sort=True, dropna=False):
             rows.append(_summary_row(group, effects, expected))
     return _readable_order(pd.DataFrame(rows)) if rows else pd.DataFrame(rows)
 
@@ -89,7 +89,7 @@ def _readable_order(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_relation(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary with one row for self, cross or several, so that every row has data; `gap` stands beside self."""
+    """The summary with one row for self, cross or several, so that every row has data; `gap` is in the row of self."""
     import pandas as pd
 
     parts = []
@@ -103,13 +103,13 @@ def by_relation(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
 
 
-def _expected(own: pd.DataFrame) -> dict[str, int]:
+def _expected(rows: pd.DataFrame) -> dict[str, int]:
     """Cells of each relation that the grid of steered and evaluated languages would have.
 
     A pair that no factor has evaluated is not defined (LSS towards its own base), so the grid is the union over
     factors; where a whole row or column is missing, `Store.missing` says so.
     """
-    pairs = own.drop_duplicates(["steered", "evaluated"])
+    pairs = rows.drop_duplicates(["steered", "evaluated"])
     return {relation: int((pairs["relation"] == relation).sum()) for relation in RELATIONS}
 
 
@@ -121,22 +121,22 @@ def _summary_row(group: pd.DataFrame, effects: Effects, expected: dict[str, int]
     ends = intervals(group, effects)
     sign = sign_of(row["higher_is_better"])
     for relation in RELATIONS:
-        own = group[group["relation"] == relation]
-        differences = own["difference"]
+        cells = group[group["relation"] == relation]
+        differences = cells["difference"]
         low, high = ends.get(relation, (np.nan, np.nan))
         better = sign * differences > 0
         row |= {
             f"{relation}_cells": int(differences.notna().sum()),
             f"{relation}_missing": expected[relation] - int(differences.notna().sum()),
-            f"{relation}_n": int(own["n"].sum()),
-            f"{relation}_baseline": own["baseline"].mean(),
-            f"{relation}_score": own["score"].mean(),
+            f"{relation}_n": int(cells["n"].sum()),
+            f"{relation}_baseline": cells["baseline"].mean(),
+            f"{relation}_score": cells["score"].mean(),
             f"{relation}_difference": differences.mean(),
             f"{relation}_median": differences.median(),
             f"{relation}_low": low,
             f"{relation}_high": high,
             f"{relation}_improved": int(better.sum()),
-            f"{relation}_significant": int((better & (own["p_holm"] < ALPHA)).sum()),
+            f"{relation}_significant": int((better & (cells["p_holm"] < ALPHA)).sum()),
         }
     row["gap"] = row["self_difference"] - row["cross_difference"]
     row["gap_low"], row["gap_high"] = ends.get("gap", (np.nan, np.nan))
@@ -146,11 +146,11 @@ def _summary_row(group: pd.DataFrame, effects: Effects, expected: dict[str, int]
 def intervals(group: pd.DataFrame, effects: Effects) -> dict[str, tuple[float, float]]:
     """Relation -> interval of its mean difference; only where every cell of the relation has replicates."""
     keys = list(zip(group["cell"], group["metric"], strict=True))
-    there = np.array([key in effects.replicates for key in keys])
-    if not there.any():
+    present = np.array([key in effects.replicates for key in keys])
+    if not present.any():
         return {}
     replicates = np.column_stack([effects.replicates[key] for key in keys if key in effects.replicates])
-    known = group[there]
+    known = group[present]
     relations = known["relation"].to_numpy()
     whole = {r: bool((group["relation"] == r).sum() == (relations == r).sum() > 0) for r in RELATIONS}
     groups: dict[str, NDArray[np.bool_]] = {r: relations == r for r in RELATIONS if whole[r]}
@@ -172,19 +172,19 @@ def cost(sweep: Sweep) -> pd.DataFrame:
     facts = sweep.cells[["cell", "task", "steered", "kind", "factor", "control"]]
     if sweep.timings.empty:
         return pd.DataFrame(columns=[*facts.columns, "seconds", "tokens"])
-    own = sweep.timings.reindex(columns=["cell", "seconds", "tokens", "device", "batch_size"])
-    return facts.merge(own, on="cell", how="inner").sort_values("seconds", ascending=False, ignore_index=True)
+    times = sweep.timings.reindex(columns=["cell", "seconds", "tokens", "device", "batch_size"])
+    return facts.merge(times, on="cell", how="inner").sort_values("seconds", ascending=False, ignore_index=True)
 
 
-# --- What stands beside a gain: random controls, and the damage that came with it
+# --- Random controls, and the damage of each intervention
 
-CONTROLS_FOR_SD = 5  # below that many random sets a standard deviation says nothing, and their range is given
+CONTROLS_FOR_SD = 5  # with fewer random sets their range is given and not their standard deviation
 CONTROLLED = ("lfs_clean", "lfs", "lss", "lss_distinct")
 _BROKEN = {"degenerate": "degenerate", "unknown": "lang_unknown"}
 
 
 def controls(sweep: Sweep, effects: Effects) -> pd.DataFrame:
-    """LSS and LFS of each cell beside the same score of its matched random sets.
+    """LSS and LFS of each cell with the scores of its matched random sets.
 
     Columns: `score`, `sets` (number of random sets), their `mean`, `lowest`, `highest`, `difference` from their mean,
     `deviations` (that difference in their standard deviations, from 5 sets up, else blank), and `at_or_above`, the
@@ -206,7 +206,7 @@ def controls(sweep: Sweep, effects: Effects) -> pd.DataFrame:
 def control_scores(
     sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any], by_place: Places, half: bool = False
 ) -> dict[int, float]:
-    """Seed -> score of each matched random set in the place of a cell's own neurons.
+    """Seed -> score of each matched random set of a cell.
 
     Args:
         sweep: cells, scores, items.
@@ -216,12 +216,12 @@ def control_scores(
         by_place: of `controls_by_place`.
         half: whether over the half of the items that nothing was chosen on.
     """
-    found = {}
+    scores_of = {}
     for control in by_place.get(_place_of(cell), []):
         score = score_of(sweep, control, metric, scores, True if half else None)
         if score is not None:
-            found[int(control["control"])] = score
-    return found
+            scores_of[int(control["control"])] = score
+    return scores_of
 
 
 def controls_by_place(sweep: Sweep) -> Places:
@@ -269,7 +269,7 @@ def _uncontrolled(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def damage(effects: Effects) -> pd.DataFrame:
-    """For each language, intervention and factor: success beside its price.
+    """For each language, intervention and factor: success and damage.
 
     `success` is the mean of `success_metric` (clean LFS where it is known, else LFS). `perplexity_self`,
     `perplexity_cross` and `perplexity_all` are rises of the perplexity of the steered language, of the others and of
@@ -298,10 +298,10 @@ def damage(effects: Effects) -> pd.DataFrame:
             own_rows = group[group["metric"] == metric]
             row |= {name: own_rows["difference"].mean(), f"{name}_score": own_rows["score"].mean()}
         rows.append(row)
-    found = pd.DataFrame(rows)
-    measured = [name for name in found if name.startswith(("success", "perplexity_", "degenerate", "unknown"))]
+    result = pd.DataFrame(rows)
+    measured = [name for name in result if name.startswith(("success", "perplexity_", "degenerate", "unknown"))]
     measured = [name for name in measured if name != "success_metric"]
-    return found[found[measured].notna().any(axis=1)].reset_index(drop=True) if len(found) else found
+    return result[result[measured].notna().any(axis=1)].reset_index(drop=True) if len(result) else result
 
 
 # --- The best factor of each language: chosen on one half of the items, reported on the other one
@@ -337,8 +337,8 @@ def best_factors(sweep: Sweep, effects: Effects) -> pd.DataFrame:
             chosen += row["cells"]
     if not rows:
         return pd.DataFrame(columns=list(_BEST_COLUMNS))
-    wanted = sweep.cells[sweep.cells["cell"].isin(set(chosen))]
-    reported = effects_of(sweep, True, wanted).frame.set_index(["cell", "metric"]).sort_index()
+    required = sweep.cells[sweep.cells["cell"].isin(set(chosen))]
+    reported = effects_of(sweep, True, required).frame.set_index(["cell", "metric"]).sort_index()
     return pd.DataFrame([_reported(row, reported) for row in rows]).reindex(columns=list(_BEST_COLUMNS))
 
 
@@ -398,13 +398,13 @@ class Results:
 
     Attributes:
         sweep: what was read.
-        effects: one row a cell and metric.
+        effects: one row per cell and metric.
         summary: self and cross for each factor (`summary`).
         best: the best factor of each language (`best_factors`).
-        controls: LSS and LFS beside random neurons (`controls`).
-        damage: success beside its price (`damage`).
+        controls: LSS and LFS against random neurons (`controls`).
+        damage: success and damage (`damage`).
         cost: seconds and tokens of each cell.
-        neurons: the neuron set of the sweep; None where it is not at hand.
+        neurons: the neuron set of the sweep; None if it cannot be read.
     """
 
     sweep: Sweep
@@ -418,7 +418,7 @@ class Results:
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """Name -> table, in the order in which a person reads them; tables without rows are left out."""
-        found = {
+        tables = {
             "summary": self.summary,
             "effects": self.effects.frame,
             "best-factors": self.best,
@@ -427,7 +427,7 @@ class Results:
             "cost": self.cost,
             "missing": self.sweep.missing,
         }
-        return {name: frame for name, frame in found.items() if len(frame)}
+        return {name: frame for name, frame in tables.items() if len(frame)}
 
 
 def compute(sweep: Sweep) -> Results:

@@ -218,7 +218,7 @@ def test_the_answer_has_numbers_and_their_n(report: Report) -> None:
     assert "2 random sets, too few to exclude chance" in chance
 
 
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"holds neither sweep\.json"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps([]))
