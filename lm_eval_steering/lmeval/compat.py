@@ -27,7 +27,6 @@ PRIVATE = {
     "_instances": "Task.clear_instances(), which lets go of built requests",
     "_metric_fn_list": "Task.metrics, the functions of a task's metrics by name",
     "_metric_fn_kwargs": "Task.metrics, with the options of each",
-    "_yaml_loader": "lm_eval.tasks.load_yaml, which reads a task file with what it includes",
     "_attn_implementation": "a public attribute of PreTrainedConfig that says which attention is in force",
     "_can_compile_fullgraph": "a public attribute of PreTrainedModel that says whether it takes a static cache",
     "_compile_all_devices": "an argument of CompileConfig",
@@ -52,13 +51,6 @@ OVERRIDDEN = {
 _MARK = "_lm_eval_steering"  # of a function that was put in place of lm-eval's
 
 # --- tasks of lm-eval 0.4.13
-
-
-def load_task_file(path: Path) -> dict[str, Any]:
-    """A task file with what it includes, functions unresolved."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    return load_yaml(path, resolve_func=False)
 
 
 def release_requests(task: Any) -> None:

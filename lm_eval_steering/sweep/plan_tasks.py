@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import UndefinedForLanguageError, did_you_mean
-from lm_eval_steering.lmeval.compat import load_task_file, release_requests
+from lm_eval_steering.lmeval.compat import release_requests
 from lm_eval_steering.lmeval.registration import register_all
+from lm_eval_steering.lmeval.task_families.common import read_task_file
 from lm_eval_steering.lmeval.task_families.lss import UNDEFINED
 from lm_eval_steering.metrics.likelihood import MADE_FOR
 from lm_eval_steering.provenance import fingerprint
@@ -202,7 +203,7 @@ def _indexed(folders: tuple[str, ...], defaults: bool = False) -> Any:
 
 
 def _members(entry: Any) -> list[Any]:
-    config = entry.cfg or load_task_file(entry.yaml_path)
+    config = entry.cfg or read_task_file(Path(entry.yaml_path))
     found = config.get("task", [])
     return found if isinstance(found, list) else [found]
 

@@ -113,10 +113,8 @@ def test_every_listed_name_is_in_the_installed_releases() -> None:
     assert hasattr(GenerationConfig(), "cache_implementation")
 
 
-def test_tasks_are_read_scored_and_released() -> None:
+def test_tasks_are_scored_and_released() -> None:
     manager = TaskManager(include_path=str(tasks_folder() / "demo"), include_defaults=False)
-    path = manager.task_index[TASK].yaml_path
-    assert compat.load_task_file(path)["task"] == TASK, "lm-eval reads task files in another way"
     (task,) = manager.load([TASK])["tasks"].values()
     metrics = compat.metrics_of(task)
     assert metrics and all(callable(metric) and isinstance(options, dict) for metric, options in metrics.values())

@@ -221,7 +221,7 @@ def _written_in(path: Path) -> dict[str, Any]:
     return {**(config.get("metadata") or {}), **(config.get("dataset_kwargs") or {})}
 
 
-# --- Task files, read without lm-eval, whose import takes seconds
+# --- Task files, read without lm-eval: its import takes seconds, and its reader is private
 
 
 class _TaskFileLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -232,7 +232,10 @@ _TaskFileLoader.add_multi_constructor("!function", lambda loader, suffix, node: 
 
 
 def read_task_file(path: Path) -> dict[str, Any]:
-    """A task file with what it includes: later files win over earlier ones, the file itself over all, as in lm-eval."""
+    """A task file with what it includes: later files win over earlier ones, the file itself over all, as in lm-eval.
+
+    Functions are text. A test compares it with lm-eval's reader.
+    """
     config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskFileLoader)
     includes = config.pop("include", [])
     included: dict[str, Any] = {}
