@@ -2,22 +2,22 @@
 
     python scripts/train_demo_model.py --corpus DIR --out DIR [--processes N]
 
-`--corpus` holds one `LLL.txt` a language (`eng deu nld fra spa ita por rus tur jpn zho ara`), one sentence a line.
-To rebuild the text that the shipped checkpoint saw:
+`--corpus` holds one `LLL.txt` per language (`eng deu nld fra spa ita por rus tur jpn zho ara`), one sentence per line.
+To rebuild the training text of the shipped checkpoint:
 
 * Sentences: Tatoeba (https://tatoeba.org, CC-BY 2.0 FR), through the Helsinki-NLP/OPUS-MT-testsets excerpts and the
   sentence pairs of manythings.org; for `ara` and `zho` also TICO-19 (CC0).
 * Filters: deduplicated after NFC; the fastText model lid.176 must agree with the sentence's language; most letters
   must be of the language's script; 10 to 250 characters. `zho` mixes simplified and traditional characters.
-* Kept out: 600 sentences a language (`LLL.valid.txt`) and every sentence that occurs in a held-out parallel group.
+* Held out: 600 sentences per language (`LLL.valid.txt`) and every sentence that occurs in a held-out parallel group.
 
 Two choices make language neurons appear at this size. An L1 penalty on the positive part of the gate
-pre-activation keeps the MLP sparse (a dense SiLU model of 6 million parameters has hardly a unit that fires for one
-language alone), and half of the documents change language between sentences, so that the language of the next
-sentence is something that the model must choose. The model card says so.
+pre-activation keeps the MLP sparse (a dense SiLU model of 6 million parameters has hardly a unit that is active for
+one language alone), and half of the documents change language between sentences, so that the model must predict the
+language of the next sentence. The model card states both.
 
-The run is seeded, writes `log.jsonl`, saves its state every `--save-every` steps, and goes on from there when it is
-started again; a resumed run equals an uninterrupted one up to the rounding of the last digits.
+The run is seeded, writes `log.jsonl`, saves its state every `--save-every` steps, and resumes from it when it is
+started again; a resumed run equals an uninterrupted one up to rounding.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LANGUAGES = ("eng", "deu", "nld", "fra", "spa", "ita", "por", "rus", "tur", "jpn", "zho", "ara")
-UNSPACED = {"jpn", "zho"}  # scripts that put no blank between sentences
+UNSPACED = {"jpn", "zho"}  # written without blanks between sentences
 BOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 8192
-WINDOW = 128  # tokens a training row
+WINDOW = 128  # tokens per training row
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", type=Path, required=True, help="folder with one LLL.txt a language")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder with one LLL.txt per language")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, tokenizer, log and state")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--processes", type=int, default=1, help="data-parallel processes, one thread each if more than one"
     )
     parser.add_argument("--tokens-per-language", type=int, default=550_000)
-    parser.add_argument("--batch", type=int, default=32, help="windows a step, over all processes")
+    parser.add_argument("--batch", type=int, default=32, help="windows per step, over all processes")
     parser.add_argument("--penalty", type=float, default=3e-4, help="weight of the activation penalty after its ramp")
-    parser.add_argument("--bfloat16", action="store_true", help="autocast; faster only where the processor has it")
+    parser.add_argument("--bfloat16", action="store_true", help="autocast; faster only on CPUs with bfloat16")
     parser.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
     return parser.parse_args()
 
 
-# --- text -> windows of tokens ------------------------------------------------------------------------------------
+# --- Text to windows of tokens
 
 
 def read_corpus(folder: Path) -> dict[str, list[str]]:
@@ -101,7 +101,7 @@ def train_tokenizer(corpus: dict[str, list[str]]) -> Tokenizer:
 
 
 def documents(corpus: dict[str, list[str]], rng: random.Random) -> Iterator[str]:
-    """Endless documents of 1 to 12 sentences, every other one switching language with probability 0.5 a sentence."""
+    """Endless documents of 1 to 12 sentences, half of them switching language with probability 0.5 per sentence."""
     cursors = {lang: 0 for lang in LANGUAGES}
     shuffled = {lang: rng.sample(lines, len(lines)) for lang, lines in corpus.items()}
 
@@ -125,7 +125,7 @@ def documents(corpus: dict[str, list[str]], rng: random.Random) -> Iterator[str]
 
 
 def make_windows(corpus: dict[str, list[str]], tokenizer: Tokenizer, tokens: int, seed: int) -> torch.Tensor:
-    """Packed rows (row, WINDOW), int64; each document begins with the BOS that the tokenizer's template adds."""
+    """Packed rows (row, WINDOW), int64; each document begins with the tokenizer's BOS."""
     source, stream = documents(corpus, random.Random(seed)), []
     while len(stream) < tokens:
         batch = [next(source) for _ in range(2000)]
@@ -135,7 +135,7 @@ def make_windows(corpus: dict[str, list[str]], tokenizer: Tokenizer, tokens: int
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
 
 
-# --- model and optimisation ---------------------------------------------------------------------------------------
+# --- Model and optimisation
 
 
 def make_model() -> LlamaForCausalLM:
@@ -173,7 +173,7 @@ class LossWithPenalty(torch.nn.Module):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) in float32; torch.optim.Muon computes in bfloat16, which old processors emulate."""
+    """Muon (Jordan et al. 2024) in float32; torch.optim.Muon computes in bfloat16, which old CPUs emulate."""
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic Newton-Schulz iteration
 
@@ -243,7 +243,7 @@ def average_gradients(model: torch.nn.Module, processes: int) -> None:
 
 def train(rank: int, args: argparse.Namespace, windows: torch.Tensor) -> None:
     torch.set_num_threads(1 if args.processes > 1 else os.cpu_count() or 1)
-    # One cache a process: two compilers that write the same file at once break each other.
+    # One cache per process: compilers that write the same file at the same time fail.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(args.out / f"compiled-{rank}")
     if args.processes > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))

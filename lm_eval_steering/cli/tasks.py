@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -83,28 +82,20 @@ def fetch_data(
     metadata: Annotated[str, typer.Option(help="JSON, as for lm_eval: what some tasks must know.")] = "{}",
 ) -> None:
     """Load the data of tasks where there is a network, for machines that have none."""
+    from lm_eval_steering.files import parse_json_line
     from lm_eval_steering.lmeval.compat import be_quiet
     from lm_eval_steering.lmeval.listing import fetch
 
+    settings = parse_json_line(metadata, f"--metadata {metadata!r}")
     be_quiet()
     written = 0
-    for path, rows in fetch([name.strip() for name in tasks.split(",") if name.strip()], out, _settings(metadata)):
+    for path, rows in fetch([name.strip() for name in tasks.split(",") if name.strip()], out, settings):
         typer.echo(f"{path}  {rows} rows")
         written += 1
     if out is None:
         typer.echo(f"{counted(written, 'set')} of rows at hand; set HF_DATASETS_OFFLINE=1 where there is no network")
     else:
         typer.echo(f"wrote {counted(written, 'file')}; export STEERING_DATA={out.resolve()} where there is no network")
-
-
-def _settings(metadata: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(metadata)
-    except ValueError as error:
-        raise SteeringError(f"--metadata {metadata!r}: not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise SteeringError(f"--metadata {metadata!r}: expected a JSON object")
-    return settings
 
 
 VERBS = {"tasks": tasks, "fetch-data": fetch_data}
