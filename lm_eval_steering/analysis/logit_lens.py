@@ -1,6 +1,6 @@
 """Logit lens by language: how much probability each layer's hidden state gives to each language's tokens.
 
-The hidden state after each layer, at the chosen positions, goes through the model's own end (`lens_head`): final norm
+The hidden state after each layer, at the chosen positions, goes through the model's head (`ModelHead`): final norm
 once, head, soft-cap and scales. Its most probable tokens are read one by one, and their probabilities are added up by
 language and by script, never renormalised. Source: Gurgurov et al. 2025, `logit_lens.py`, which normalises the last
 state twice, leaves out soft-cap and scale, and knows no steered run. Every run here checks that the last layer's lens
@@ -41,7 +41,7 @@ from lm_eval_steering.steering.attach import fitting_sites, steer
 # --- Language and script of single tokens, and the probability mass of each
 #
 # A token is a short text: fastText is often unsure of it, and below the identifier's threshold it is `unknown`, which
-# is a class of its own. The script of its letters needs no identifier, and is surer where languages write differently.
+# is a separate class. The script of its letters needs no identifier, and is more certain where scripts differ.
 
 
 class TokenLabels:
@@ -53,7 +53,7 @@ class TokenLabels:
     """
 
     def __init__(self, tokenizer: Any, identifier: LanguageIdentifier, vocabulary: int) -> None:
-        """Nothing is known yet.
+        """Start without labels.
 
         Args:
             tokenizer: decodes tokens.
@@ -70,11 +70,11 @@ class TokenLabels:
         """Look up tokens that are not known yet."""
         new = np.unique(tokens[self.language[tokens] < 0])
         texts = [self._text(int(token)) for token in new]
-        for token, text, found in zip(new, texts, self._identifier.identify(texts), strict=True):
+        for token, text, identified in zip(new, texts, self._identifier.identify(texts), strict=True):
             # A text without a letter has no language, whatever the identifier guesses.
-            spoken = found.language if any(map(str.isalpha, text)) else UNKNOWN
-            self.language[token] = _number(self.languages, spoken)
-            self.script[token] = _number(self.scripts, found.script)
+            language = identified.language if any(map(str.isalpha, text)) else UNKNOWN
+            self.language[token] = _number(self.languages, language)
+            self.script[token] = _number(self.scripts, identified.script)
 
     @cached_property
     def _special(self) -> frozenset[int]:
@@ -109,7 +109,7 @@ def by_class(languages: Mapping[str, float], targets: Sequence[str]) -> dict[str
     """Mass of the target languages, of English, of other languages and of `unknown`.
 
     Languages are compared at the identifier's grain (`language_id.in_language`). Where English is a target it has
-    no class of its own.
+    no separate class.
 
     Args:
         languages: code, or `unknown`, -> mass.
@@ -120,17 +120,17 @@ def by_class(languages: Mapping[str, float], targets: Sequence[str]) -> dict[str
         return any(in_language(code, other) for other in codes)
 
     english = not is_one_of("eng_Latn", targets)
-    found = {"target": 0.0, **({"English": 0.0} if english else {}), "other": 0.0, "unknown": 0.0}
+    by_name = {"target": 0.0, **({"English": 0.0} if english else {}), "other": 0.0, "unknown": 0.0}
     for code, mass in languages.items():
         if code == UNKNOWN:
-            found["unknown"] += mass
+            by_name["unknown"] += mass
         elif is_one_of(code, targets):
-            found["target"] += mass
+            by_name["target"] += mass
         elif english and is_one_of(code, ["eng_Latn"]):
-            found["English"] += mass
+            by_name["English"] += mass
         else:
-            found["other"] += mass
-    return found
+            by_name["other"] += mass
+    return by_name
 
 
 # --- The end of a model, from hidden states to logits, computed by the model itself
@@ -141,7 +141,7 @@ def by_class(languages: Mapping[str, float], targets: Sequence[str]) -> dict[str
 
 
 class ModelHead:
-    """Reads the hidden state after each layer, and turns any hidden state into logits."""
+    """Reads the hidden state after each layer, and computes the logits of any hidden state."""
 
     def __init__(self, model: Any, sites: ModelSites) -> None:
         """Find the layers.
@@ -178,7 +178,7 @@ class ModelHead:
             ArchitectureError: if the last layer returns something else than one hidden state a token.
         """
         device = self._model.get_input_embeddings().weight.device
-        # What the layers make of these tokens is thrown away.
+        # The layers' output for these tokens is not used.
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=device)
         handle = self.layers[-1].register_forward_hook(_replaced_by(states[:, None]))
         try:
@@ -202,7 +202,7 @@ def _hidden(output: Any) -> torch.Tensor:
 
 
 def _replaced_by(states: torch.Tensor) -> Callable[..., Any]:
-    """A hook that puts hidden states (row, 1, hidden) in the place of a layer's output."""
+    """A hook that replaces a layer's output by hidden states (row, 1, hidden)."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         before = _hidden(output)
@@ -220,8 +220,8 @@ _STATES = 64  # hidden states that go through the head at a time: 64 x vocabular
 
 
 @dataclass(frozen=True)
-class Looking:
-    """What is looked at.
+class LensSettings:
+    """Positions and tokens that are read.
 
     Attributes:
         positions: `last` of each prompt, or `all` (a prompt's mean over its tokens, BOS among them, counts once).
@@ -279,13 +279,13 @@ class Lens:
     provenance: Mapping[str, Any]
 
 
-def look(
+def run_lens(
     model: LazyModel,
     prompts: Prompts,
     targets: Sequence[str],
     neurons: NeuronSet | None = None,
     intervention: Mapping[str, Any] | None = None,
-    looking: Looking | None = None,
+    settings: LensSettings | None = None,
     identifier: LanguageIdentifier | None = None,
     log: Log | None = None,
 ) -> Lens:
@@ -297,7 +297,7 @@ def look(
         targets: languages whose mass is of interest.
         neurons: of the model; needed for an intervention.
         intervention: arguments of `steer`.
-        looking: positions and tokens.
+        settings: positions and tokens.
         identifier: of the tokens' languages.
         log: shows progress.
 
@@ -307,7 +307,7 @@ def look(
     """
     if intervention and neurons is None:
         raise SteeringError("an intervention without neurons: pass the model's neuron set")
-    looking, identifier, log = looking or Looking(), identifier or LanguageIdentifier(), log or Log(show=False)
+    settings, identifier, log = settings or LensSettings(), identifier or LanguageIdentifier(), log or Log(show=False)
     override = model.override or (neurons.provenance.sites if neurons else None) or None
     if neurons is None:
         sites = sites_of(model.model, override)
@@ -315,21 +315,21 @@ def look(
         sites = fitting_sites(model.model, neurons, sites=override, sketch=model.sketch, name=model.name)
     head = ModelHead(model.model, sites)
     labels = TokenLabels(model.tokenizer, identifier, int(text_config_of(model.config).vocab_size))
-    rows = list(batches(model, prompts.texts, looking.batch_size))
-    provenance = made_with(model, neurons, prompts, identifier, **asdict(looking))
-    wanted: dict[str, Mapping[str, Any]] = {"unsteered": {}, **({"steered": intervention} if intervention else {})}
+    rows = list(batches(model, prompts.texts, settings.batch_size))
+    provenance = made_with(model, neurons, prompts, identifier, **asdict(settings))
+    planned: dict[str, Mapping[str, Any]] = {"unsteered": {}, **({"steered": intervention} if intervention else {})}
     runs = []
-    with log.bar("looking", len(wanted) * len(prompts.texts), "prompt") as bar:
-        for name, arguments in wanted.items():
-            reader = _Reader(head, labels, looking, len(prompts.texts))
+    with log.bar("reading", len(planned) * len(prompts.texts), "prompt") as bar:
+        for name, arguments in planned.items():
+            reader = _Reader(head, labels, settings, len(prompts.texts))
             steering = None
             if arguments and neurons is not None:
-                # That the set fits was checked above, once.
+                # The set has been compared with the model above.
                 steering = steer(model.model, neurons, force=True, sites=override, **arguments)
             for batch in rows:
                 with steering or nullcontext():
-                    states, own = _forward(model.model, head, batch)
-                reader.read(batch, states, own)  # unsteered, as there is no unit behind the last layer
+                    states, output = _forward(model.model, head, batch)
+                reader.read(batch, states, output)  # unsteered, as there is no unit behind the last layer
                 bar.update(len(batch.ids))
             evidence = None if steering is None else asdict(steering.evidence())
             if evidence is not None and not evidence["fired"]:
@@ -346,41 +346,41 @@ def _forward(model: Any, head: ModelHead, batch: PromptBatch) -> tuple[torch.Ten
     """(layer, row, position, hidden) states, and the model's own logits (row, vocabulary) at the last position."""
     kept = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with head.states() as seen:
-        own = model(**placed(model, batch), use_cache=False, **kept).logits[:, -1]
+        output = model(**placed(model, batch), use_cache=False, **kept).logits[:, -1]
     if len(seen) != len(head.layers):
         raise DidNotHappenError(f"{len(seen)} layers ran in one forward pass, expected {len(head.layers)}")
-    return torch.stack([state.to(own.device) for state in seen]), own
+    return torch.stack([state.to(output.device) for state in seen]), output
 
 
 class _Reader:
     """Adds up the masses of all prompts, for each layer."""
 
-    def __init__(self, head: ModelHead, labels: TokenLabels, looking: Looking, prompts: int) -> None:
-        self.head, self.labels, self.looking, self.prompts = head, labels, looking, prompts
+    def __init__(self, head: ModelHead, labels: TokenLabels, settings: LensSettings, prompts: int) -> None:
+        self.head, self.labels, self.settings, self.prompts = head, labels, settings, prompts
         self.off_by = 0.0
         self._sums: dict[str, dict[tuple[int, str], float]] = {"language": {}, "script": {}}
 
-    def read(self, batch: PromptBatch, states: torch.Tensor, own: torch.Tensor) -> None:
+    def read(self, batch: PromptBatch, states: torch.Tensor, output: torch.Tensor) -> None:
         """One batch.
 
         Args:
             batch: padded on the left.
             states: (layer, row, position, hidden).
-            own: (row, vocabulary) logits of the model at the last position.
+            output: (row, vocabulary) logits of the model at the last position.
         """
         last = batch.mask.clone()
         last[:, :-1] = 0
-        chosen = (last if self.looking.positions == "last" else batch.mask).bool()
+        chosen = (last if self.settings.positions == "last" else batch.mask).bool()
         # (state,) share of a prompt that this position stands for; a prompt counts once.
         share = (chosen / chosen.sum(1, keepdim=True))[chosen].cpu().double().numpy()
         for layer, own_states in enumerate(states[:, chosen.to(states.device)]):
             for start in range(0, len(own_states), _STATES):
                 logits = self.head.logits(own_states[start : start + _STATES])
                 self._add(layer, logits, share[start : start + _STATES])
-        self._compare(self.head.logits(states[-1, :, -1]), own)
+        self._compare(self.head.logits(states[-1, :, -1]), output)
 
     def _add(self, layer: int, logits: torch.Tensor, share: NDArray[np.float64]) -> None:
-        probabilities, tokens = _most_probable(logits, self.looking)
+        probabilities, tokens = _most_probable(logits, self.settings)
         for row, weight in enumerate(share):
             kept = probabilities[row] > 0
             ids = tokens[row][kept]
@@ -389,13 +389,13 @@ class _Reader:
                 ("language", self.labels.language, self.labels.languages),
                 ("script", self.labels.script, self.labels.scripts),
             ):
-                found = masses(codes[ids], probabilities[row][kept], len(names))
-                for name, mass in zip(names, found, strict=True):
+                sums = masses(codes[ids], probabilities[row][kept], len(names))
+                for name, mass in zip(names, sums, strict=True):
                     key = layer, name
                     self._sums[kind][key] = self._sums[kind].get(key, 0.0) + float(weight * mass)
 
-    def _compare(self, lens: torch.Tensor, own: torch.Tensor) -> None:
-        one, other = lens.cpu().double(), own.cpu().double()
+    def _compare(self, lens: torch.Tensor, output: torch.Tensor) -> None:
+        one, other = lens.cpu().double(), output.cpu().double()
         difference = (one - other).abs().nan_to_num(nan=torch.inf).max() / other.abs().max()
         self.off_by = max(self.off_by, float(difference))
 
@@ -417,33 +417,33 @@ class _Reader:
         return self._mean("language"), self._mean("script")
 
     def _mean(self, kind: str) -> tuple[dict[str, float], ...]:
-        found: list[dict[str, float]] = [{} for _ in self.head.layers]
+        means: list[dict[str, float]] = [{} for _ in self.head.layers]
         for (layer, name), mass in sorted(self._sums[kind].items(), key=lambda item: (-item[1], item[0])):
             if mass:
-                found[layer][name] = mass / self.prompts
-        return tuple(found)
+                means[layer][name] = mass / self.prompts
+        return tuple(means)
 
 
-def _most_probable(logits: torch.Tensor, looking: Looking) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _most_probable(logits: torch.Tensor, settings: LensSettings) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(row, token) probabilities, the largest first and 0 for tokens that are not read, and the tokens' ids."""
     probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    if looking.top_p is None:
-        values, tokens = probabilities.topk(min(looking.top_k or 1, probabilities.shape[-1]))
+    if settings.top_p is None:
+        values, tokens = probabilities.topk(min(settings.top_k or 1, probabilities.shape[-1]))
         return values.cpu().double().numpy(), tokens.cpu().numpy()
     values, tokens = probabilities.sort(descending=True)
     numbers = values.cpu().double().numpy()
     before = numbers.cumsum(-1) - numbers  # a token is read as long as those before it do not hold the mass
-    return np.where((before < looking.top_p) | (looking.top_p == 1), numbers, 0.0), tokens.cpu().numpy()
+    return np.where((before < settings.top_p) | (settings.top_p == 1), numbers, 0.0), tokens.cpu().numpy()
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
-def table(found: Lens) -> str:
+def table(lens: Lens) -> str:
     """One line a layer: mass of the target languages, English, others and unknown, unsteered and steered."""
-    runs = [[by_class(masses, found.targets) for masses in run.languages] for run in found.runs]
+    runs = [[by_class(masses, lens.targets) for masses in run.languages] for run in lens.runs]
     kinds = list(runs[0][0])
-    head = "".join(f"  {run.name:<{8 * len(kinds) - 2}}" for run in found.runs)
+    head = "".join(f"  {run.name:<{8 * len(kinds) - 2}}" for run in lens.runs)
     names = "".join(f"{name:>8}" for name in kinds) * len(runs)
     lines = [f"       {head}".rstrip(), f"  layer{names}"]
     for layer in range(len(runs[0])):
@@ -452,34 +452,34 @@ def table(found: Lens) -> str:
     return "\n".join(lines)
 
 
-def write(found: Lens, folder: Path) -> list[Path]:
+def write(lens: Lens, folder: Path) -> list[Path]:
     """`lens.csv` (classes), `lens-labels.csv` (every language and script), `logit-lens.json` and the figure.
 
     Returns:
         The files.
     """
-    classes = {run.name: [by_class(masses, found.targets) for masses in run.languages] for run in found.runs}
+    classes = {run.name: [by_class(masses, lens.targets) for masses in run.languages] for run in lens.runs}
     kinds = list(classes["unsteered"][0])
     wide = [
         (run.name, layer, *classes[run.name][layer].values(), sum(languages.values()), run.fingerprint[:8])
-        for run in found.runs
+        for run in lens.runs
         for layer, languages in enumerate(run.languages)
     ]
     write_csv(folder / "lens.csv", ("run", "layer", *map(str.lower, kinds), "read", "fingerprint"), wide)
     long = [
         (run.name, layer, kind, name, mass)
-        for run in found.runs
+        for run in lens.runs
         for kind, layers in (("language", run.languages), ("script", run.scripts))
         for layer, labels in enumerate(layers)
         for name, mass in labels.items()
     ]
     write_csv(folder / "lens-labels.csv", ("run", "layer", "by", "label", "mass"), long)
-    content = {"made_with": found.provenance, "targets": found.targets, "runs": [asdict(run) for run in found.runs]}
+    content = {"made_with": lens.provenance, "targets": lens.targets, "runs": [asdict(run) for run in lens.runs]}
     write_json(folder / "logit-lens.json", content)
-    panels = {run.name: {kind: [layer[kind] for layer in classes[run.name]] for kind in kinds} for run in found.runs}
-    names = {"target": "+".join(found.targets), "English": "eng_Latn", "other": "other languages", "unknown": "unknown"}
-    what = _axis(found.provenance["settings"])
-    signed = "" if len(found.runs) == 1 else f"steered: {found.runs[-1].signature}"
+    panels = {run.name: {kind: [layer[kind] for layer in classes[run.name]] for kind in kinds} for run in lens.runs}
+    names = {"target": "+".join(lens.targets), "English": "eng_Latn", "other": "other languages", "unknown": "unknown"}
+    what = _axis(lens.provenance["settings"])
+    signed = "" if len(lens.runs) == 1 else f"steered: {lens.runs[-1].signature}"
     figures = write_figure(folder, "logit-lens", lambda: lens_lines(panels, names, what, signed))
     return [folder / "lens.csv", folder / "lens-labels.csv", folder / "logit-lens.json", *figures]
 

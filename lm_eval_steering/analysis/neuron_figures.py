@@ -63,7 +63,7 @@ def by_layer(neuron_set: NeuronSet, languages: Sequence[str] | None = None, them
         theme: colours.
     """
     codes = family_order(neuron_set.languages if languages is None else languages)
-    counts = layer_counts(neuron_set)[_places(neuron_set, codes)]
+    counts = layer_counts(neuron_set)[_indices(neuron_set, codes)]
     rows, layers = counts.shape
     row = 0.2 if rows <= 16 else 0.14
     relatives = _Relatives.of(codes, _letters(row))
@@ -100,16 +100,16 @@ def by_layer(neuron_set: NeuronSet, languages: Sequence[str] | None = None, them
 def overlap(neuron_set: NeuronSet) -> Figure:
     """Shared neurons of each pair of languages as counts and as Jaccard index, relatives side by side."""
     codes = family_order(neuron_set.languages)
-    places = _places(neuron_set, codes)
-    shared = neuron_set.overlap()[np.ix_(places, places)]
+    indices = _indices(neuron_set, codes)
+    shared = neuron_set.overlap()[np.ix_(indices, indices)]
     columns = 2 if len(codes) <= _SIDE_BY_SIDE else 1
     relatives = _Relatives.of(codes, _LETTERS if len(codes) <= 40 else 5)
     side = (PAGE - relatives.width) / columns - _LEFT
     side = min(side, 4.4, max(1.9, 0.4 * len(codes)))
     figure = new_figure(columns * (_LEFT + side) + relatives.width, (_BOTTOM + side + _TOP) * 2 / columns, None)
     panels = ((shared.astype(float), "Shared neurons (diagonal: total)"), (jaccard(shared), "Jaccard index"))
-    for place, (values, title) in enumerate(panels):
-        left, up = (place, 0) if columns == 2 else (0, 1 - place)
+    for number, (values, title) in enumerate(panels):
+        left, up = (number, 0) if columns == 2 else (0, 1 - number)
         corner = _LEFT + left * (side + _LEFT), _BOTTOM + up * (side + _BOTTOM + _TOP)
         axes = _axes(figure, *corner, side, side)
         _matrix(figure, axes, values, relatives, side)
@@ -154,7 +154,7 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
-def _places(neuron_set: NeuronSet, codes: Sequence[str]) -> list[int]:
+def _indices(neuron_set: NeuronSet, codes: Sequence[str]) -> list[int]:
     return [neuron_set.languages.index(code) for code in codes]
 
 
@@ -205,10 +205,10 @@ def _numbers(axes: mpl.axes.Axes, shades: NDArray[np.float64], values: NDArray[n
 
 
 def _colour_bar(
-    figure: Figure, image: mpl.image.AxesImage, place: tuple[float, float, float], ticks: list[float], label: str
+    figure: Figure, image: mpl.image.AxesImage, position: tuple[float, float, float], ticks: list[float], label: str
 ) -> None:
     """A small one that lies at (left, bottom) and is so long, in inches."""
-    bar = figure.colorbar(image, cax=_axes(figure, *place, 0.08), orientation="horizontal", location="top")
+    bar = figure.colorbar(image, cax=_axes(figure, *position, 0.08), orientation="horizontal", location="top")
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" if tick < 1 else f"{tick:.0f}" for tick in ticks])
     bar.ax.tick_params(labelsize=6, length=0, pad=1)
     bar.outline.set_linewidth(0.4)
@@ -267,11 +267,11 @@ class _Relatives:
 
 def _runs(codes: Sequence[str], depth: int) -> list[tuple[int, int, str]]:
     """Runs of one family (depth 1) or of one branch (depth 2)."""
-    found = []
+    runs = []
     for key, run in groupby(enumerate(codes), key=lambda item: family_of(item[1])[:depth]):
         rows = [row for row, _ in run]
-        found.append((rows[0], rows[-1], key[-1]))
-    return found
+        runs.append((rows[0], rows[-1], key[-1]))
+    return runs
 
 
 def _longest(runs: Sequence[tuple[int, int, str]], size: float) -> float:

@@ -1,4 +1,4 @@
-"""Prompts for the analyses: lines of a text file, or the demo's own sentences; and batches of their tokens."""
+"""Prompts for the analyses: lines of a text file, or the demo's sentences; and batches of their tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Prompts:
     """Texts, and where they come from.
 
     Attributes:
-        texts: one a prompt.
+        texts: one per prompt.
         source: name of the file, or of the demo's sentences.
     """
 
@@ -41,7 +41,7 @@ def read_prompts(path: Path | None, pretrained: str, languages: Sequence[str], c
     """The lines of a text file that are not blank; without a file, the demo's sentences for the demo model.
 
     Args:
-        path: UTF-8 text, one prompt a line.
+        path: UTF-8 text, one prompt per line.
         pretrained: the model, as the user wrote it.
         languages: of the demo's sentences, in turn.
         clauses: the demo's first clauses alone, which leave a sentence open.
@@ -51,7 +51,7 @@ def read_prompts(path: Path | None, pretrained: str, languages: Sequence[str], c
     """
     if path is None:
         if Path(pretrained).resolve() != demo_model().resolve():
-            raise SteeringError(f"--prompts is missing: name a text file, one prompt a line, to give to {pretrained}")
+            raise SteeringError(f"--prompts is missing: name a text file, one prompt per line, to give to {pretrained}")
         return demo_prompts(languages, clauses)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -60,7 +60,7 @@ def read_prompts(path: Path | None, pretrained: str, languages: Sequence[str], c
     # The blank at the end of `Answer: ` belongs to the prompt.
     texts = tuple(line for line in lines if line.strip())
     if not texts:
-        raise SteeringError(f"--prompts {path}: no prompt in it, expected one a line")
+        raise SteeringError(f"--prompts {path}: no prompt in it, expected one per line")
     return Prompts(texts, path.name)
 
 
@@ -96,18 +96,18 @@ class PromptBatch:
     mask: torch.Tensor
 
     def positions(self) -> torch.Tensor:
-        """(row, position) place of each token among the real ones of its row."""
+        """(row, position) index of each token among the real tokens of its row."""
         return (self.mask.cumsum(1) - 1).clamp(min=0)
 
 
-def batches(model: LazyModel, texts: Sequence[str], size: int, room: int = 0) -> Iterator[PromptBatch]:
+def batches(model: LazyModel, texts: Sequence[str], size: int, new_tokens: int = 0) -> Iterator[PromptBatch]:
     """Rows of tokens in the order of the texts.
 
     Args:
         model: whose tokenizer and device count.
         texts: prompts.
-        size: rows a batch.
-        room: tokens to be generated, which must fit beside the prompt.
+        size: rows per batch.
+        new_tokens: to be generated, which must fit into the context after the prompt.
 
     Raises:
         SteeringError: if a prompt is too long for the model, or has no token.
@@ -116,9 +116,10 @@ def batches(model: LazyModel, texts: Sequence[str], size: int, room: int = 0) ->
     for text, row in zip(texts, rows, strict=True):
         if not row:
             raise SteeringError(f"prompt {text[:40]!r}: no token in it")
-        if model.context is not None and len(row) + room > model.context + 1:
+        if model.context is not None and len(row) + new_tokens > model.context + 1:
             raise SteeringError(
-                f"prompt {text[:40]!r}: {len(row)} tokens and {room} to generate, the model reads {model.context + 1}"
+                f"prompt {text[:40]!r}: {len(row)} tokens and {new_tokens} to generate, the context has "
+                f"{model.context + 1}"
             )
     for start in range(0, len(rows), size):
         yield _padded(rows[start : start + size], pad_token(model), model.model.get_input_embeddings().weight.device)
@@ -126,12 +127,12 @@ def batches(model: LazyModel, texts: Sequence[str], size: int, room: int = 0) ->
 
 def pad_token(model: LazyModel) -> int:
     """Id to pad with; masked positions are never read, so any id will do where the tokenizer has none."""
-    found = model.tokenizer.pad_token_id
-    return int(found if found is not None else model.tokenizer.eos_token_id or 0)
+    pad = model.tokenizer.pad_token_id
+    return int(pad if pad is not None else model.tokenizer.eos_token_id or 0)
 
 
 def placed(model: Any, batch: PromptBatch) -> dict[str, torch.Tensor]:
-    """The batch as the model's inputs; families that place tokens by distance take no positions."""
+    """The batch as the model's inputs; ALiBi families take no position ids."""
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
     if "position_ids" in signature(model.forward).parameters:
         inputs["position_ids"] = batch.positions()

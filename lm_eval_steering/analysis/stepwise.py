@@ -39,7 +39,7 @@ EMPTY = "empty"
 
 @dataclass(frozen=True)
 class DeactivationStep:
-    """What the model answers after one more language is deactivated.
+    """The outputs of the model after one more language is deactivated.
 
     Attributes:
         deactivated: languages, in the order in which they were; empty in step 0.
@@ -49,7 +49,7 @@ class DeactivationStep:
         signature: of the intervention.
         fingerprint: over everything that decides the outputs.
         evidence: what the hooks did (`steering.attach.Evidence`); None in step 0.
-        seconds: that it took.
+        seconds: wall time of the step.
     """
 
     deactivated: tuple[str, ...]
@@ -68,8 +68,8 @@ class DeactivationStep:
         Outputs without text, where the model ended at once, are `empty` and not `unknown`.
         """
         labels = zip(self.outputs, self.identified, strict=True)
-        found = Counter(one.language if text.strip() else EMPTY for text, one in labels)
-        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+        counted = Counter(one.language if text.strip() else EMPTY for text, one in labels)
+        return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
     @property
     def shares(self) -> dict[str, float]:
@@ -88,13 +88,13 @@ class DeactivationStep:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are generated: greedily, the model's own sampling and penalties switched off.
+    """How texts are generated: greedily, without the sampling and penalties of its generation config.
 
     Attributes:
-        max_new_tokens: at most so many a prompt.
-        batch_size: prompts a batch.
+        max_new_tokens: largest number per prompt.
+        batch_size: prompts per batch.
         stop: a continuation is cut before the first of these texts.
-        min_new_tokens: the model may not end before so many.
+        min_new_tokens: smallest number before the model may end.
     """
 
     max_new_tokens: int = 64
@@ -172,7 +172,7 @@ def deactivate_stepwise(
             off, start = tuple(order[:number]), time.perf_counter()
             arguments: dict[str, Any] = {"deactivate": "+".join(off)} if off else {}
             signature = signature_of(arguments, neurons)
-            # That the set fits was checked above, once.
+            # The set has been compared with the model above.
             context = steer(model.model, neurons, force=True, sites=sites, **arguments) if off else nullcontext()
             outputs: list[str] = []
             with context as steering:
@@ -208,21 +208,21 @@ def _continue(model: LazyModel, batch: PromptBatch, decoding: Decoding) -> list[
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:
-    places = [place for place in (text.find(mark) for mark in stop) if place >= 0]
-    return text[: min(places, default=len(text))]
+    starts = [start for start in (text.find(mark) for mark in stop) if start >= 0]
+    return text[: min(starts, default=len(text))]
 
 
-# --- what is written ------------------------------------------------------------------------------------------------
+# --- Results as text and files
 
 
-def table(found: Fallback) -> str:
-    """One line a step: the language deactivated last, neurons, and the outputs' languages.
+def table(fallback: Fallback) -> str:
+    """One line per step: the language deactivated last, neurons, and the outputs' languages.
 
     `in off` is the share of the outputs in languages that are deactivated; the most frequent languages follow.
     """
-    width = max(len(step.deactivated[-1]) + 2 if step.deactivated else 7 for step in found.steps)
+    width = max(len(step.deactivated[-1]) + 2 if step.deactivated else 7 for step in fallback.steps)
     lines = [f"step  {'off':<{width}}  neurons  in off  unknown  empty  most frequent"]
-    for number, step in enumerate(found.steps):
+    for number, step in enumerate(fallback.steps):
         name = f"+ {step.deactivated[-1]}" if step.deactivated else "nothing"
         shares = [f"{code} {share:.2f}" for code, share in step.shares.items() if code not in {UNKNOWN, EMPTY}]
         more = f"  and {len(shares) - 4} more" if len(shares) > 4 else ""
@@ -232,8 +232,8 @@ def table(found: Fallback) -> str:
     return "\n".join(lines)
 
 
-def write(found: Fallback, folder: Path) -> list[Path]:
-    """`steps.csv` (a row a step and language), `stepwise.json` (outputs, evidence, provenance) and the figure.
+def write(fallback: Fallback, folder: Path) -> list[Path]:
+    """`steps.csv` (one row per step and language), `stepwise.json` (outputs, evidence, provenance) and the figure.
 
     Returns:
         The files.
@@ -244,7 +244,7 @@ def write(found: Fallback, folder: Path) -> list[Path]:
             number, step.deactivated[-1] if step.deactivated else "", len(step.deactivated), step.neurons,
             code, count, count / len(step.identified), step.fingerprint[:8],
         )
-        for number, step in enumerate(found.steps)
+        for number, step in enumerate(fallback.steps)
         for code, count in step.counts.items()
     ]  # fmt: skip
     write_csv(folder / "steps.csv", header, rows)
@@ -257,42 +257,42 @@ def write(found: Fallback, folder: Path) -> list[Path]:
             "in_off": step.in_off,
             "outputs": [{"text": text, **asdict(one)} for text, one in zip(step.outputs, step.identified, strict=True)],
         }
-        for number, step in enumerate(found.steps)
+        for number, step in enumerate(fallback.steps)
     ]
-    write_json(folder / "stepwise.json", {"made_with": found.provenance, "steps": steps})
-    figures = write_figure(folder, "stepwise", lambda: stacked_steps(found.steps))
+    write_json(folder / "stepwise.json", {"made_with": fallback.provenance, "steps": steps})
+    figures = write_figure(folder, "stepwise", lambda: stacked_steps(fallback.steps))
     return [folder / "steps.csv", folder / "stepwise.json", *figures]
 
 
-# --- the figure -----------------------------------------------------------------------------------------------------
+# --- The figure
 
 _OTHER, _UNKNOWN = "0.62", "0.88"  # greys
 
 
 def stacked_steps(steps: Sequence[DeactivationStep]) -> Figure:
-    """One bar a step: shares of the outputs' languages, stacked in the order in which they are deactivated.
+    """One bar per step: shares of the outputs' languages, stacked in the order in which they are deactivated.
 
-    Up to fourteen languages have a look of their own, seven colours plain and seven hatched; the rest are `other`, and
+    Up to fourteen languages have their own colour, seven of them hatched; the rest are `other`, and
     `unknown` and `empty` are on top. A black line in a bar parts the languages that are off, below it, from the others.
     """
-    looks = _looks(steps)
+    bars = _stacked_bars(steps)
     width = min(PAGE, 2.4 + 0.5 * len(steps))
     figure = new_figure(width, 3.5)
     axes = figure.subplots()
     bottoms, off = np.zeros(len(steps)), np.zeros(len(steps))
     letters = min(6.5, 72 * (width - 1.8) / len(steps) / 2.3)  # three of them fit in a bar
-    for look in looks:
+    for part in bars:
         axes.bar(
-            range(len(steps)), look.shares, bottom=bottoms, width=0.86, color=look.colour, hatch=look.hatch,
-            label=look.name, edgecolor="white" if look.colour != "white" else "0.75", linewidth=0.4,
+            range(len(steps)), part.shares, bottom=bottoms, width=0.86, color=part.colour, hatch=part.hatch,
+            label=part.name, edgecolor="white" if part.colour != "white" else "0.75", linewidth=0.4,
         )  # fmt: skip
-        for place, (share, bottom) in enumerate(zip(look.shares, bottoms, strict=True)):
+        for column, (share, bottom) in enumerate(zip(part.shares, bottoms, strict=True)):
             if share >= 0.055:
-                _code(axes, place, bottom + share / 2, look, letters)
-        bottoms += look.shares
-        off += [share * _is_off(look.name, step) for share, step in zip(look.shares, steps, strict=True)]
-    places = np.arange(len(steps))[1:]
-    axes.hlines(off[1:], places - 0.47, places + 0.47, color="black", linewidth=1.6, label="off below the line")
+                _code(axes, column, bottom + share / 2, part, letters)
+        bottoms += part.shares
+        off += [share * _is_off(part.name, step) for share, step in zip(part.shares, steps, strict=True)]
+    columns = np.arange(len(steps))[1:]
+    axes.hlines(off[1:], columns - 0.47, columns + 0.47, color="black", linewidth=1.6, label="off below the line")
     axes.set_xticks(range(len(steps)), [_step_name(step) for step in steps], rotation=60, ha="right", fontsize=6.5)
     for tick in axes.get_xticklabels():
         tick.set_rotation_mode("anchor")
@@ -309,7 +309,7 @@ def stacked_steps(steps: Sequence[DeactivationStep]) -> Figure:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Bars:
     """One language's part of the bars: (step,) shares."""
 
     name: str
@@ -318,7 +318,7 @@ class _Look:
     hatch: str = ""
 
 
-def _looks(steps: Sequence[DeactivationStep]) -> list[_Look]:
+def _stacked_bars(steps: Sequence[DeactivationStep]) -> list[_Bars]:
     """Bottom to top: languages that are deactivated, in their order, languages that are not, other, unknown, empty."""
     totals: dict[str, float] = {}
     for step in steps:
@@ -326,29 +326,29 @@ def _looks(steps: Sequence[DeactivationStep]) -> list[_Look]:
             totals[code] = totals.get(code, 0.0) + share
     frequent = sorted(totals.keys() - {"unknown", "empty"}, key=lambda code: (-totals[code], code))[: 2 * len(CYCLE)]
     order = steps[-1].deactivated
-    own = [code for code in order if code in frequent] + [code for code in frequent if code not in order]
-    looks = [
-        _Look(code, _shares(steps, [code]), CYCLE[n % len(CYCLE)], "" if n < len(CYCLE) else "//////")
-        for n, code in enumerate(own)
+    named = [code for code in order if code in frequent] + [code for code in frequent if code not in order]
+    bars = [
+        _Bars(code, _shares(steps, [code]), CYCLE[n % len(CYCLE)], "" if n < len(CYCLE) else "//////")
+        for n, code in enumerate(named)
     ]
-    looks.append(_Look("other", _shares(steps, totals.keys() - {"unknown", "empty", *own}), _OTHER))
-    looks.append(_Look("unknown", _shares(steps, ["unknown"]), _UNKNOWN))
-    looks.append(_Look("empty", _shares(steps, ["empty"]), "white"))
-    return [look for look in looks if look.shares.any()]
+    bars.append(_Bars("other", _shares(steps, totals.keys() - {"unknown", "empty", *named}), _OTHER))
+    bars.append(_Bars("unknown", _shares(steps, ["unknown"]), _UNKNOWN))
+    bars.append(_Bars("empty", _shares(steps, ["empty"]), "white"))
+    return [part for part in bars if part.shares.any()]
 
 
 def _shares(steps: Sequence[DeactivationStep], codes: Collection[str]) -> NDArray[np.float64]:
     return np.array([sum(step.shares.get(code, 0.0) for code in codes) for step in steps], dtype=np.float64)
 
 
-def _code(axes: mpl.axes.Axes, place: float, height: float, look: _Look, size: float) -> None:
-    red, green, blue = mpl.colors.to_rgb(look.colour)
+def _code(axes: mpl.axes.Axes, column: float, height: float, part: _Bars, size: float) -> None:
+    red, green, blue = mpl.colors.to_rgb(part.colour)
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-    text = {"unknown": "?", "empty": "–"}.get(look.name, look.name.split("_", maxsplit=1)[0])
+    text = {"unknown": "?", "empty": "–"}.get(part.name, part.name.split("_", maxsplit=1)[0])
     # A patch of the colour behind it, so that it can be read on hatching.
-    patch = {"facecolor": look.colour, "edgecolor": "none", "pad": 0.6} if look.hatch else None
+    patch = {"facecolor": part.colour, "edgecolor": "none", "pad": 0.6} if part.hatch else None
     colour = "white" if dark else "black"
-    axes.text(place, height, text, ha="center", va="center", fontsize=size, color=colour, bbox=patch)
+    axes.text(column, height, text, ha="center", va="center", fontsize=size, color=colour, bbox=patch)
 
 
 def _is_off(name: str, step: DeactivationStep) -> bool:

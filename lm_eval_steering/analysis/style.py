@@ -97,8 +97,8 @@ def laid_out(figure: Figure, like: Figure | None = None) -> Figure:
     if like is None and engine is not None:
         engine.execute(figure)
     elif like is not None:
-        for axes, place in zip(figure.axes, like.axes, strict=True):
-            axes.set_position(place.get_position())
+        for axes, other in zip(figure.axes, like.axes, strict=True):
+            axes.set_position(other.get_position())
     figure.set_layout_engine("none")
     return figure
 

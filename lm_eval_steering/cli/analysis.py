@@ -27,7 +27,8 @@ class PositionKind(StrEnum):
 
 
 Prompts = Annotated[
-    Path | None, typer.Option(help="Text file, one prompt a line; the demo model has its own by default.")
+    Path | None,
+    typer.Option(help="Text file, one prompt per line; for the demo model the demo's sentences."),
 ]
 Folder = Annotated[Path, typer.Option(help="Folder for tables, pictures and provenance.")]
 Rows = Annotated[int, typer.Option(min=1, help="Prompts a batch.")]
@@ -47,16 +48,16 @@ def doctor(
     json: Annotated[Path | None, typer.Option(help="File for the checks as JSON.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random set and of the tokens.")] = 0,
 ) -> None:
-    """Try out on your model every guarantee that can be tried out. Exit code 1 where one does not hold."""
+    """Check on your model every guarantee that can be checked. Exit code 1 if one does not hold."""
     from lm_eval_steering.analysis.doctor import examine, passed, plain_text, report, rich_table, summary
     from lm_eval_steering.files import write_json
     from lm_eval_steering.progress import Log
 
     if json is not None:
         options.check_out(json)
-    found = _neurons(neurons)
-    lazy = _model(model, found)
-    checks = examine(lazy.model, found, sites=model.sites, seed=seed, name=lazy.name, log=Log())
+    neuron_set = _neurons(neurons)
+    lazy = _model(model, neuron_set)
+    checks = examine(lazy.model, neuron_set, sites=model.sites, seed=seed, name=lazy.name, log=Log())
     if sys.stdout.isatty():
         from rich.console import Console
 
@@ -66,7 +67,7 @@ def doctor(
     else:
         typer.echo(plain_text(checks))
     if json is not None:
-        write_json(json, report(checks, lazy, found, seed))
+        write_json(json, report(checks, lazy, neuron_set, seed))
     if not passed(checks):
         raise typer.Exit(1)
 
@@ -95,16 +96,16 @@ def stepwise(
     from lm_eval_steering.progress import Log
 
     _check_folder(out)
-    found = _load(neurons)
-    languages, left_out = order_of(found, order)
-    signature_of({"deactivate": "+".join(languages)}, found)
+    neuron_set = _load(neurons)
+    languages, left_out = order_of(neuron_set, order)
+    signature_of({"deactivate": "+".join(languages)}, neuron_set)
     texts = read_prompts(prompts, model.model, languages)
-    judge = _identifier(lid, lid_threshold, lid_letters, languages)
-    lazy, log = _model(model, found), Log()
+    identifier = _identifier(lid, lid_threshold, lid_letters, languages)
+    lazy, log = _model(model, neuron_set), Log()
     if left_out:
         log.say(f"left out, as they have no neurons: {', '.join(left_out)}")
     decoding = Decoding(max_new_tokens, batch_size, tuple(stop or ()), min_new_tokens)
-    steps = deactivate_stepwise(lazy, found, texts, languages, decoding, judge, log)
+    steps = deactivate_stepwise(lazy, neuron_set, texts, languages, decoding, identifier, log)
     typer.echo(table(steps))
     for path in write(steps, out):
         typer.echo(f"wrote {path}")
@@ -136,7 +137,7 @@ def logit_lens(
     lid_letters: Letters = 3,
 ) -> None:
     """How much probability each layer gives to each language, unsteered and, with an intervention, steered."""
-    from lm_eval_steering.analysis.logit_lens import Looking, look, table, write
+    from lm_eval_steering.analysis.logit_lens import LensSettings, run_lens, table, write
     from lm_eval_steering.analysis.prompts import read_prompts
     from lm_eval_steering.analysis.run_record import signature_of
     from lm_eval_steering.progress import Log
@@ -147,24 +148,24 @@ def logit_lens(
         "deactivate": deactivate,
     }  # fmt: skip
     intervention = {name: text for name, text in given.items() if text is not None}
-    found = _neurons(neurons)
-    if intervention and found is None:
+    neuron_set = _neurons(neurons)
+    if intervention and neuron_set is None:
         raise SteeringError(f"--{next(iter(intervention))} without --neurons: whose neurons? name the model's set")
-    signature_of(intervention, found)
-    targets = _targets(target or language, found)
-    looking = Looking(positions.value, top_k if top_k or top_p else 5, top_p, batch_size)
+    signature_of(intervention, neuron_set)
+    targets = _targets(target or language, neuron_set)
+    settings = LensSettings(positions.value, top_k if top_k or top_p else 5, top_p, batch_size)
     # Prompts in the target itself would give it mass without any steering.
     texts = read_prompts(prompts, model.model, ["deu_Latn" if "eng_Latn" in targets else "eng_Latn"], clauses=True)
-    judge = _identifier(lid, lid_threshold, lid_letters, targets)
-    lazy, log = _model(model, found), Log()
-    lens = look(lazy, texts, targets, found, intervention, looking, judge, log)
+    identifier = _identifier(lid, lid_threshold, lid_letters, targets)
+    lazy, log = _model(model, neuron_set), Log()
+    lens = run_lens(lazy, texts, targets, neuron_set, intervention, settings, identifier, log)
     typer.echo(table(lens))
     for path in write(lens, out):
         typer.echo(f"wrote {path}")
     log.write(out / "logit-lens")
 
 
-# --- what the verbs share -------------------------------------------------------------------------------------------
+# --- Shared by the commands
 
 
 def _load(path: Path) -> NeuronSet:
@@ -198,9 +199,9 @@ def _identifier(name: str, threshold: float, letters: int, languages: Sequence[s
     """
     from lm_eval_steering.metrics.language_id import LanguageIdentifier
 
-    judge = LanguageIdentifier.named(name, threshold, letters)
-    judge.refuse_unknown(languages)
-    return judge
+    identifier = LanguageIdentifier.named(name, threshold, letters)
+    identifier.refuse_unknown(languages)
+    return identifier
 
 
 def _targets(text: str | None, neurons: NeuronSet | None) -> tuple[str, ...]:

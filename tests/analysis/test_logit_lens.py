@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lm_eval_steering import resources, steer
 from lm_eval_steering.analysis.logit_lens import (
     Lens,
-    Looking,
+    LensSettings,
     ModelHead,
     TokenLabels,
     by_class,
-    look,
     masses,
+    run_lens,
     table,
     write,
 )
@@ -125,7 +125,12 @@ def test_a_model_that_does_more_to_its_output_is_refused() -> None:
     model.lm_head.register_forward_hook(lambda _m, _i, out: out + len(calls) + (calls.append(1) or 0))
     lazy = LazyModel.of(model, tiny_tokenizer())
     with pytest.raises(DidNotHappenError, match=r"differs from the model's own logits by .* no number can be trusted"):
-        look(lazy, Prompts(("w1 w2 w3", "w4 w5"), "test"), ["fra_Latn"], looking=Looking(batch_size=1, positions="all"))
+        run_lens(
+            lazy,
+            Prompts(("w1 w2 w3", "w4 w5"), "test"),
+            ["fra_Latn"],
+            settings=LensSettings(batch_size=1, positions="all"),
+        )
 
 
 # --- aggregation ----------------------------------------------------------------------------------------------------
@@ -191,7 +196,7 @@ def plain_loop(demo: LazyModel, prompts: Prompts, top_k: int) -> list[dict[str, 
 def test_the_numbers_are_those_of_a_plain_loop(demo: LazyModel) -> None:
     prompts = Prompts(demo_prompts(["eng_Latn", "deu_Latn", "jpn_Jpan"], clauses=True).texts[:10], "test")
     expected = plain_loop(demo, prompts, 50)
-    (run,) = look(demo, prompts, ["fra_Latn"], looking=Looking(top_k=50, batch_size=4)).runs
+    (run,) = run_lens(demo, prompts, ["fra_Latn"], settings=LensSettings(top_k=50, batch_size=4)).runs
     for layer, masses_ in enumerate(run.languages):
         assert set(masses_) == set(expected[layer])
         assert masses_ == pytest.approx(dict(expected[layer]), abs=1e-5)
@@ -200,13 +205,15 @@ def test_the_numbers_are_those_of_a_plain_loop(demo: LazyModel) -> None:
 
 def test_top_p_1_reads_everything_and_batches_do_not_matter(demo: LazyModel) -> None:
     prompts = Prompts(demo_prompts(["eng_Latn"], clauses=True).texts[:7], "test")
-    one, other = (look(demo, prompts, ["fra_Latn"], looking=Looking("all", None, 1.0, size)).runs[0] for size in (7, 2))
+    one, other = (
+        run_lens(demo, prompts, ["fra_Latn"], settings=LensSettings("all", None, 1.0, size)).runs[0] for size in (7, 2)
+    )
     for run in (one, other):
         assert [sum(layer.values()) for layer in run.languages] == pytest.approx([1.0] * 6, abs=1e-5)
         assert [sum(layer.values()) for layer in run.scripts] == pytest.approx([1.0] * 6, abs=1e-5)
     for first, second in zip(one.languages, other.languages, strict=True):
         assert first == pytest.approx(second, abs=1e-5)
-    small = look(demo, prompts, ["fra_Latn"], looking=Looking("last", None, 0.4, 7)).runs[0]
+    small = run_lens(demo, prompts, ["fra_Latn"], settings=LensSettings("last", None, 0.4, 7)).runs[0]
     assert all(0.4 <= sum(layer.values()) <= 1 for layer in small.languages)
     assert sum(small.languages[-1].values()) < 0.6
 
@@ -214,7 +221,7 @@ def test_top_p_1_reads_everything_and_batches_do_not_matter(demo: LazyModel) -> 
 @pytest.fixture(scope="module")
 def lens(demo: LazyModel, demo_set: NeuronSet) -> Lens:
     prompts = demo_prompts(["eng_Latn"], clauses=True)
-    return look(demo, prompts, ["fra_Latn"], demo_set, FRENCH, Looking(top_k=None, top_p=1.0))
+    return run_lens(demo, prompts, ["fra_Latn"], demo_set, FRENCH, LensSettings(top_k=None, top_p=1.0))
 
 
 def test_steering_to_french_moves_mass_from_english_to_french(lens: Lens) -> None:
@@ -267,7 +274,7 @@ def test_what_is_written(lens: Lens, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_looked_at(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SteeringError, match=message):
-        Looking(**arguments)
+        LensSettings(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +301,6 @@ def test_mistakes_are_refused_before_the_model_is_loaded(
 def test_an_intervention_needs_neurons() -> None:
     lazy = LazyModel.of(tiny_model("llama"), tiny_tokenizer())
     with pytest.raises(SteeringError, match="an intervention without neurons"):
-        look(lazy, Prompts(("w1",), "test"), ["fra_Latn"], intervention=FRENCH)
+        run_lens(lazy, Prompts(("w1",), "test"), ["fra_Latn"], intervention=FRENCH)
     with pytest.raises(InterventionError):
-        look(lazy, Prompts(("w1",), "t"), ["fra"], make_set({"fra_Latn": [(0, 1)]}), {"language": "fra"})
+        run_lens(lazy, Prompts(("w1",), "t"), ["fra"], make_set({"fra_Latn": [(0, 1)]}), {"language": "fra"})

@@ -163,14 +163,14 @@ def test_the_table_counts_what_is_off_and_unknown(tmp_path: Path) -> None:
 
 
 def test_more_languages_than_colours_are_drawn_as_other() -> None:
-    from lm_eval_steering.analysis.stepwise import _looks
+    from lm_eval_steering.analysis.stepwise import _stacked_bars
 
     codes = [f"{chr(97 + n)}aa_Latn" for n in range(20)]
-    looks = _looks([made_up((), *codes), made_up((codes[3],), *codes, "unknown")])
-    assert [look.name for look in looks[-2:]] == ["other", "unknown"] and len(looks) == 16
-    assert looks[0].name == codes[3], "the deactivated language stands at the bottom"
-    assert sum(look.shares for look in looks) == pytest.approx([1, 1])
-    assert len({(look.colour, look.hatch) for look in looks}) == 16
+    bars = _stacked_bars([made_up((), *codes), made_up((codes[3],), *codes, "unknown")])
+    assert [part.name for part in bars[-2:]] == ["other", "unknown"] and len(bars) == 16
+    assert bars[0].name == codes[3], "the deactivated language stands at the bottom"
+    assert sum(part.shares for part in bars) == pytest.approx([1, 1])
+    assert len({(part.colour, part.hatch) for part in bars}) == 16
 
 
 # --- the order and the prompts --------------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ def test_batches_pad_on_the_left_and_refuse_what_does_not_fit() -> None:
     (batch,) = batches(lazy, ["w1", "w1 w2 w3"], 2)
     assert batch.ids.tolist() == [[1, 1, 0, 4], [0, 4, 5, 6]] and batch.mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert batch.positions().tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
-    with pytest.raises(SteeringError, match=r"62 tokens and 3 to generate, the model reads 64"):
-        list(batches(lazy, [" ".join(["w1"] * 61)], 1, room=3))
+    with pytest.raises(SteeringError, match=r"62 tokens and 3 to generate, the context has 64"):
+        list(batches(lazy, [" ".join(["w1"] * 61)], 1, new_tokens=3))
 
 
 # --- what must not go wrong -----------------------------------------------------------------------------------------
