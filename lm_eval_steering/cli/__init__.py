@@ -1,4 +1,4 @@
-"""`lm-eval-steering`: one thin function a verb. Heavy libraries are imported by the verb that needs them."""
+"""`lm-eval-steering`: one thin function per command. Heavy libraries are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ for verb in (
 ):  # fmt: skip
     app.command(verb.__name__)(_with_extra(verb.__name__, verb))
 app.command("import")(sets.import_)
-for name, command in (analysis.VERBS | sweep.VERBS | tasks.VERBS | export.VERBS | report.VERBS).items():
+for name, command in (analysis.COMMANDS | sweep.COMMANDS | tasks.COMMANDS | export.COMMANDS | report.COMMANDS).items():
     app.command(name)(_with_extra(name, command))
 app.add_typer(sets.neurons, name="neurons")
 

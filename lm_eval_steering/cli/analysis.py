@@ -224,4 +224,4 @@ def _check_folder(out: Path) -> None:
     options.check_out(out / "file")
 
 
-VERBS: dict[str, Any] = {"doctor": doctor, "stepwise": stepwise, "logit-lens": logit_lens}
+COMMANDS: dict[str, Any] = {"doctor": doctor, "stepwise": stepwise, "logit-lens": logit_lens}

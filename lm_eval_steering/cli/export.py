@@ -98,4 +98,4 @@ def read_factors(text: str | None) -> tuple[float, ...]:
         raise SteeringError(f"--factors {text}: expected numbers joined by commas, such as 0.5,1.5,2,3") from None
 
 
-VERBS: dict[str, Any] = {"export": export}
+COMMANDS: dict[str, Any] = {"export": export}

@@ -102,4 +102,4 @@ def _print(made: Report) -> None:
     typer.echo(f"wrote {made.page} and {len(made.files) - 1} figures and tables beside it")
 
 
-VERBS: dict[str, Any] = {"report": report, "compare": compare}
+COMMANDS: dict[str, Any] = {"report": report, "compare": compare}

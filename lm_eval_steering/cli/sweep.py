@@ -142,4 +142,4 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-VERBS: dict[str, Any] = {"sweep": sweep, "status": status, "merge": merge}
+COMMANDS: dict[str, Any] = {"sweep": sweep, "status": status, "merge": merge}

@@ -98,4 +98,4 @@ def fetch_data(
         typer.echo(f"wrote {counted(written, 'file')}; export STEERING_DATA={out.resolve()} where there is no network")
 
 
-VERBS = {"tasks": tasks, "fetch-data": fetch_data}
+COMMANDS = {"tasks": tasks, "fetch-data": fetch_data}

@@ -213,13 +213,13 @@ def test_the_report_holds_results_model_set_and_versions() -> None:
 
 # --- the real command -----------------------------------------------------------------------------------------------
 
-# Registers the verbs as the command line does, so that these tests hold before and after it does.
+# Registers the commands as the command line does, whether it has done so already or not.
 _COMMAND = """
 import sys
 from lm_eval_steering import cli
 from lm_eval_steering.cli import analysis
 known = {command.name for command in cli.app.registered_commands}
-for name, verb in analysis.VERBS.items():
+for name, verb in analysis.COMMANDS.items():
     if name not in known:
         cli.app.command(name)(verb)
 BEFORE

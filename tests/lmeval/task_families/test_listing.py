@@ -1,4 +1,4 @@
-"""The verbs `tasks` and `fetch-data`."""
+"""The commands `tasks` and `fetch-data`."""
 
 from __future__ import annotations
 
