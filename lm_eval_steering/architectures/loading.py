@@ -33,6 +33,7 @@ _ARGUMENTS = (
     "token", "cache_dir",
 )  # fmt: skip
 _TOKENIZER_ONLY = {"tokenizer", "use_fast_tokenizer", "add_bos_token", "prefix_token_id"}
+_BITSANDBYTES = ("load_in_", "bnb_4bit_", "llm_int8_")  # how the names of its arguments begin
 
 
 Bos = Literal["auto", "always", "never"]
@@ -142,7 +143,7 @@ class LazyModel:
         given = {
             name: value
             for name, value in self._given(*_ARGUMENTS).items()
-            if name not in _TOKENIZER_ONLY | {"peft", "quantization_config", "load_in_8bit", "load_in_4bit"}
+            if name not in _TOKENIZER_ONLY | {"peft"} and not is_quantization(name)
         }
         quantization = quantization_config(self.arguments, self.dtype)
         if quantization is not None:
@@ -250,19 +251,28 @@ def _added_before(tokenizer: Any) -> tuple[int, ...]:
     return tuple(takewhile(special.__contains__, ids))
 
 
+def is_quantization(name: str) -> bool:
+    """Whether a model argument says how the weights are quantised."""
+    return name == "quantization_config" or name.startswith(_BITSANDBYTES)
+
+
 def quantization_config(arguments: Mapping[str, Any], dtype: str) -> Any:
     """The quantisation config of some arguments for transformers; None if there is none.
 
     Args:
         arguments: `quantization_config`, an object of transformers or a mapping as in a checkpoint's config.json; or
-            `load_in_8bit`, `load_in_4bit` and `bnb_4bit_...` of bitsandbytes.
+            `load_in_8bit`, `load_in_4bit`, `bnb_4bit_...` and `llm_int8_...` of bitsandbytes.
         dtype: of the computation in 4 bit, unless `bnb_4bit_compute_dtype` names another.
 
     Raises:
         SteeringError: if both are given, or the library is missing or refuses them.
     """
     given = arguments.get("quantization_config")
-    bits = {name: value for name, value in arguments.items() if name.startswith(("load_in_", "bnb_4bit_")) and value}
+    bits = {
+        name: value
+        for name, value in arguments.items()
+        if name.startswith(_BITSANDBYTES) and value is not None and value is not False
+    }
     if given is None and not bits:
         return None
     if given is not None and bits:
@@ -282,7 +292,7 @@ def quantization_config(arguments: Mapping[str, Any], dtype: str) -> Any:
 
 def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name in arguments:
-        if name not in _ARGUMENTS and not name.startswith("bnb_4bit_"):
+        if name not in _ARGUMENTS and not is_quantization(name):
             raise SteeringError(f"unknown model argument {name!r}{did_you_mean(name, _ARGUMENTS)}")
     return dict(arguments)
 

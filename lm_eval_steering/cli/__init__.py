@@ -73,13 +73,17 @@ class WhereName(StrEnum):
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def run(context: typer.Context) -> None:
     """Evaluate: the same as `lm_eval ...`, with our model, metrics and tasks registered without a start-up file."""
-    from lm_eval_steering.lmeval.registration import register_all
+    from lm_eval_steering.lmeval.registration import keep_answers, register_all
 
     register_all()
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["lm_eval", *context.args]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except Exception as error:
+        keep_answers(error)
+        raise
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.architectures import model_type_of, parse_sites, shape_of
+from lm_eval_steering.architectures.loading import is_quantization, quantization_config
 from lm_eval_steering.errors import ArchitectureError, InterventionError, NeuronSetError, SteeringError, did_you_mean
 from lm_eval_steering.lmeval.compat import from_pretrained_arguments
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
@@ -138,6 +139,11 @@ def split(given: Mapping[str, Any], parent: type, config: Any) -> tuple[Steering
             hint = did_you_mean(key, sorted(ours | parents))
             raise InterventionError(f"unknown model argument {key!r}{hint}")
     arguments = SteeringArguments(**{key: value for key, value in given.items() if key in ours})
+    if rest.get("enable_thinking") and rest.get("think_end_token") is None:
+        raise InterventionError(
+            "enable_thinking=True without think_end_token=: say what ends a thought, such as "
+            "think_end_token=</think>; else the whole thought would be taken for the answer"
+        )
     for key in ("tp_plan", "tp_size"):
         if arguments.neurons is not None and rest.get(key):
             raise ArchitectureError(
@@ -145,6 +151,26 @@ def split(given: Mapping[str, Any], parent: type, config: Any) -> tuple[Steering
                 "cannot follow; use parallelize=True, which keeps layers whole, or one process a device"
             )
     return arguments, rest
+
+
+def take_quantization(rest: dict[str, Any], config: Any) -> Any:
+    """The quantisation that the arguments ask for, as transformers takes it, and taken out of them; None for none.
+
+    lm-eval 0.4.13 hands `quantization_config` on twice, which Python refuses, and `load_in_8bit` and its like to the
+    constructor of the model's class, which does not know them in transformers 5.
+
+    Args:
+        rest: arguments of `hf`.
+        config: of the model, whose dtype 4-bit weights are computed in where no other is named.
+
+    Raises:
+        SteeringError: if two are given, or the library is missing or refuses them.
+    """
+    given = {name: rest.pop(name) for name in list(rest) if is_quantization(name)}
+    dtype = str(rest.get("dtype") or "auto").removeprefix("torch.")
+    if dtype == "auto":
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
+    return quantization_config(given, dtype)
 
 
 def refuse_other_name(neuron_set: NeuronSet, pretrained: str) -> None:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
 from typing import Any
 
 from lm_eval_steering.errors import DidNotHappenError
@@ -47,7 +49,12 @@ OVERRIDDEN = {
     "_model_generate": ("self", "context", "max_length", "stop", "generation_kwargs"),
     "_detect_batch_size": ("self", "requests", "pos"),
     "_encode_pair": ("self", "context", "continuation"),
-}
+    "_create_model": (
+        "self", "pretrained", "revision", "dtype", "trust_remote_code", "parallelize", "gpus", "max_memory_per_gpu",
+        "max_cpu_memory", "offload_folder", "tp_plan", "peft", "delta", "autogptq", "gptqmodel", "gguf_file",
+        "quantization_config", "subfolder", "kwargs",
+    ),
+}  # fmt: skip
 _MARK = "_lm_eval_steering"  # of a function that was put in place of lm-eval's
 
 # --- tasks of lm-eval 0.4.13
@@ -98,6 +105,30 @@ def score_with_documents(
     setattr(process_results, _MARK, True)
     ConfigurableTask.process_results = process_results  # type: ignore[method-assign]
     ConfigurableTask.build_all_requests = build_all_requests  # type: ignore[method-assign]
+
+
+def evaluation_in(trace: TracebackType | None) -> dict[str, Any] | None:
+    """Model, its arguments and the tracker of the `simple_evaluate` that an error came out of; None without one.
+
+    lm-eval hands them to nobody who is called after an error, so they are read from its frame.
+    """
+    for frame, _ in walk_tb(trace):
+        if frame.f_code.co_name == "simple_evaluate" and "lm" in frame.f_locals:
+            return {name: frame.f_locals.get(name) for name in ("lm", "model", "model_args", "evaluation_tracker")}
+    return None
+
+
+def failed_metric(trace: TracebackType | None) -> str:
+    """The metric that lm-eval was computing when an error came out of it; empty where it was computing none."""
+    scoring = ("process_results", "_compute_task_aggregations")
+    names = [
+        str(frame.f_locals["metric"])
+        for frame, _ in walk_tb(trace)
+        if frame.f_code.co_name in scoring
+        and str(frame.f_globals.get("__name__")).startswith("lm_eval.")
+        and "metric" in frame.f_locals
+    ]
+    return names[-1] if names else ""
 
 
 def add_task_folder(manager: Any, folder: Path) -> None:

@@ -193,10 +193,13 @@ class StopStrings(StoppingCriteria):
 # --- The language of each output is identified on CPU while the model generates the next batch
 
 
+Identify = Callable[..., IdentifiedText]  # of a text, and whether it is a thought that did not end, where that is known
+
+
 class Identifying(CacheHook):
     """In place of a model's cache hook: lm-eval hands it each text, and another thread identifies its language."""
 
-    def __init__(self, identify: Callable[[str], IdentifiedText], hook: CacheHook) -> None:
+    def __init__(self, identify: Identify, hook: CacheHook) -> None:
         """Nothing is generated yet.
 
         Args:
@@ -206,8 +209,12 @@ class Identifying(CacheHook):
         self.dbdict = hook.dbdict
         self._identify, self._hook = identify, hook
         self._thread = ThreadPoolExecutor(1, "identify")
-        self._identified: dict[str, Future[IdentifiedText]] = {}
+        self._identified: dict[tuple[str, bool | None], Future[IdentifiedText]] = {}
         self._waiting: deque[tuple[str, Iterable[Any], Future[IdentifiedText]]] = deque()
+        self._unfinished: deque[bool] = deque()  # of the rows of the last batch whose texts have not come yet
+        # By identity: lm-eval returns the very strings that it hands over, in the order of the requests. Empty strings
+        # are one object, and have no language either way.
+        self._of_text: dict[int, tuple[str, bool]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -216,8 +223,14 @@ class Identifying(CacheHook):
         self._thread.shutdown()
         self._pass_on()
 
+    def unfinished(self, rows: Iterable[bool]) -> None:
+        """Which rows of a batch are thoughts that did not end; their texts come next, in this order."""
+        self._unfinished = deque(rows)
+
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
         """What lm-eval calls with each text."""
+        if self._unfinished:
+            self._of_text[id(res)] = res, self._unfinished.popleft()
         self._waiting.append((attr, req, self._submit(res)))
         self._pass_on()
 
@@ -232,9 +245,29 @@ class Identifying(CacheHook):
         return self._submit(answer).result()
 
     def _submit(self, answer: str) -> Future[IdentifiedText]:
-        if answer not in self._identified:
-            self._identified[answer] = self._thread.submit(self._identify, answer)
-        return self._identified[answer]
+        unfinished = self._of_text[id(answer)][1] if id(answer) in self._of_text else None
+        key = (answer, unfinished)
+        if key not in self._identified:
+            known = () if unfinished is None else (unfinished,)
+            self._identified[key] = self._thread.submit(self._identify, answer, *known)
+        return self._identified[key]
+
+
+def unfinished_thoughts(
+    texts: torch.Tensor, prompt: int, think_end_token: str | int, decode: Callable[[list[int]], str]
+) -> list[bool]:
+    """Which rows of a batch never end their thought, so that lm-eval takes the whole of it for the answer.
+
+    Args:
+        texts: (row, position) token ids.
+        prompt: number of positions before what was generated.
+        think_end_token: as lm-eval has it: a token id, or a string of the decoded text.
+        decode: token ids to the text in which lm-eval looks for the string.
+    """
+    rows = texts[:, prompt:].tolist()
+    if isinstance(think_end_token, int):
+        return [think_end_token not in row for row in rows]
+    return [think_end_token not in decode(row) for row in rows]
 
 
 @contextmanager

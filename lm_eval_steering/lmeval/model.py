@@ -22,9 +22,17 @@ from lm_eval_steering.lmeval.arguments import (
     read_config,
     refuse_other_name,
     split,
+    take_quantization,
 )
 from lm_eval_steering.lmeval.cache import CompletingCacheHook, salt
-from lm_eval_steering.lmeval.generation import GenerationContext, Generator, Identifying, random_numbers_of_rank
+from lm_eval_steering.lmeval.chat_template import TemplateNotes
+from lm_eval_steering.lmeval.generation import (
+    GenerationContext,
+    Generator,
+    Identifying,
+    random_numbers_of_rank,
+    unfinished_thoughts,
+)
 from lm_eval_steering.lmeval.identity import Steered, identity_of, refuse_nothing
 from lm_eval_steering.lmeval.long_texts import in_windows, joined, of_whole_text, whole_text
 from lm_eval_steering.lmeval.requests import (
@@ -55,6 +63,9 @@ class SteeredHFLM(HFLM):
     memory: log-likelihoods are `Score`, generated texts are `IdentifiedText`.
     """
 
+    # Whether several processes draw few-shot examples each from a stream of its own, as lm-eval does.
+    draws_per_rank = True
+
     def __init__(self, pretrained: Any, **arguments: Any) -> None:
         """Check every argument, load the model as `hf` does, and attach the intervention.
 
@@ -67,6 +78,8 @@ class SteeredHFLM(HFLM):
         if neuron_set is not None and isinstance(pretrained, str) and not ours.force:
             refuse_other_name(neuron_set, pretrained)
         self.identifier = ours.identifier()
+        self._quantization = take_quantization(rest, config)
+        self.template_notes = TemplateNotes()
         # `hf` asks for CUDA by default and fails where there is none.
         rest.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, **rest)
@@ -81,6 +94,12 @@ class SteeredHFLM(HFLM):
         self._sites = ours.sites
         self._sites_found: dict[str, ModelSites] = {}
         self._attach(neuron_set, plan, ours.targets(), ours.force)
+
+    def _create_model(self, pretrained: str, *args: Any, **arguments: Any) -> None:
+        """As lm-eval's, with the quantisation that was asked for before that of the checkpoint."""
+        if self._quantization is not None:
+            arguments["quantization_config"] = self._quantization
+        super()._create_model(pretrained, *args, **arguments)
 
     # --- changing the intervention on a loaded model ------------------------------------------------------------
 
@@ -142,6 +161,12 @@ class SteeredHFLM(HFLM):
         """As lm-eval's, of which many are known ahead."""
         known = None if args or kwargs else self._known_tokens.get(string)
         return super().tok_encode(string, *args, **kwargs) if known is None else list(known)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As lm-eval's; an instruction that the template leaves out is noted."""
+        prompt = super().apply_chat_template(chat_history, add_generation_prompt)
+        self.template_notes.rendered(chat_history, prompt)
+        return prompt
 
     # --- forward passes -----------------------------------------------------------------------------------------
 
@@ -246,7 +271,14 @@ class SteeredHFLM(HFLM):
         mask = generation_kwargs.get("attention_mask")
         plain = super()._model_generate
         with nullcontext() if mask is None else self._steered(mask):
-            return self.generator(self._generation_context(), plain, context, max_length, stop, **generation_kwargs)
+            texts = self.generator(self._generation_context(), plain, context, max_length, stop, **generation_kwargs)
+        if self.think_end_token is not None and isinstance(self.cache_hook, Identifying):
+            prompt = context.shape[1] if self.backend == "causal" else 0
+            rows = unfinished_thoughts(
+                texts, prompt, self.think_end_token, lambda row: str(self.tok_decode(cast(Any, row)))
+            )
+            self.cache_hook.unfinished(rows)
+        return texts
 
     @contextmanager
     def _steered(self, real: torch.Tensor, prompt: torch.Tensor | None = None) -> Iterator[None]:
@@ -274,6 +306,7 @@ class SteeredHFLM(HFLM):
         """A `Score` of each request; where its document asks for it, with the one of the same row without steering."""
         refuse_stale(requests, self.targets)
         requests = [whole_text(request) for request in requests]
+        self.template_notes.scored(request.args[0] for request in requests)
         twice = [index for index, request in enumerate(requests) if needs_unsteered_score(request)]
         once = sorted(set(range(len(requests))) - set(twice))
         scores: dict[int, Score] = {}
@@ -359,9 +392,9 @@ class SteeredHFLM(HFLM):
             forwards, positions = after.forwards - before.forwards, after.positions - before.positions
             refuse_nothing(forwards, positions, after, self.intervention.signature())
 
-    def identify(self, text: str) -> IdentifiedText:
-        """A text with its language, and the languages that were steered to."""
-        return IdentifiedText.of(text, self.identifier, self.targets)
+    def identify(self, text: str, unfinished: bool | None = None) -> IdentifiedText:
+        """A text with its language, and the languages that were steered to; a thought that did not end has none."""
+        return IdentifiedText.of(text, self.identifier, self.targets, unfinished)
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         """lm-eval's search, whose forward passes on made-up tokens are no part of the evidence.
@@ -457,7 +490,12 @@ class SteeredHFLM(HFLM):
             DidNotHappenError: if forward passes ran and nothing was edited in them.
         """
         rank = f"{self.rank} of {self.world_size}"
-        return self._what_is_scored().report(self.scoring_report(), self.generator.report(), self.steering, rank)
+        report = self._what_is_scored().report(self.scoring_report(), self.generator.report(), self.steering, rank)
+        if self.world_size > 1 and self.draws_per_rank:
+            report["few_shot"] = f"per rank, of {self.world_size} processes"
+        if notes := self.template_notes.notes():
+            report["notes"] = notes
+        return report
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's record of the model, with ours under `steering`."""

@@ -69,9 +69,14 @@ def _register_metrics(_module: ModuleType) -> None:
 
 def _register_tasks(module: Any) -> None:
     from lm_eval_steering.lmeval.expected_language import check_task, values_with_document
+    from lm_eval_steering.lmeval.unscored import remember
+
+    def built(task: Any) -> None:
+        check_task(task)
+        remember(task)
 
     add_task_folder(module.TaskManager, tasks_folder())
-    score_with_documents(values_with_document, check_task)
+    score_with_documents(values_with_document, built)
 
 
 _REGISTRARS: dict[str, Callable[[Any], None]] = {
@@ -92,6 +97,21 @@ def one_line(error: BaseException) -> str:
     return f"lm-eval-steering: {kind}: {error}"
 
 
+def keep_answers(error: BaseException) -> None:
+    """After an error in a run of lm-eval: keep what was generated, and say where."""
+    from lm_eval_steering.lmeval.unscored import keep_of_run
+
+    if not isinstance(error, Exception):
+        return
+    try:
+        kept = keep_of_run(error.__traceback__)
+    except Exception as problem:  # the error that is on its way out matters more
+        print(f"lm-eval-steering: what was generated could not be kept: {problem!r}", file=sys.stderr)
+        return
+    if kept is not None:
+        print(f"lm-eval-steering: {kept.sentence()}", file=sys.stderr)
+
+
 def debugging() -> bool:
     """Whether the user wants tracebacks: LMEVAL_LOG_LEVEL=DEBUG or --verbosity DEBUG, which lm-eval applies late."""
     asked = "--verbosity=DEBUG" in sys.argv or ("--verbosity", "DEBUG") in zip(sys.argv, sys.argv[1:], strict=False)
@@ -99,7 +119,7 @@ def debugging() -> bool:
 
 
 def _install_excepthook() -> None:
-    """Print our own errors as one line instead of a traceback, unless lm_eval logs at DEBUG."""
+    """Print our own errors as one line instead of a traceback, unless lm_eval logs at DEBUG; and keep the answers."""
     previous = sys.excepthook
     if getattr(previous, "_lm_eval_steering", False):
         return
@@ -109,6 +129,7 @@ def _install_excepthook() -> None:
             print(one_line(error), file=sys.stderr)
         else:
             previous(kind, error, trace)
+        keep_answers(error)
 
     hook._lm_eval_steering = True  # type: ignore[attr-defined]
     sys.excepthook = hook

@@ -279,7 +279,8 @@ def _scored(
     asked: RescoreOptions,
 ) -> dict[str, Any]:
     """All metrics of one sample that are defined for it, and what tells which sample it was."""
-    text = IdentifiedText.of(row["filtered_resps"][0], identifier, targets)
+    unfinished = bool(row["unfinished"]) if row.get("unfinished") is not None else None  # the text does not say it
+    text = IdentifiedText.of(row["filtered_resps"][0], identifier, targets, unfinished)
     expected = expected_language(row.get("doc"), config.get("metadata"))
     known = {name: row.get(name) for name in ("doc_id", "filter", "doc_hash", "prompt_hash")}
     over = {key: value for key, value in (("about", asked.about), ("expected", asked.expected)) if value}

@@ -40,12 +40,15 @@ class IdentifiedText(str):
         confidence: the identifier's probability for its best guess, 0 to 1.
         targets: codes of the languages steered to; empty where no target is known.
         identifier: what identified it; the default one where that is not known.
+        unfinished: whether it is a thought that did not end (`think_end_token` never came), so that there is no answer;
+            None for a model that does not think.
     """
 
     language: str
     confidence: float
     targets: tuple[str, ...]
     identifier: LanguageIdentifier
+    unfinished: bool | None
 
     def __new__(
         cls,
@@ -54,21 +57,32 @@ class IdentifiedText(str):
         confidence: float = 0.0,
         targets: Sequence[str] = (),
         identifier: LanguageIdentifier | None = None,
+        unfinished: bool | None = None,
     ) -> Self:
         """A text with what is known about it; one argument alone makes a text of unknown language."""
         made = super().__new__(cls, text)
         made.language, made.confidence, made.targets = language, confidence, tuple(targets)
-        made.identifier = identifier or LanguageIdentifier()
+        made.identifier, made.unfinished = identifier or LanguageIdentifier(), unfinished
         return made
 
     @classmethod
-    def of(cls, text: str, identifier: LanguageIdentifier, targets: Sequence[str] = ()) -> Self:
-        """A text, identified now."""
+    def of(
+        cls,
+        text: str,
+        identifier: LanguageIdentifier,
+        targets: Sequence[str] = (),
+        unfinished: bool | None = None,
+    ) -> Self:
+        """A text, identified now; a thought that did not end is `unknown`, as no answer has a language."""
+        if unfinished:
+            return cls(text, UNKNOWN, 0.0, targets, identifier, unfinished)
         (answer,) = identifier.identify([text])
-        return cls(text, answer.language, answer.confidence, targets, identifier)
+        return cls(text, answer.language, answer.confidence, targets, identifier, unfinished)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.language, self.confidence, self.targets, self.identifier)
+        return type(self), (
+            str(self), self.language, self.confidence, self.targets, self.identifier, self.unfinished,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,13 +90,14 @@ class Output:
     """One output, and everything that its metrics depend on.
 
     Attributes:
-        text: what the model wrote.
+        text: what the model answered; empty where its thought did not end.
         identified: its language.
         identifier: what identified it, and is asked about its lines.
         targets: codes of the languages steered to; empty where none is known.
         expected: code of the language that the item expects; None where it expects none.
         about: whether the metrics that need a wanted language are about the `expected` one (or the targets, where
             nothing is expected) or about the `target`.
+        unfinished: whether the thought before the answer did not end; None for a model that does not think.
     """
 
     text: str
@@ -91,6 +106,7 @@ class Output:
     targets: tuple[str, ...] = ()
     expected: str | None = None
     about: str = EXPECTED
+    unfinished: bool | None = None
 
     def __post_init__(self) -> None:
         if self.about not in (EXPECTED, TARGET):
@@ -118,14 +134,15 @@ class Output:
             text if isinstance(text, IdentifiedText) else IdentifiedText.of(text, identifier or LanguageIdentifier())
         )
         if identifier not in (None, identified.identifier):
-            identified = IdentifiedText.of(text, identifier, identified.targets)
+            identified = IdentifiedText.of(text, identifier, identified.targets, identified.unfinished)
         return cls(
-            str(text),
+            "" if identified.unfinished else str(text),
             Identified(identified.language, identified.confidence),
             identified.identifier,
             identified.targets if targets is None else tuple(targets),
             expected,
             about,
+            identified.unfinished,
         )
 
     @cached_property
@@ -201,7 +218,10 @@ def lang_confidence(output: Output) -> float:
 
 
 def lang_unknown(output: Output) -> float:
-    """1 where the language is `unknown`: a doubtful guess, too few letters, or another script. Source: our own."""
+    """1 where the language is `unknown`: a doubtful guess, too few letters, another script, or no answer at all.
+
+    Source: our own.
+    """
     return float(output.identified.language == UNKNOWN)
 
 
@@ -242,6 +262,14 @@ def degenerate_output(output: Output) -> float:
     return float(output.degenerate)
 
 
+def unfinished(output: Output) -> float | None:
+    """1 where the model's thought did not end, so that there is no answer; absent without `think_end_token`.
+
+    Source: our own. lm-eval takes the whole thought for the answer then; no language is identified in it.
+    """
+    return _number(output.unfinished)
+
+
 def script_share_of(output: Output) -> float | None:
     """Share of letters in the script of the wanted language, 0 to 1; an output without letters has 0.
 
@@ -268,6 +296,7 @@ METRICS: Mapping[str, Callable[[Output], Value | None]] = {
     "lcpr": lcpr,
     "script_share": script_share_of,
     "degenerate": degenerate_output,
+    "unfinished": unfinished,
 }
 
 
@@ -296,8 +325,22 @@ def output_metrics(
         SteeringError: if `about` is something else, or the identifier's model is missing.
     """
     output = Output.of(text, targets, expected, identifier, about)
-    values = {name: metric(output) for name, metric in METRICS.items()}
+    values = {name: measured(name, output) for name in METRICS}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def measured(name: str, output: Output) -> Value | None:
+    """One metric of an output; None where it is undefined.
+
+    Raises:
+        SteeringError: naming the metric, whatever went wrong in it.
+    """
+    try:
+        return METRICS[name](output)
+    except SteeringError:
+        raise
+    except Exception as error:
+        raise SteeringError(f"metric {name} failed on the output {str(output.text)[:60]!r}: {error!r}") from error
 
 
 def language_counts(labels: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from lm_eval_steering.errors import SteeringError, did_you_mean
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
-from lm_eval_steering.metrics.output_language import EXPECTED, TARGET, Output, Value, warn_once
+from lm_eval_steering.metrics.output_language import EXPECTED, TARGET, Output, Value, measured, warn_once
 from lm_eval_steering.metrics.output_language import METRICS as DEFINITIONS
 
 _LID = ("lid", "lid_threshold", "lid_letters")
@@ -69,7 +69,9 @@ def value_of(name: str, text: Any, options: Mapping[str, Any], expected: str | N
         identifier=_identifier(options),
         about=options.get("about", EXPECTED),
     )
-    value = DEFINITIONS[name](output)
+    value = measured(name, output)
+    if name == "unfinished":
+        return value  # absent for every model that does not think
     if value is None and (name in _ABSENT or not output.wanted):
         warn_once(f"{name} is left out: {_ABSENT.get(name, _NO_LANGUAGE)} (see docs/output-language.md)")
     return value
@@ -122,6 +124,7 @@ METRICS = {
         Metric("lcpr", True, "lcpr"),
         Metric("script_share", True),
         Metric("degenerate", False),
+        Metric("unfinished", False),
     )
 }
 

@@ -338,6 +338,8 @@ def _read_store(path: Path, max_samples: int, evaluated: Mapping[str, str]) -> S
         items[row.cell] = items_of(logged, split)
         if pd.isna(row.control):
             _keep_outputs(samples, row.cell, (row.task, row.target), logged, max_samples)
+    noted = {cell: _notes_of(found, _tasks_of(found)) for cell, found in results.items() if cell in items}
+    facts.notes += dict.fromkeys(note for notes in noted.values() for note in notes)
     facts.plan = yaml.safe_dump(_without_defaults(plan), sort_keys=False, allow_unicode=True) if plan else ""
     facts.neurons = str(plan.get("neurons", ""))
     facts.config = _steered_config(results.values())
@@ -400,6 +402,8 @@ def _read_lm_eval(path: Path, files: Sequence[Path], max_samples: int, evaluated
         if logged:
             items[row.cell] = items_of(logged)
             _keep_outputs(samples, row.cell, (row.task, row.target), logged, max_samples)
+    for file in dict.fromkeys(file for file, _ in newest.values()):
+        facts.notes += _notes_of(results[file], _tasks_of(results[file]))
     if not items:
         facts.notes.append(
             f"{path} has no samples (run lm_eval with --log_samples): its scores cannot be paired by item."
@@ -434,6 +438,12 @@ def _steering_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """`config.steering`, empty for an unsteered run of any engine."""
     steering = (results.get("config") or {}).get("steering") or {}
     return steering if (steering.get("intervention") or {}).get("steps") else {}
+
+
+def _notes_of(results: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+    """What the results say of their prompts: a template that dropped an instruction, a thought before an option."""
+    notes = ((results.get("config") or {}).get("steering") or {}).get("notes") or []
+    return [f"{', '.join(tasks)}: {note}." for note in notes]
 
 
 def _cell_name(path: Path, file: Path, task: str) -> str:
@@ -502,7 +512,7 @@ def _asked(results: Mapping[str, Any], task: str) -> str:
     steering = (results.get("config") or {}).get("steering") or {}
     known = {
         "number of few-shot examples": (results.get("n-shot") or {}).get(task),
-        "few-shot": steering.get("few_shot"),
+        "few-shot": steering.get("few_shot") if (results.get("n-shot") or {}).get(task) else None,
         "chat template (SHA-256)": results.get("chat_template_sha"),
         "system instruction (SHA-256)": results.get("system_instruction_sha"),
         "generation arguments": config.get("generation_kwargs"),

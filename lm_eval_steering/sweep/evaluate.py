@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.lmeval.compat import release_requests
 from lm_eval_steering.lmeval.fewshot import SEED, draw_per_document
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.provenance import fingerprint
@@ -47,6 +48,7 @@ def evaluate(lm: SweepModel, grid: Grid, cell: Cell, neuron_set: NeuronSet) -> d
             neuron_set, target_language=cell.target, allow_empty=plan.allow_empty, force=plan.force, **planned.arguments
         )
     task = grid.book.task(cell.task, cell.target)
+    release_requests(task)  # an earlier cell's answers are none of this one
     manager = grid.book.manager(cell.task, cell.target)
     positions = grid.positions(cell.task, cell.target, cell.items)
     options = {key: value for key, value in options_of(plan).items() if key != "metadata"}

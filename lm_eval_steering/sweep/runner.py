@@ -14,8 +14,9 @@ from functools import partial
 from typing import Any
 
 from lm_eval_steering.architectures.weights import weights_digest
-from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.lmeval.compat import be_quiet, describe_machine_once
+from lm_eval_steering.errors import DidNotHappenError, SteeringError
+from lm_eval_steering.lmeval.compat import be_quiet, describe_machine_once, failed_metric
+from lm_eval_steering.lmeval.unscored import Kept, keep
 from lm_eval_steering.neurons.running import launched
 from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments
 from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves, why_baseline
@@ -230,7 +231,7 @@ class SweepRunner:
         except StorageFullError:
             raise
         except Exception as error:
-            self._fail(cell, error)
+            self._fail(cell, error, lm)
             return FAILED
         self.ranks.after_first(lambda: self._note(cell, lm, seconds, tokens))
         self.progress.end(tokens, seconds)
@@ -266,17 +267,30 @@ class SweepRunner:
         except Exception as error:
             raise SteeringError(f"it is evaluated and cannot be written: {error!r}") from error
 
-    def _fail(self, cell: Cell, error: Exception) -> None:
-        """Note why a cell failed."""
+    def _fail(self, cell: Cell, error: Exception, lm: SweepModel | None = None) -> None:
+        """Note why a cell failed, and keep what was generated for it."""
+        kept = self._keep_answers(lm, cell, error) if lm is not None else None
         if not self.ranks.first:
             return
         trace = str(error) if isinstance(error, RankError) else traceback.format_exc()
-        line = trace.strip().splitlines()[-1]
+        line = trace.strip().splitlines()[-1] + (f"; {kept.sentence()}" if kept else "")
         self.store.keep(
             f"failed/{cell.key}.json",
             {"cell": cell.name, "error": line, "traceback": trace, "host": socket.gethostname()},
         )
         self.progress.say(f"failed: {cell.name}: {line}")
+
+    def _keep_answers(self, lm: SweepModel, cell: Cell, error: Exception) -> Kept | None:
+        """This process's answers of a cell that failed after they were complete, as samples in failed/KEY."""
+        book = self.grid.book
+        config = {"model": "steered-hf", "model_args": model_arguments(self.grid.plan)}
+        try:
+            task, positions = book.task(cell.task, cell.target), self.grid.positions(cell.task, cell.target, cell.items)
+            config["steering"] = lm.steering_report()
+            folder = self.store.path / "failed" / cell.key
+            return keep(folder, [task], config, failed_metric(error.__traceback__), positions)
+        except (SteeringError, DidNotHappenError, OSError):
+            return None  # it is what the cell failed of
 
     def _note(self, cell: Cell, lm: SweepModel, seconds: float, tokens: int) -> None:
         """What differs from run to run, apart from the cell's own files."""

@@ -50,6 +50,7 @@ class SweepModel(SteeredHFLM):
     batch_size_per_gpu: int | str
     batch_sizes: dict[float, int]
     max_batch_size: int
+    draws_per_rank = False  # a sweep draws the examples of each document (`lmeval.fewshot`)
 
     def __init__(self, pretrained: Any, **arguments: Any) -> None:
         """As `SteeredHFLM`; processes that `accelerate launch` started share the items, GPUs or not."""
@@ -142,6 +143,7 @@ class SweepModel(SteeredHFLM):
             RankError: on all of them, for an error on any.
         """
         self.calls, self._exchanges = 0, iter(GATHERED)
+        self.template_notes.clear()
         try:
             yield
             self._agree()

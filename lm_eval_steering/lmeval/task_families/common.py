@@ -80,7 +80,10 @@ def language_metrics(document: Mapping[str, Any], results: Sequence[str]) -> dic
 # Of a short answer, the metrics that a few words can have: line and word pass rates need lines of five tokens and say
 # nothing about a span. `lm-eval-steering rescore` computes any of them from the samples.
 
-LISTED = ("lfs", "lfs_clean", "lang_expected", "lang_confidence", "lang_unknown", "degenerate", "output_language")
+LISTED = (
+    "lfs", "lfs_clean", "lang_expected", "lang_confidence", "lang_unknown", "degenerate", "unfinished",
+    "output_language",
+)  # fmt: skip
 
 
 def answer_language(text: str, expected: str | None = None) -> dict[str, Any]:
