@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from lm_eval_steering.lmeval.sources import (
     read_located,
     refuse_invalid_text,
 )
+from lm_eval_steering.metrics.language_id import UNKNOWN, Identified, LanguageIdentifier, in_language
 
 # Scripts that are written without blanks between words.
 UNSPACED = ("Hans", "Hant", "Jpan", "Thai", "Laoo", "Khmr", "Mymr", "Tibt")
@@ -93,15 +95,43 @@ def _by_id(first: str, second: str, settings: Mapping[str, Any]) -> list[Pair]:
     return _in_two_languages([Pair(id_, one[id_], other[id_]) for id_ in one], "FLORES", first, second)
 
 
+# Of so many sentences the language is identified; it is one language where so large a share of both sides is that.
+_LOOKED_AT, _ONE_LANGUAGE = 100, 0.9
+# Languages that identifiers take for one another: Malay is mostly labelled Indonesian.
+_CLOSE = ({"bos", "hrv", "srp"}, {"ind", "zsm"}, {"nno", "nob"})
+
+
 def _in_two_languages(pairs: list[Pair], origin: str, first: str, second: str) -> list[Pair]:
-    """The pairs, unless most sentences are the same on both sides: then both files are in one language."""
+    """The pairs, unless both sides are in one language: the same texts, or texts that are identified as one language.
+
+    Raises:
+        SteeringError: naming the language and both that were expected.
+    """
     same = sum(pair.first == pair.second for pair in pairs)
     if 2 * same > len(pairs):
         raise SteeringError(
             f"{origin}: {same} of {len(pairs)} sentences are the same text in {first} and in {second}; two languages "
             "are expected, so one of the files or columns is in the wrong language"
         )
+    one, other = (_main_language([getattr(pair, side) for pair in pairs[:_LOOKED_AT]]) for side in ("first", "second"))
+    label = one.language
+    fits_both = in_language(label, first) and in_language(label, second)  # as two kinds of Arabic
+    close = any({code.partition("_")[0] for code in (first, second)} <= group for group in _CLOSE)
+    shares = one.confidence, other.confidence
+    if label == other.language != UNKNOWN and min(shares) >= _ONE_LANGUAGE and not fits_both and not close:
+        raise SteeringError(
+            f"{origin}: {shares[0]:.0%} of the sentences in {first} and {shares[1]:.0%} of those in {second} are "
+            f"identified as {label}; two languages are expected, so one of the files or columns is in the wrong one"
+        )
     return pairs
+
+
+def _main_language(texts: list[str]) -> Identified:
+    """The language that most texts are identified as, with their share as confidence; `unknown` for no texts."""
+    if not texts:
+        return Identified(UNKNOWN, 0.0)
+    ((label, number),) = Counter(each.language for each in LanguageIdentifier().identify(texts)).most_common(1)
+    return Identified(label, number / len(texts))
 
 
 @dataclass(frozen=True)

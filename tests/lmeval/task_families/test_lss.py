@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families import lss
+from lm_eval_steering.lmeval.task_families.parallel import Pair, _in_two_languages
 from lm_eval_steering.metrics.statistics import against_random, wilson_interval
 from lm_eval_steering.neurons.find import random_set
 from lm_eval_steering.neurons.neuron_set import NeuronSet
@@ -218,9 +220,27 @@ def test_one_language_where_two_are_expected_is_refused(tmp_path: Path) -> None:
     (tmp_path / "fr.txt").write_text("a b\nc d\nx y\n")
     with pytest.raises(SteeringError, match="2 of 3 sentences are the same text in eng_Latn and in fra_Latn"):
         lss.parallel_documents("eng_Latn", language="fra", parallel=str(tmp_path / "{lang}.txt"))
+    english = ["The train is late today.", "We are going to the market.", "She reads a book in the garden."]
+    (tmp_path / "en.txt").write_text("\n".join(english) + "\n")
+    (tmp_path / "fr.txt").write_text("\n".join(text.replace("the", "this") for text in english[::-1]) + "\n")
+    with pytest.raises(SteeringError, match=r"100% of the sentences in eng_Latn and 100% .* identified as eng_Latn"):
+        lss.parallel_documents("eng_Latn", language="fra", parallel=str(tmp_path / "{lang}.txt"))
     (tmp_path / "cut.jsonl").write_text(json.dumps({"en": "a b", "fr": "c \ud800"}))
     with pytest.raises(SteeringError, match=r"cut\.jsonl, line 1: the text of 'fr' holds a lone surrogate"):
         lss.parallel_documents("eng_Latn", language="fra", parallel=str(tmp_path / "cut.jsonl"))
+
+
+def test_no_two_languages_of_flores_are_taken_for_one(shared_data: Path) -> None:
+    """Indonesian and Malay too, of which identifiers take more than half for Indonesian."""
+    folder = shared_data / "evaluation" / "flores200"
+    texts = {
+        path.name.split(".")[0]: [json.loads(line)["sentence"] for line in path.read_text().splitlines()]
+        for path in folder.glob("*.devtest.jsonl")
+    }
+    assert len(texts) > 20
+    for first, second in combinations(sorted(texts), 2):
+        pairs = [Pair(str(n), *two) for n, two in enumerate(zip(texts[first], texts[second], strict=False))]
+        assert _in_two_languages(pairs, "FLORES", first, second) == pairs
 
 
 # --- MLAMA ------------------------------------------------------------------------------------------------------------
