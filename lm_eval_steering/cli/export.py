@@ -58,6 +58,8 @@ def export(
     device: options.Device = None,
     device_map: options.DeviceMap = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.RemoteCode = False,
+    model_args: options.ModelArguments = None,
 ) -> None:
     """Write the steered model as a plain checkpoint, or a scaling as a LoRA, for vLLM and any other engine."""
     from lm_eval_steering.export.job import Job, export_checkpoint, export_lora
@@ -75,9 +77,11 @@ def export(
         "deactivate_to": deactivate_to, "keep_shared": keep_shared, "site": site, "layers": layers,
         "positions": positions, "scope": scope, "seed": seed, "intervention": intervention,
     }  # fmt: skip
+    loading = options.read_model_arguments(model_args)
     job = Job(
-        Loader(model, revision, dtype, device, device_map), NeuronSet.load(find_neuron_set(neurons)), arguments, out,
-        allow_empty, force, read_prompts(text, verify) if verify else (),
+        Loader(model, revision, dtype, device, device_map, trust_remote_code, loading),
+        NeuronSet.load(find_neuron_set(neurons)), arguments, out, allow_empty, force,
+        read_prompts(text, verify) if verify else (),
     )  # fmt: skip
     if as_ is Form.CHECKPOINT:
         lines = export_checkpoint(job, width_multiple, int(shard_size * 1e9))

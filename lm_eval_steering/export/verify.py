@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lm_eval_steering.architectures import model_type_of
-from lm_eval_steering.architectures.loading import LazyModel
+from lm_eval_steering.architectures.loading import LazyModel, is_quantization
 from lm_eval_steering.errors import ArchitectureError, SteeringError
 from lm_eval_steering.export.layouts import as_llama
 from lm_eval_steering.steering.attach import Steering
@@ -105,6 +105,14 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
     return lines[:count]
 
 
+# Arguments that make other weights of a checkpoint -> what to do instead.
+_OTHER_WEIGHTS = {
+    "peft": "merge the adapter (peft's merge_and_unload, then save_pretrained) and export that folder",
+    "gguf_file": "load the file with transformers, save the model (save_pretrained) and export that folder",
+    "subfolder": "download the subfolder and name it as --model",
+}
+
+
 @dataclass(frozen=True)
 class Loader:
     """How the model and the export are loaded.
@@ -115,6 +123,8 @@ class Loader:
         dtype: of the weights.
         device: a GPU by default if there is one.
         device_map: of accelerate, for a model that does not fit on one device.
+        trust_remote_code: whether to run code of the model's repository.
+        arguments: what else it is loaded with, as `steered-hf` takes it; none that makes other weights.
     """
 
     pretrained: str
@@ -122,10 +132,26 @@ class Loader:
     dtype: str = "auto"
     device: str | None = None
     device_map: str | None = None
+    trust_remote_code: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, way_out in _OTHER_WEIGHTS.items():
+            if self.arguments.get(name):
+                raise SteeringError(f"--model-args {name}: an export changes a checkpoint's own tensors; {way_out}")
+        for name in self.arguments:
+            if is_quantization(name):
+                raise SteeringError(
+                    f"--model-args {name}: an export changes a checkpoint's own tensors; export the checkpoint as it "
+                    "is, and quantise the export"
+                )
 
     def model(self) -> LazyModel:
         """The model."""
-        return LazyModel(self.pretrained, self.revision, self.dtype, self.device, device_map=self.device_map)
+        return LazyModel(
+            self.pretrained, self.revision, self.dtype, self.device, device_map=self.device_map,
+            trust_remote_code=self.trust_remote_code, arguments=self.arguments,
+        )  # fmt: skip
 
     def export(self, folder: Path, form: str) -> Any:
         """The export as an engine would load it."""

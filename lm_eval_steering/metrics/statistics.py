@@ -493,28 +493,57 @@ def compare_corpora(
     """
     if not len(references):
         raise SteeringError("a comparison over no segments")
-    seed = os.environ.get("SACREBLEU_SEED", "12345").lower()
-    generator = np.random.default_rng(None if seed == "none" else int(seed) or None)
-    drawn = generator.choice(len(references), size=(resamples, len(references)), replace=True)
-    weights = np.zeros((resamples, len(references)))
-    np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1)
-
-    def scored(hypotheses: Sequence[str]) -> tuple[float, Array]:
-        segments = metric._extract_corpus_statistics(list(hypotheses), None)
-        sums = weights @ np.array(segments, dtype=np.float64)
-        replicates = np.array([metric._compute_score_from_stats(row).score for row in sums], dtype=np.float64)
-        return float(metric._aggregate_and_compute(segments).score), replicates
-
-    before, before_replicates = scored(baseline)
+    weights = _corpus_weights(len(references), resamples)
+    before, before_replicates = _corpus_scores(metric, baseline, weights)
     signature = metric.get_signature()
-    signature.update("seed", seed)
+    signature.update("seed", _corpus_seed())
     signature.update("bs", resamples)
     compared = {}
     for name, hypotheses in systems.items():
-        score, replicates = scored(hypotheses)
+        score, replicates = _corpus_scores(metric, hypotheses, weights)
         p_value, test = _shifted_p(score - before, replicates - before_replicates, len(references))
         compared[name] = CorpusComparison(before, score, p_value, test, replicates - before_replicates, str(signature))
     return compared
+
+
+def corpus_half_width(metric: Any, hypotheses: Sequence[str], references: Sequence[str], resamples: int) -> float:
+    """Half the width of the 95 % percentile interval of one corpus's score, as sacreBLEU's; nan for one segment.
+
+    Args:
+        metric: `sacrebleu.metrics.BLEU` or `CHRF`.
+        hypotheses: one for each reference.
+        references: of the corpus.
+        resamples: number of bootstrap resamples, drawn as for `compare_corpora`.
+    """
+    if len(hypotheses) == 1:
+        return math.nan
+    _, replicates = _corpus_scores(metric, hypotheses, _corpus_weights(len(hypotheses), resamples), references)
+    ordered, tail = np.sort(replicates), resamples // 40
+    return float(ordered[resamples - tail - 1] - ordered[tail]) / 2
+
+
+def _corpus_seed() -> str:
+    return os.environ.get("SACREBLEU_SEED", "12345").lower()
+
+
+def _corpus_weights(segments: int, resamples: int) -> Array:
+    """How often each of sacreBLEU's resamples holds each segment, (resamples, segments)."""
+    seed = _corpus_seed()
+    generator = np.random.default_rng(None if seed == "none" else int(seed) or None)
+    drawn = generator.choice(segments, size=(resamples, segments), replace=True)
+    weights = np.zeros((resamples, segments))
+    np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1)
+    return weights
+
+
+def _corpus_scores(
+    metric: Any, hypotheses: Sequence[str], weights: Array, references: Sequence[str] | None = None
+) -> tuple[float, Array]:
+    """A corpus's score, and (resamples,) those of its resamples; the metric's own references by default."""
+    segments = metric._extract_corpus_statistics(list(hypotheses), None if references is None else [list(references)])
+    sums = weights @ np.array(segments, dtype=np.float64)
+    replicates = np.array([metric._compute_score_from_stats(row).score for row in sums], dtype=np.float64)
+    return float(metric._aggregate_and_compute(segments).score), replicates
 
 
 def _shifted_p(difference: float, replicates: Array, segments: int) -> tuple[float, str]:

@@ -7,13 +7,13 @@ of its 95 % interval over 1,000 bootstrap resamples (Koehn 2004).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.metrics.statistics import corpus_half_width
 
 NO_BLEU = "none"
 RESAMPLES = 1000
@@ -75,15 +75,14 @@ def _refuse_absent_file(name: str) -> None:
 
 
 @cache
-def _bleu(tokenizer: str, _resampled: bool = False) -> Any:
-    """An object for the score and another for the interval: sacreBLEU's remember resampling in their signature."""
+def _bleu(tokenizer: str) -> Any:
     from sacrebleu.metrics import BLEU
 
     return BLEU(tokenize=tokenizer)
 
 
 @cache
-def _chrf(_resampled: bool = False) -> Any:
+def _chrf() -> Any:
     from sacrebleu.metrics import CHRF
 
     return CHRF(word_order=2)
@@ -96,9 +95,9 @@ def _tokenizer_of(items: Sequence[TranslatedItem]) -> str:
     return names.pop()
 
 
-def _score(metric: Any, items: Sequence[TranslatedItem], resamples: int = 1) -> Any:
+def _score(metric: Any, items: Sequence[TranslatedItem]) -> Any:
     references, hypotheses = [item[1] for item in items], [item[2] for item in items]
-    return metric.corpus_score(hypotheses, [references], n_bootstrap=resamples)
+    return metric.corpus_score(hypotheses, [references])
 
 
 def corpus_bleu(items: Sequence[TranslatedItem]) -> float:
@@ -113,18 +112,17 @@ def corpus_chrf(items: Sequence[TranslatedItem]) -> float:
 
 def bleu_interval(items: Sequence[TranslatedItem]) -> float:
     """Aggregation: half width of BLEU's 95 % bootstrap interval; NaN for one sentence, which has none."""
-    return _half_width(_bleu(_tokenizer_of(items), True), items)
+    return _half_width(_bleu(_tokenizer_of(items)), items)
 
 
 def chrf_interval(items: Sequence[TranslatedItem]) -> float:
     """Aggregation: half width of chrF++'s 95 % bootstrap interval."""
-    return _half_width(_chrf(True), items)
+    return _half_width(_chrf(), items)
 
 
 def _half_width(metric: Any, items: Sequence[TranslatedItem]) -> float:
-    if len(items) == 1:
-        return math.nan
-    return float(_score(metric, items, RESAMPLES)._ci)
+    references, hypotheses = [item[1] for item in items], [item[2] for item in items]
+    return corpus_half_width(metric, hypotheses, references, RESAMPLES)
 
 
 def bleu_signature(items: Sequence[TranslatedItem]) -> str:

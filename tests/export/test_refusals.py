@@ -14,9 +14,10 @@ from lm_eval_steering.errors import ArchitectureError, InterventionError, Neuron
 from lm_eval_steering.export import verify as reproduce
 from lm_eval_steering.export.job import Job, export_checkpoint, export_lora, written_whole
 from lm_eval_steering.export.layouts import as_llama
-from lm_eval_steering.export.verify import VerificationError
+from lm_eval_steering.export.verify import Loader, VerificationError
+from lm_eval_steering.lmeval.compat import attention_implementation
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from tests.conftest import make_set
+from tests.conftest import Command, make_set
 from tests.export.conftest import ASSIGNMENTS, job_of, neurons_of, save_model
 
 Saved = Callable[[str], Path]
@@ -104,6 +105,29 @@ def test_a_quantised_checkpoint(tmp_path: Path) -> None:
     )
     with pytest.raises(ArchitectureError, match="quantised"):
         export_checkpoint(job_of(tmp_path / "model", "llama", tmp_path / "out", **SCALE))
+
+
+@pytest.mark.parametrize(
+    ("argument", "way_out"),
+    [
+        ("peft=a", "merge_and_unload"), ("gguf_file=m.gguf", "save_pretrained"), ("subfolder=a", "as --model"),
+        ("load_in_4bit=True", "quantise the export"),
+    ],
+)  # fmt: skip
+def test_model_arguments_that_make_other_weights(
+    saved: Saved, tmp_path: Path, command: Command, argument: str, way_out: str
+) -> None:
+    steps = ["--neurons", "demo", "--language", "fra_Latn", "--op", "scale", "--factor", "2", "--as", "checkpoint"]
+    given = ["export", "--model", saved("llama"), "--out", tmp_path / "out", "--model-args", argument]
+    code, _, error = command(*given, *steps)
+    assert code == 2 and argument.split("=")[0] in error and way_out in error and not (tmp_path / "out").exists()
+
+
+def test_model_arguments_that_leave_the_weights_reach_the_loading(saved: Saved, tmp_path: Path) -> None:
+    loader = Loader(str(saved("llama")), device="cpu", arguments={"attn_implementation": "eager"})
+    assert attention_implementation(loader.model().model.config) == "eager"
+    with pytest.raises(SteeringError, match="unknown model argument 'attn'"):
+        Loader(str(saved("llama")), arguments={"attn": "eager"}).model()
 
 
 def test_what_is_there_stays_there(saved: Saved, tmp_path: Path) -> None:

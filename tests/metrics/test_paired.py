@@ -250,6 +250,23 @@ def test_the_same_corpus_twice_has_p_1(name: str, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf++"])
+@settings(max_examples=25, deadline=None)
+@given(texts=SEGMENTS, other=SEGMENTS)
+def test_a_corpus_p_is_a_probability_whichever_way_it_is_asked(name: str, texts: list[str], other: list[str]) -> None:
+    number = min(len(texts), len(other))
+    references = [f"the cat is here today {place}" for place in range(number)]
+    difference, p_value, test = corpora(name, texts[:number], other[:number], references)
+    back = corpora(name, other[:number], texts[:number], references)
+    assert back[0] == -difference and back[1:] == (pytest.approx(p_value, nan_ok=True), test)
+    if difference == 0:
+        assert (p_value, test) == (1, CORPUS_TEST)
+    elif number == 1:
+        assert math.isnan(p_value) and test == ONE_ITEM
+    else:
+        assert 0 < p_value <= 1 and test == CORPUS_TEST
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf++"])
 def test_two_systems_that_both_score_0_have_p_1(name: str) -> None:
     for texts in (["zzz", "www"], ["", ""]):
         assert corpora(name, ["xxx", "yyy"], texts, ["aaa bbb", "ccc ddd"]) == (0, 1, CORPUS_TEST)
