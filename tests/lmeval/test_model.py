@@ -14,12 +14,14 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.lmeval import cache
 from lm_eval_steering.lmeval.arguments import refuse_other_name, split
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
 from lm_eval_steering.metrics.registered import lfs
 from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.provenance import versions
 from tests.conftest import make_set, tiny_model, tiny_tokenizer
 
 PAIRS = [("w1 w2 w3", " w4 w5"), ("w1 w2", " w7"), ("", "w9 w8 w7"), ("w5 w5 w5 w5", " w1")]
@@ -133,6 +135,27 @@ def test_the_cache_keeps_plain_hf_apart(neurons: NeuronSet, tmp_path: Path) -> N
     lm = loaded()
     lm.intervene(neurons, **STRONG)
     assert CachingLM(lm, path).loglikelihood(scoring()) != expected
+
+
+def test_answers_of_other_versions_come_with_one_warning_that_names_them(
+    neurons: NeuronSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def answers() -> list[Any]:
+        lm = loaded()
+        lm.intervene(neurons, **STRONG)
+        cached = CachingLM(lm, str(tmp_path / "cache.db"))
+        found = cached.loglikelihood(scoring())
+        cached.dbdict.close()
+        return found
+
+    cache._warn_once.cache_clear()
+    first, same = answers(), answers()
+    assert same == first and "other versions" not in caplog.text  # the same versions: not a word
+    monkeypatch.setattr(cache, "versions", lambda: versions() | {"transformers": "99.0"})
+    assert answers() == first
+    (warning,) = [record.message for record in caplog.records if "other versions" in record.message]
+    assert f"transformers {versions()['transformers']} and 99.0" in warning and "delete the file" in warning
+    assert "torch" not in warning
 
 
 def test_an_interrupted_run_leaves_whole_answers_in_the_cache(neurons: NeuronSet, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lm_eval_steering.lmeval.expected_language import expected_language
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.rescore import Columns, RescoreOptions, rescore, rescore_table
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
+from lm_eval_steering.metrics.output_language import output_metrics
 from lm_eval_steering.metrics.registered import METRICS
 from lm_eval_steering.resources import demo_model
 from tests.commands import run_together
@@ -122,7 +123,7 @@ def test_predict_only_and_rescore_equal_a_direct_run(direct: Path, predicted: Pa
     scores = results_of(direct)
     own = {key: value for key, value in scores["rescore_own"].items() if key.split(",")[0] in METRICS}
     # No line passes in a script other than Latin (the Japanese answer goes on in French), so there is no word rate.
-    assert {key.split(",")[0] for key in own} == set(METRICS) - {"wpr"}
+    assert {key.split(",")[0] for key in own} == set(METRICS) - {"wpr", "unfinished"}  # and the model does not think
     for task in (FORCING, "rescore_own"):
         assert shared(scores[task], done.scores[task]) == shared(done.scores[task], scores[task]) != {}
     assert {"lfs,none", "lfs_stderr,none", "output_language,none"} <= set(shared(scores[FORCING], done.scores[FORCING]))
@@ -205,6 +206,30 @@ def test_a_plain_table_is_scored_like_samples(ending: str, tmp_path: Path) -> No
     assert labels == ["deu_Latn", "fra_Latn", "unknown"]
     german = rescore_table(path, RescoreOptions(targets=("deu_Latn",)))
     assert german.scores["texts"]["lfs,none"] == pytest.approx(1 / 3) and german.path != written
+
+
+RUSSIAN = "Поезд сегодня не идёт, мы едем на автобусе в город."
+
+
+def test_word_rates_and_thoughts_are_those_of_the_run(tmp_path: Path) -> None:
+    """An answer with an English word in it, one without, and one whose thought did not end; of samples and of a table."""
+    texts = [RUSSIAN, RUSSIAN.replace("город", "office"), RUSSIAN]
+    unfinished = [0.0, 0.0, 1.0]
+    rows = [
+        {"doc_id": place, "doc": {}, "filter": "none", "filtered_resps": [text], "unfinished": thought}
+        for place, (text, thought) in enumerate(zip(texts, unfinished, strict=True))
+    ]
+    (tmp_path / "samples_t_2026-01-01T00-00-00.5.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    asked = RescoreOptions(targets=("rus_Cyrl",))
+    (samples,), table = rescore(tmp_path, asked), rescore_table(tmp_path / "texts.jsonl", asked)
+    direct = [output_metrics(text, targets=("rus_Cyrl",)) for text in texts]
+    assert [values["wpr"] for values in direct] == [1, 0, 1]
+    assert samples.scores["t"]["wpr,none"] == 0.5 and samples.counts["t"]["wpr,none"] == 2
+    assert table.scores["texts"]["wpr,none"] == pytest.approx(2 / 3) and table.counts["texts"]["wpr,none"] == 3
+    assert samples.scores["t"]["unfinished,none"] == pytest.approx(1 / 3)
+    assert samples.scores["t"]["lfs,none"] == pytest.approx(2 / 3) and table.scores["texts"]["lfs,none"] == 1
+    assert "unfinished,none" not in table.scores["texts"]
 
 
 def test_a_faulty_table_is_named_with_its_line(tmp_path: Path) -> None:

@@ -108,6 +108,40 @@ def test_different_prompts_or_models_are_refused_or_stated_with_every_table(
     assert printed and all(named in file.read_text() for file in printed)
 
 
+def changed(file: Path, key: str, value: Any, task: str = TASK) -> Path:
+    """A results file with something else in the run's config, or in the task's."""
+    results = json.loads(file.read_text())
+    (results["config"]["steering"] if key in ("few_shot", "notes") else results["configs"][task])[key] = value
+    file.write_text(json.dumps(results))
+    return file
+
+
+def test_other_generation_arguments_are_another_question(tmp_path: Path) -> None:
+    """lm-eval writes `--gen_kwargs` over those of the task, and the result into the task's config."""
+    greedy, sampled = {"do_sample": False, "until": ["\n"]}, {"do_sample": True, "temperature": 0.7, "until": ["\n"]}
+    one = changed(lm_eval_run(tmp_path / "a", 0.5), "generation_kwargs", greedy)
+    two = changed(lm_eval_run(tmp_path / "b", 0.75), "generation_kwargs", sampled)
+    same = changed(lm_eval_run(tmp_path / "c", 0.75), "generation_kwargs", greedy)
+    assert difference(one, same) == pytest.approx(0.25)
+    with pytest.raises(ReportError, match=r"differ in generation arguments.*'temperature': 0\.7"):
+        difference(one, two)
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_examples_that_were_drawn_per_rank_are_no_pair(tmp_path: Path, shots: int) -> None:
+    """A task without examples has nothing to draw."""
+    runs = [
+        changed(lm_eval_run(tmp_path / name, share, factor=factor, shots=shots), "few_shot", "per rank, of 2 processes")
+        for name, share, factor in (("a", 0.5, 2), ("b", 0.75, 4))
+    ]
+    if not shots:
+        assert difference(*runs) == pytest.approx(0.25)
+        return
+    with pytest.raises(ReportError, match="drawn per rank"):
+        difference(*runs)
+    assert difference(*runs, allow_different_prompts=True) == pytest.approx(0.25)
+
+
 def test_the_same_is_true_of_a_baseline(tmp_path: Path) -> None:
     steered = lm_eval_run(tmp_path / "steered", 0.75, factor=2)
     sweep = read_results(steered)

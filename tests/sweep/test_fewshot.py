@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from lm_eval_steering.lmeval.fewshot import SEED, draw_per_document
+from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.sweep.cells import Grid
+from lm_eval_steering.sweep.sweep_model import SweepModel
+from tests.conftest import tiny_model, tiny_tokenizer
 from tests.sweep.conftest import PLAIN, Spell
 
 DOCUMENTS = 12
@@ -89,3 +92,21 @@ def test_few_shot_documents_are_part_of_the_key(shots: Any, tmp_path: Path) -> N
     assert not keys() & before
     if split == "train":
         assert keys(num_fewshot=None) == without  # nothing is drawn from it
+
+
+class Two(SteeredHFLM):
+    """As under a launcher with two processes and two GPUs."""
+
+    world_size = 2  # type: ignore[assignment]
+    rank = 0  # type: ignore[assignment]
+
+
+def test_bare_lm_eval_says_how_several_processes_drew_and_a_sweep_need_not() -> None:
+    class TwoOfASweep(SweepModel):
+        world_size = 2  # type: ignore[assignment]
+        rank = 0  # type: ignore[assignment]
+
+    alone, both, sweep = (kind(tiny_model("llama"), tokenizer=tiny_tokenizer())
+                          for kind in (SteeredHFLM, Two, TwoOfASweep))  # fmt: skip
+    assert both.steering_report()["few_shot"] == "per rank, of 2 processes"
+    assert "few_shot" not in alone.steering_report() and "few_shot" not in sweep.steering_report()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -20,6 +21,7 @@ from lm_eval_steering.sweep.cells import Grid
 from lm_eval_steering.sweep.estimate import CellLog
 from lm_eval_steering.sweep.halves import half_of
 from lm_eval_steering.sweep.merge import merge
+from lm_eval_steering.sweep.plan_tasks import settings_digest
 from lm_eval_steering.sweep.store import cell_versions
 from tests.sweep.conftest import ITEMS, PLAIN, Spell, run
 
@@ -180,3 +182,33 @@ def test_the_demo_plan_ships(command) -> None:  # type: ignore[no-untyped-def]
     code, message, _ = command("where", "demo-plan")
     assert code == 0
     assert yaml.safe_load(Path(message.strip()).read_text())["model"]["pretrained"] == "demo"
+
+
+def test_a_tasks_functions_keep_their_hash_where_a_module_is_moved_and_not_where_it_is_another(
+    spell: Spell, task_files: Path
+) -> None:
+    """A folder of results outlives a move of our modules; a function beside a task's file is known by what it says."""
+    task = spell(PLAIN).book.task("small_choice", None)
+    before = settings_digest(task)
+
+    def score(document: Any, results: Any) -> dict[str, float]:
+        return {}
+
+    def digest(module: str, name: str = "score") -> str:
+        score.__module__, score.__qualname__ = module, name
+        task.set_config(key="process_results", value=score)
+        return settings_digest(task)
+
+    moved = digest("lm_eval_steering.tasks.demo")
+    assert moved == digest("lm_eval_steering.lmeval.task_families.demo") != before
+    family = "lm_eval_steering.lmeval.task_families"
+    others = [(f"{family}.lss",), ("another_package.demo",), (f"{family}.demo", "other")]
+    assert len({moved, *(digest(*other) for other in others)}) == 4
+    places = [task_files / "a", task_files / "b"]
+    for place in places:
+        place.mkdir(exist_ok=True)
+        (place / "functions.py").write_text("def score(document, results): return {}")
+    copied = [digest(str(place / "functions")) for place in places]
+    assert copied[0] == copied[1]
+    (places[1] / "functions.py").write_text("def score(document, results): return {'x': 1}")
+    assert digest(str(places[1] / "functions")) != copied[0]
