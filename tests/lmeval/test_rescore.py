@@ -212,7 +212,7 @@ RUSSIAN = "Поезд сегодня не идёт, мы едем на авто�
 
 
 def test_word_rates_and_thoughts_are_those_of_the_run(tmp_path: Path) -> None:
-    """An answer with an English word in it, one without, and one whose thought did not end; of samples and of a table."""
+    """An answer without an English word, one with one, and one whose thought did not end; samples and a table."""
     texts = [RUSSIAN, RUSSIAN.replace("город", "office"), RUSSIAN]
     unfinished = [0.0, 0.0, 1.0]
     rows = [
