@@ -40,6 +40,16 @@ class ModelPart(BaseModel):
     dtype: str | None = Field(None, description="Of the weights; the checkpoint's by default.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     batch_size: int | str = Field(8, description="Rows per forward pass, or auto; halved where memory runs out.")
+    enable_thinking: bool | None = Field(None, description="Whether the chat template lets the model think first.")
+    think_end_token: str | int | None = Field(
+        None, description="What ends a thought, such as `</think>`; needed with `enable_thinking`."
+    )
+
+    @model_validator(mode="after")
+    def _thoughts_end(self) -> ModelPart:
+        if self.enable_thinking and self.think_end_token is None:
+            raise ValueError("enable_thinking without think_end_token: say what ends a thought, such as </think>")
+        return self
 
     @field_validator("pretrained")
     @classmethod
@@ -292,7 +302,8 @@ def _why_no_engine(plan: SweepPlan) -> str | None:
     engine, model = plan.engine, plan.model
     if not engine.is_external:
         return "engine.arguments: steered-hf takes its arguments from model" if engine.arguments else None
-    if other := sorted(set(model.model_extra or {}) - _RESCORING):
+    thinking = {name for name in ("enable_thinking", "think_end_token") if getattr(model, name) is not None}
+    if other := sorted({*(model.model_extra or {}), *thinking} - _RESCORING):
         return f"model.{other[0]}: {engine.name} does not get it; write what it takes into engine.arguments"
     for key, value in engine.arguments.items():
         if key in ("pretrained", "revision", "peft", "lora_local_path", "tokenizer"):

@@ -11,7 +11,8 @@ import yaml
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.sweep.plan import SweepPlan, build_plan, read_plan
 from lm_eval_steering.sweep.status import describe
-from tests.sweep.conftest import PLAIN, PLAN, Spell
+from lm_eval_steering.sweep.store import Store
+from tests.sweep.conftest import PLAIN, PLAN, Spell, run
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"languags": ["fra_Latn"]}, "unknown key 'languags'; did you mean 'languages'"),
@@ -34,6 +35,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"evaluated": {"small_choice": "klingon"}}, "klingon"),
     ({"controls": {"random": -1}}, r"controls.random: .*got -1"),
     ({"neurons": None}, "neurons is missing"),
+    ({"model": PLAIN["model"] | {"enable_thinking": True}}, "model: enable_thinking without think_end_token"),
+    (
+        {"engine": "vllm", "model": {"pretrained": "demo", "think_end_token": "</think>"}},
+        "model.think_end_token: vllm does not get it; write what it takes into engine.arguments",
+    ),
 ]
 
 
@@ -90,6 +96,16 @@ def test_overrides(tmp_path: Path) -> None:
     for wrong, message in (("controls", "expected key=value"), ("neurons.x=1", "neurons is 'demo', which has no keys")):
         with pytest.raises(SteeringError, match=message):
             read_plan(path, [wrong])
+
+
+def test_a_plan_lets_a_model_think_and_says_what_ends_a_thought(spell: Spell, tmp_path: Path) -> None:
+    """The demo model ends no thought, so every answer is one that did not end."""
+    thinking = PLAIN["model"] | {"enable_thinking": True, "think_end_token": "</think>"}
+    grid = spell(PLAIN, model=thinking, tasks=["small_forcing"])
+    assert run(grid, tmp_path / "run").exit_code == 0
+    frame = Store(tmp_path / "run").frame().set_index(["metric", "languages"])["value"]
+    assert frame["unfinished", "deu_Latn"] == frame["lang_unknown", "deu_Latn"] == 1 and frame["lfs", "deu_Latn"] == 0
+    assert not {cell.key for cell in grid.cells} & {cell.key for cell in spell(PLAIN, tasks=["small_forcing"]).cells}
 
 
 def test_every_field_is_documented() -> None:
