@@ -285,9 +285,13 @@ def quantization_config(arguments: Mapping[str, Any], dtype: str) -> Any:
             if bits.get("load_in_4bit"):
                 bits.setdefault("bnb_4bit_compute_dtype", dtype)
             return BitsAndBytesConfig(**bits)
-        return AutoQuantizationConfig.from_dict(dict(given)) if isinstance(given, Mapping) else given
+        if isinstance(given, Mapping):
+            return AutoQuantizationConfig.from_dict(dict(given))
     except (ImportError, ValueError, TypeError, KeyError) as error:
         raise SteeringError(f"quantization: {str(error).strip().splitlines()[0]}") from error
+    if isinstance(given, str):
+        raise SteeringError(f"quantization_config={given!r}: expected a mapping as in a checkpoint's config.json")
+    return given
 
 
 def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:

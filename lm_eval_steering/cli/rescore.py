@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lm_eval_steering.errors import SteeringError
+
 if TYPE_CHECKING:
     from lm_eval_steering.lmeval.rescore import Rescored
 
@@ -51,6 +53,8 @@ def rescore(
         about,
         LanguageIdentifier.named(lid, lid_threshold, lid_letters) if lid else None,
     )
+    if not path.exists():
+        raise SteeringError(f"{path}: no such file or folder")
     if path.is_file():
         rescored = [rescore_table(path, asked, Columns(text_column, target_column, expected_column))]
     else:

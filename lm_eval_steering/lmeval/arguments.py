@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lm_eval_steering import languages
 from lm_eval_steering.architectures import model_type_of, parse_sites, shape_of
 from lm_eval_steering.architectures.loading import is_quantization, quantization_config
@@ -164,12 +166,14 @@ def take_quantization(rest: dict[str, Any], config: Any) -> Any:
         config: of the model, whose dtype 4-bit weights are computed in where no other is named.
 
     Raises:
-        SteeringError: if two are given, or the library is missing or refuses them.
+        SteeringError: if two are given, the library is missing or refuses them, or there is no such dtype.
     """
     given = {name: rest.pop(name) for name in list(rest) if is_quantization(name)}
     dtype = str(rest.get("dtype") or "auto").removeprefix("torch.")
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise SteeringError(f"dtype={rest['dtype']!r}: expected auto, bfloat16, float16, float32 or float64")
     return quantization_config(given, dtype)
 
 
@@ -215,5 +219,5 @@ def read_config(pretrained: Any, arguments: dict[str, Any]) -> Any:
     read: Callable[..., Any] = AutoConfig.from_pretrained
     try:
         return read(pretrained, **chosen)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise SteeringError(f"pretrained={pretrained!r}: {str(error).splitlines()[0]}") from error

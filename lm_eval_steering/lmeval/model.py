@@ -96,10 +96,18 @@ class SteeredHFLM(HFLM):
         self._attach(neuron_set, plan, ours.targets(), ours.force)
 
     def _create_model(self, pretrained: str, *args: Any, **arguments: Any) -> None:
-        """As lm-eval's, with the quantisation that was asked for before that of the checkpoint."""
+        """As lm-eval's, with the quantisation that was asked for before that of the checkpoint.
+
+        Raises:
+            SteeringError: if it cannot be loaded so, in the words of the library that says so.
+        """
         if self._quantization is not None:
             arguments["quantization_config"] = self._quantization
-        super()._create_model(pretrained, *args, **arguments)
+        try:
+            super()._create_model(pretrained, *args, **arguments)
+        except (OSError, ValueError, ImportError) as error:
+            adapter = f", peft={arguments['peft']!r}" if arguments.get("peft") else ""
+            raise SteeringError(f"pretrained={pretrained!r}{adapter}: {str(error).strip().splitlines()[0]}") from error
 
     # --- changing the intervention on a loaded model ------------------------------------------------------------
 

@@ -239,6 +239,11 @@ def test_a_faulty_table_is_named_with_its_line(tmp_path: Path) -> None:
         rescore_table(path, RescoreOptions())
     with pytest.raises(SteeringError, match=r"texts\.csv, line 3, column 'target': unknown language 'frensh'"):
         rescore_table(path, RescoreOptions(), Columns(text="answer"))
+    (tmp_path / "empty.csv").write_text("text,target\n")
+    with pytest.raises(SteeringError, match=r"empty\.csv: no rows"):
+        rescore_table(tmp_path / "empty.csv", RescoreOptions())
+    with pytest.raises(SteeringError, match=r"none\.csv: no such file or folder"):
+        verb(tmp_path / "none.csv")
     (tmp_path / "texts.txt").write_text("Oui")
     with pytest.raises(SteeringError, match=r"expected a \.jsonl, \.parquet, \.csv or \.tsv file"):
         rescore_table(tmp_path / "texts.txt", RescoreOptions())

@@ -195,6 +195,36 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(adapted: Path, monkeypatch
         torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"gguf_file": "none.gguf"}, "none.gguf|pip install gguf|gguf"),
+        ({"peft": "{folder}/nowhere"}, "Can't find 'adapter_config.json'"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "only one can be used"),
+        ({"quantization_config": {"quant_method": "nonsense"}}, "Unknown quantization type, got nonsense"),
+        ({"quantization_config": "int8"}, "quantization_config='int8': expected a mapping"),
+        ({"quantization_config": {"quant_method": "awq"}, "load_in_8bit": True}, "conflicts with load_in_8bit"),
+        ({"attn_implementation": "flash_attention_9"}, "flash_attention_9"),
+        ({"dtype": "float3"}, "float3.*expected auto, bfloat16"),
+    ],
+)
+def test_what_cannot_be_loaded_so_is_one_line_in_every_loading(
+    adapted: Path, arguments: dict[str, Any], reason: str
+) -> None:
+    from lm_eval_steering.lmeval.model import SteeredHFLM
+
+    base = str(adapted / "base")
+    filled = {
+        key: value.format(folder=adapted) if isinstance(value, str) else value for key, value in arguments.items()
+    }
+    with pytest.raises(SteeringError, match=reason) as ours:
+        SteeredHFLM(base, device="cpu", **filled)
+    dtype = {"dtype": filled.pop("dtype")} if "dtype" in filled else {}
+    with pytest.raises(SteeringError, match=reason) as theirs:
+        _ = LazyModel(base, device="cpu", arguments=filled, **dtype).model
+    assert "\n" not in f"{ours.value}{theirs.value}"
+
+
 def test_arguments_are_read_and_refused_by_name(adapted: Path) -> None:
     assert read_model_arguments("gguf_file=m.gguf,load_in_8bit=True,prefix_token_id=2,peft=a=b") == {
         "gguf_file": "m.gguf", "load_in_8bit": True, "prefix_token_id": 2, "peft": "a=b",
