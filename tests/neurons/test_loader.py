@@ -63,7 +63,7 @@ def test_a_set_found_on_an_adapter_fits_that_model_alone(adapted: Path, capsys: 
 # --- The same loading in every command: adapters, GGUF files, weights quantised while they are loaded
 
 INT8 = {"_type": "Int8WeightOnlyConfig", "_data": {}, "_version": 2}
-BIG = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+BIG = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}  # bitsandbytes packs 64 values of a row
 # Kind -> the library that it needs, and its model arguments.
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "peft": ("peft", {"peft": "{folder}/adapter"}),
