@@ -81,8 +81,8 @@ def run(context: typer.Context) -> None:
     sys.argv = ["lm_eval", *context.args]
     try:
         cli_evaluate()
-    except Exception as error:
-        keep_answers(error)
+    except (SteeringError, DidNotHappenError) as error:
+        keep_answers(error)  # any other error comes to Python's hook, which does the same
         raise
 
 
