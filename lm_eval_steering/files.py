@@ -31,6 +31,11 @@ ErrorClass = Callable[[str], Exception]
 # --- Bytes, text and JSON -------------------------------------------------------------------------------------------
 
 
+def expand_home(path: Any) -> Any:
+    """A path with `~` replaced by the home folder; what is no text, or does not begin with `~`, as it is."""
+    return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~") else path
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write and rename: a reader, or a crash, sees the old file or the new one. The folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

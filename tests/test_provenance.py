@@ -6,9 +6,10 @@ import sys
 
 import torch
 
+from lm_eval_steering.architectures.loading import tokenizer_sha256
 from lm_eval_steering.architectures.weights import same_weights, weights_digest, weights_sketch
 from lm_eval_steering.provenance import fingerprint
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, tiny_tokenizer
 
 
 def test_the_digest_knows_the_weights_and_nothing_else(family: str) -> None:
@@ -58,6 +59,19 @@ def test_a_set_of_names_has_one_fingerprint_in_every_process() -> None:
         for seed in ("3", "4")
     }
     assert len(found) == 1
+
+
+def test_a_tokenizers_hash_is_over_its_rules_and_not_over_how_it_last_padded_or_cut() -> None:
+    tokenizer = tiny_tokenizer()
+    before = tokenizer_sha256(tokenizer)
+    tokenizer(["w1", "w1 w2 w3"], padding=True, truncation=True, max_length=2)
+    assert tokenizer.backend_tokenizer.padding is not None  # what `to_str` holds from now on
+    assert tokenizer_sha256(tokenizer) == before
+    tokenizer.add_tokens(["w999"])
+    assert tokenizer_sha256(tokenizer) != before
+    other = tiny_tokenizer()
+    other.bos_token = "<pad>"
+    assert tokenizer_sha256(other) != before
 
 
 def test_fingerprints_do_not_depend_on_the_order_of_parts() -> None:

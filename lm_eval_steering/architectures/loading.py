@@ -25,6 +25,7 @@ from lm_eval_steering.architectures import (
 )
 from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import ArchitectureError, SteeringError, did_you_mean
+from lm_eval_steering.files import expand_home
 
 # Further arguments of loading, with their names in `steered-hf` and lm-eval's `hf`.
 _ARGUMENTS = (
@@ -161,7 +162,7 @@ class LazyModel:
     def _with_adapter(self, loaded: Any) -> Any:
         from peft import PeftModel
 
-        adapter = str(Path(str(self.arguments["peft"])).expanduser())
+        adapter = str(self.arguments["peft"])
         if loaded.config.vocab_size != len(self.tokenizer) and len(self.tokenizer) > loaded.config.vocab_size:
             loaded.resize_token_embeddings(len(self.tokenizer))  # as lm-eval does for an adapter with more tokens
         try:
@@ -298,7 +299,7 @@ def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name in arguments:
         if name not in _ARGUMENTS and not is_quantization(name):
             raise SteeringError(f"unknown model argument {name!r}{did_you_mean(name, _ARGUMENTS)}")
-    return dict(arguments)
+    return {name: expand_home(value) for name, value in arguments.items()}
 
 
 def commit_of(pretrained: str, revision: str = "main", cache_dir: str | None = None) -> str:

@@ -15,14 +15,15 @@ from lm_eval_steering.metrics.output_language import warn_once
 
 _OPENED = re.compile(
     r"(<\|?(?:begin_of_|start_of_)?(?:seed:)?(?:think|thinking|thought|reasoning)\|?>|\[THINK\]"
-    r"|<\|channel\|>analysis<\|message\|>)\s*\Z",
+    r"|<\|channel\|>analysis<\|message\|>)\Z",
     re.IGNORECASE,
 )
+_LONGEST_MARK = 40  # characters
 
 
 def opened_thought(context: str) -> str:
     """The mark at the end of a prompt that opens a thought; empty where it opens none."""
-    found = _OPENED.search(context)
+    found = _OPENED.search(context.rstrip()[-_LONGEST_MARK:])
     return found[1] if found else ""
 
 

@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_steering.architectures import ModelSites
 from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import DidNotHappenError, InterventionError, SteeringError
+from lm_eval_steering.files import expand_home
 from lm_eval_steering.lmeval.arguments import (
     SteeringArguments,
     plan_before_loading,
@@ -72,6 +73,7 @@ class SteeredHFLM(HFLM):
         Raises:
             SteeringError: before the model is loaded, for anything that would make the score wrong.
         """
+        pretrained, arguments = expand_home(pretrained), {key: expand_home(value) for key, value in arguments.items()}
         config = read_config(pretrained, arguments)
         ours, rest = split(arguments, HFLM, config)
         neuron_set, plan = plan_before_loading(ours, config)

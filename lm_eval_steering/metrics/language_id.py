@@ -106,9 +106,10 @@ class LanguageIdentifier:
         known = _ALIASES.get(name.lower(), name.lower())
         if known in NAMES:
             return cls(known, threshold, letters)
-        if not Path(name).is_file():
+        path = Path(name).expanduser()
+        if not path.is_file():
             raise SteeringError(f"language identification: no model file and no name {name}{did_you_mean(name, NAMES)}")
-        return cls(Path(name), threshold, letters)
+        return cls(path, threshold, letters)
 
     @property
     def file(self) -> Path:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lm_eval_steering import languages as codes
 from lm_eval_steering.errors import SteeringError, did_you_mean
-from lm_eval_steering.files import read_yaml
+from lm_eval_steering.files import expand_home, read_yaml
 from lm_eval_steering.lmeval.aggregation import BOOTSTRAPS
 
 Number = float | int
@@ -283,11 +283,6 @@ class SweepPlan(_Part):
         if self.then is not None and self.choose is None:
             raise ValueError("then without choose: say how the interventions for it are chosen")
         return self
-
-
-def expand_home(path: Any) -> Any:
-    """A path with `~` replaced by the home folder; what is no text, or does not begin with `~`, as it is."""
-    return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~") else path
 
 
 def _refuse_false(languages: Any) -> Any:

@@ -16,6 +16,7 @@ from lm_eval_steering.architectures.weights import same_weights, weights_digest,
 from lm_eval_steering.cli import app
 from lm_eval_steering.cli.options import read_model_arguments
 from lm_eval_steering.errors import NeuronSetError, SteeringError
+from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.sweep.cells import declared_model, model_arguments
 from lm_eval_steering.sweep.plan import build_plan
@@ -244,6 +245,16 @@ def test_arguments_are_read_and_refused_by_name(adapted: Path) -> None:
 
 
 def test_a_home_folder_is_expanded(adapted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval_steering.lmeval.model import SteeredHFLM
+
     monkeypatch.setenv("HOME", str(adapted))
-    assert LazyModel("~/base").name == "base"
+    lazy = LazyModel("~/base", device="cpu", arguments={"peft": "~/adapter", "tokenizer": "~/base"})
+    assert lazy.name == "base"
+    make_set({"fra_Latn": [(0, 1), (2, 3)]}).save(adapted / "set.safetensors")
+    (adapted / "steps.yaml").write_text("- {op: scale, factor: 2, language: fra_Latn}\n")
+    arguments = {"peft": "~/adapter", "tokenizer": "~/base", "neurons": "~/set.safetensors", "device": "cpu"}
+    lm = SteeredHFLM("~/base", intervention="~/steps.yaml", force=True, **arguments)
+    assert weights_digest(lm.model) == weights_digest(lazy.model) and lm.intervention.steps[0].factor == 2
+    (adapted / "lid.bin").write_bytes(LanguageIdentifier().file.read_bytes())
+    assert LanguageIdentifier.named("~/lid.bin").file == adapted / "lid.bin"
     app(["select", "--help"], standalone_mode=False)
