@@ -27,6 +27,7 @@ from lm_eval_steering.lmeval.arguments import (
 )
 from lm_eval_steering.lmeval.cache import CompletingCacheHook, salt
 from lm_eval_steering.lmeval.chat_template import TemplateNotes
+from lm_eval_steering.lmeval.compat import describe_machine_once
 from lm_eval_steering.lmeval.generation import (
     GenerationContext,
     Generator,
@@ -509,4 +510,5 @@ class SteeredHFLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's record of the model, with ours under `steering`."""
+        describe_machine_once()  # which lm-eval is about to do, with git's complaint outside a repository
         return super().get_model_info() | {"steering": self.steering_report()}

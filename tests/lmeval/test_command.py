@@ -93,7 +93,8 @@ def evaluation(out: Path, model: str, model_args: str, *tasks: str, **options: s
 def test_bare_lm_eval_steers_and_proves_it_and_a_second_run_comes_from_the_cache(run: Run, tmp_path: Path) -> None:
     tasks = (TASK, "steering_demo_lss_eng_Latn", "steering_demo_perplexity_fra_Latn", "steering_demo_forcing")
     for name in ("one", "two"):
-        run(*evaluation(tmp_path / name, "steered-hf", STEERED, *tasks, use_cache=tmp_path / "cache"))
+        done = run(*evaluation(tmp_path / name, "steered-hf", STEERED, *tasks, use_cache=tmp_path / "cache"))
+        assert "fatal: not a git repository" not in done.stderr
     first, again = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     report = first["config"]["steering"]
     assert report["signature"].startswith("op:add|value:mean|factor:4|lang:fra_Latn|site:product|layers:all|neurons:")
