@@ -266,7 +266,8 @@ def _check_documents(first: Items, second: Items, task: str) -> None:
     if differ := int((first.documents[ours] != second.documents[theirs]).sum()):
         raise ReportError(
             f"{task}: {differ} of {len(ours)} documents differ between a cell and its baseline; they cannot be paired: "
-            "evaluate both on the same data"
+            "evaluate both on the same data (language forcing and LSS have other documents for each steered language; "
+            "an unsteered run gets them by --metadata target_language=CODE)"
         )
 
 
