@@ -90,7 +90,7 @@ class Output:
     """One output, and everything that its metrics depend on.
 
     Attributes:
-        text: what the model answered; empty where its thought did not end.
+        text: what the model wrote; where its thought did not end, that thought.
         identified: its language.
         identifier: what identified it, and is asked about its lines.
         targets: codes of the languages steered to; empty where none is known.
@@ -136,7 +136,7 @@ class Output:
         if identifier not in (None, identified.identifier):
             identified = IdentifiedText.of(text, identifier, identified.targets, identified.unfinished)
         return cls(
-            "" if identified.unfinished else str(text),
+            str(text),
             Identified(identified.language, identified.confidence),
             identified.identifier,
             identified.targets if targets is None else tuple(targets),
@@ -160,15 +160,20 @@ class Output:
             return ()
         return tuple(codes)
 
+    @property
+    def answer(self) -> str:
+        """What the model answered: nothing where its thought did not end."""
+        return "" if self.unfinished else self.text
+
     @cached_property
     def degenerate(self) -> bool:
-        """Whether it says nothing or repeats itself."""
+        """Whether what was written says nothing or repeats itself, an unfinished thought too."""
         return degenerate.degenerate(self.text)
 
     @cached_property
     def passes(self) -> pass_rates.Passes:
         """Line- and word-level judgement, about the wanted languages."""
-        return pass_rates.passes(self.text, self.wanted, self.identifier)
+        return pass_rates.passes(self.answer, self.wanted, self.identifier)
 
 
 def _is_in(output: Output, codes: Sequence[str]) -> float | None:
@@ -275,7 +280,7 @@ def script_share_of(output: Output) -> float | None:
 
     Source: our own, over Unicode's property Script. Of several wanted languages the best one counts.
     """
-    shares = [script_share(output.text, code.split("_")[1]) for code in output.wanted]
+    shares = [script_share(output.answer, code.split("_")[1]) for code in output.wanted]
     return max(shares) if shares else None
 
 

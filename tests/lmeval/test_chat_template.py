@@ -58,7 +58,8 @@ def test_an_unfinished_thought_counts_for_no_metric_of_the_answer() -> None:
     assert thought["lfs"] == thought["lfs_clean"] == thought["lang_expected"] == thought["script_share"] == 0
     assert thought["lang_unknown"] == thought["lpr_skipped"] == 1 and "lpr" not in thought
     assert "unfinished" not in output_metrics(lm.identify(FRENCH), expected="fra_Latn")  # a model that does not think
-    assert Output.of(IdentifiedText(FRENCH, unfinished=True)).text == ""
+    assert thought["degenerate"] == answer["degenerate"] == 0  # about what was written, whatever it is
+    assert Output.of(IdentifiedText(FRENCH, unfinished=True)).answer == ""
 
 
 @pytest.mark.parametrize(
