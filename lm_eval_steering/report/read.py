@@ -595,9 +595,8 @@ def _from_frame(frame: pd.DataFrame, facts: Facts, evaluated: Mapping[str, str])
         frame = frame[frame["planned"].astype(bool)]
     models = sorted(frame["model"].astype(str).unique())
     if len(models) > 1:
-        raise ReportError(
-            f"cells of {len(models)} models ({', '.join(models)}): a report is about one; name the results of one, or compare two"
-        )
+        named = ", ".join(models)
+        raise ReportError(f"cells of {len(models)} models ({named}): name the results of one, or compare two")
     scores = frame.assign(
         metric=[naming.metric_label(*pair) for pair in zip(frame["metric"], frame["filter"].fillna(""), strict=True)]
     )
