@@ -115,6 +115,8 @@ class Steered:
                 "sha256": self.neuron_set.content_hash(),
                 "languages": list(self.neuron_set.languages),
                 **dataclasses.asdict(self.neuron_set.provenance),
+                # One line: lm-eval's files have a line for each number of a list.
+                "weights": " ".join(f"{value:.4g}" for value in self.neuron_set.provenance.weights),
             }
         return report
 
