@@ -37,6 +37,7 @@ _MAYBE_CAPITALS = re.compile(r"[A-ZÀ-ÞĀ-ɏΆ-ΫЀ-ЯѠ-ԯԱ-Ֆ]{2}")
 _MAYBE_MARKERS = re.compile(r"[<_]")
 
 NO_SCRIPT = "Zyyy"
+_KANA = {"Hira", "Kana"}
 # ISO 15924: scripts that languages of today are written in, the most frequent first, because they are tried in turn.
 _SCRIPTS = (
     "Latn", "Cyrl", "Hani", "Arab", "Hira", "Kana", "Hang", "Deva", "Grek", "Hebr", "Thai", "Beng", "Taml", "Telu",
@@ -117,6 +118,9 @@ def main_script(counts: Counter[str]) -> str:
 
     `Hani` stands for Han alone: letters do not tell simplified from traditional.
     """
+    if len(counts) == 1:  # most texts, and quick
+        (name,) = counts
+        return "Jpan" if name in _KANA else name
     letters = counts.copy()
     letters.pop(NO_SCRIPT, None)
     kana = letters.pop("Hira", 0) + letters.pop("Kana", 0)
@@ -130,6 +134,8 @@ def is_main_script(counts: Counter[str], code: str) -> bool:
 
     Kana count as one script where the code is not `Jpan`.
     """
+    if len(counts) == 1 and not counts.keys() & _KANA:
+        return next(iter(counts)) in _PARTS.get(code, (code,)) and code != NO_SCRIPT
     letters = Counter({**counts, "Kana": counts["Hira"] + counts["Kana"], "Hira": 0, NO_SCRIPT: 0})
     parts = _PARTS.get(code, (code,))
     written = sum(letters[name] for name in parts)
