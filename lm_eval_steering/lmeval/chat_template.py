@@ -23,7 +23,8 @@ _LONGEST_MARK = 40  # characters
 
 def opened_thought(context: str) -> str:
     """The mark at the end of a prompt that opens a thought; empty where it opens none."""
-    found = _OPENED.search(context.rstrip()[-_LONGEST_MARK:])
+    end = context[-_LONGEST_MARK:].rstrip()
+    found = _OPENED.search(end) if end.endswith((">", "]")) else None
     return found[1] if found else ""
 
 
