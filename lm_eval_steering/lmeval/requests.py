@@ -141,18 +141,17 @@ class BatchSizes:
     """Batch sizes that lm-eval's search found in the steered pass, for the unsteered pass over the same rows."""
 
     def __init__(self) -> None:
-        self.twice = False  # while rows are scored with and without the intervention
         self._detected: list[int] = []
         self._replayed: Iterator[int] | None = None
 
     @contextmanager
-    def scoring_twice(self) -> Iterator[None]:
+    def of_two_passes(self) -> Iterator[None]:
         """Both passes happen inside; sizes found in the first are kept."""
-        self.twice, self._detected = True, []
+        self._detected = []
         try:
             yield
         finally:
-            self.twice, self._replayed = False, None
+            self._replayed = None
 
     def replay(self) -> None:
         """The second pass begins: from now on the sizes are those of the first."""

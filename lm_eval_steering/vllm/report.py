@@ -28,7 +28,7 @@ def identity_of(lm: Any) -> dict[str, Any]:
         "generation_config": without_names(compat.generation_config(lm.model)),
         "adapters": files_digest(lm.adapter),
         "tokenizer": tokenizer_sha256(lm.tokenizer),
-        "dtype": lm.dtype,
+        "dtype": lm.activation_dtype,
         "quantization": config.quantization,
         "cache_dtype": compat.cache_dtype(lm.model),
         "max_length": lm.max_length,
