@@ -7,27 +7,48 @@ The layout of the buffers and the computation are one with what vLLM has compile
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lm_eval_steering.errors import ArchitectureError
+from lm_eval_steering.errors import ArchitectureError, InterventionError
 
-# Part of the key of vLLM's compile cache.
-LAYOUT = 1
+# Part of the key of vLLM's compile cache, as is the capacity.
+LAYOUT = 2
 SITES = ("activation", "product")
 # What is done to a unit at a site. Identities are touched, but their output is the original module's own.
 UNTOUCHED, IDENTITY, AFFINE, WRITTEN = range(4)
 
 
+@dataclass(frozen=True)
+class SiteEdit:
+    """Numbers for some units at one site.
+
+    Attributes:
+        site: index in SITES.
+        units: (unit,) int64, counted from the worker's first one.
+        scale: (unit,) float32.
+        shift: (unit,) float32.
+        written: (unit,) bool, where the activation itself counts for nothing.
+    """
+
+    site: int
+    units: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    written: torch.Tensor
+
+
 class SteeredActivation(nn.Module):
     """function(gate) * up of a gated MLP, or the activation function of a plain one, edited at two sites.
 
-    Units that no step touches come from the original module's own output. scale * a + shift is computed in float32 and
-    rounded once at each site.
+    The units that an intervention touches are gathered, edited and put back into the original module's own output.
+    scale * a + shift is computed in float32 and rounded once at each site.
     """
 
+    units: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor
     kind: torch.Tensor
@@ -40,6 +61,7 @@ class SteeredActivation(nn.Module):
         self,
         original: nn.Module,
         width: int,
+        capacity: int,
         function: Callable[[torch.Tensor], torch.Tensor] | None,
         real: torch.Tensor,
     ) -> None:
@@ -48,20 +70,23 @@ class SteeredActivation(nn.Module):
         Args:
             original: (..., 2 * unit) -> (..., unit) where the MLP is gated, else (..., unit) -> (..., unit).
             width: number of units that this worker holds.
+            capacity: number of units that can be edited at a time; at most the width.
             function: of a gated MLP, on the first half of the input; None where the MLP is plain.
             real: (1,) int64, number of tokens of the forward pass in progress that are no padding, 0 in warm-up; the
                 worker writes it, all layers share it.
         """
         super().__init__()
         self.original, self.width, self.function = original, width, function
+        self.capacity = min(capacity, width)
         sites, device = len(SITES), real.device
 
         def buffer(name: str, value: torch.Tensor) -> None:
             self.register_buffer(name, value, persistent=False)
 
-        buffer("scale", torch.ones(sites, width, dtype=torch.float32, device=device))
-        buffer("shift", torch.zeros(sites, width, dtype=torch.float32, device=device))
-        buffer("kind", torch.zeros(sites, width, dtype=torch.uint8, device=device))
+        buffer("units", torch.zeros(self.capacity, dtype=torch.int64, device=device))
+        buffer("scale", torch.ones(sites, self.capacity, dtype=torch.float32, device=device))
+        buffer("shift", torch.zeros(sites, self.capacity, dtype=torch.float32, device=device))
+        buffer("kind", torch.zeros(sites, self.capacity, dtype=torch.uint8, device=device))
         buffer("active", torch.zeros(1, dtype=torch.int64, device=device))  # whether a unit is touched
         buffer("tokens", torch.zeros(1, dtype=torch.int64, device=device))  # counted while active
         buffer("largest", torch.zeros(1, dtype=torch.float32, device=device))  # |a' - a| since the last `write`
@@ -75,17 +100,19 @@ class SteeredActivation(nn.Module):
                 f"{type(self.original).__name__} gave {tuple(output.shape)} {output.dtype}, expected {self.width} "
                 "floating-point units: a fused quantised activation cannot be steered; use --model steered-hf"
             )
+        unedited = output.index_select(-1, self.units)
         if self.function is None:
-            first, changed = self._edit(0, output)
-            after = torch.where(self.kind[0] >= AFFINE, first, output)
+            edited, change = self._edit(0, unedited)
         else:
-            before = self.function(inputs[..., : self.width])
-            first, changed = self._edit(0, before)
-            after = torch.where(self.kind[0] >= AFFINE, first * inputs[..., self.width :], output)
-        second, more = self._edit(1, after)
-        after = torch.where(self.kind[1] >= AFFINE, second, after)
-        self._count(torch.maximum(changed, more))
-        return after
+            gate = inputs[..., : self.width].index_select(-1, self.units)
+            up = inputs[..., self.width :].index_select(-1, self.units)
+            edited, change = self._edit(0, self.function(gate))
+            edited = edited * up
+        after = torch.where(self.kind[0] >= AFFINE, edited, unedited)
+        edited, more = self._edit(1, after)
+        after = torch.where(self.kind[1] >= AFFINE, edited, after)
+        self._count(torch.maximum(change, more))
+        return output.index_copy(-1, self.units, after)
 
     def _edit(self, site: int, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(..., unit) every unit as if it were edited at a site, and (..., unit) float32 |a' - a| of those that are."""
@@ -104,32 +131,33 @@ class SteeredActivation(nn.Module):
         self.largest.copy_(torch.maximum(self.largest, torch.where(real, change, 0.0).amax()))
         self.tokens.add_(self.active * self.real.clamp(max=number))
 
-    def write(
-        self, site: int, units: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, written: torch.Tensor
-    ) -> None:
-        """Put numbers for some of this worker's units into the buffers.
+    def write(self, edits: Sequence[SiteEdit]) -> None:
+        """Replace the numbers; the count of tokens goes on, the largest change starts anew.
 
-        Args:
-            site: number in SITES.
-            units: (unit,) int64, counted from this worker's first one.
-            scale: (unit,) float32.
-            shift: (unit,) float32.
-            written: (unit,) bool, where the activation itself counts for nothing.
+        Raises:
+            InterventionError: if the edits touch more units than there is room for; nothing was written.
         """
-        device = self.scale.device
-        kind = torch.where(written, WRITTEN, torch.where((scale == 1) & (shift == 0), IDENTITY, AFFINE))
-        where = units.to(device)
-        self.scale[site, where] = scale.to(device)
-        self.shift[site, where] = shift.to(device)
-        self.kind[site, where] = kind.to(device=device, dtype=torch.uint8)
-        self.active.fill_(int((self.kind != UNTOUCHED).any()))
-
-    def clear(self) -> None:
-        """No unit is edited; the count of tokens goes on, the largest change starts anew."""
-        self.scale.fill_(1.0)
-        self.shift.zero_()
-        self.kind.zero_()
-        self.active.zero_()
+        chosen = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *(edit.units for edit in edits)]))
+        if len(chosen) > self.capacity:
+            raise InterventionError(f"{len(chosen)} units are to be edited, there is room for {self.capacity}")
+        scale, shift = torch.ones(self.scale.shape), torch.zeros(self.shift.shape)
+        kind = torch.full(self.kind.shape, UNTOUCHED, dtype=torch.uint8)
+        for edit in edits:
+            slots = torch.searchsorted(chosen, edit.units)
+            unchanged = (edit.scale == 1) & (edit.shift == 0)
+            scale[edit.site, slots], shift[edit.site, slots] = edit.scale, edit.shift
+            kind[edit.site, slots] = torch.where(edit.written, WRITTEN, torch.where(unchanged, IDENTITY, AFFINE)).to(
+                torch.uint8
+            )
+        # Slots that are left write a unit's own value: of one that is not chosen, or it would undo its edit.
+        free = torch.ones(self.width, dtype=torch.bool)
+        free[chosen] = False
+        spare = free.nonzero()[:1, 0].expand(self.capacity - len(chosen))
+        self.units.copy_(torch.cat([chosen, spare]))
+        self.scale.copy_(scale)
+        self.shift.copy_(shift)
+        self.kind.copy_(kind)
+        self.active.fill_(int(bool(edits)))
         self.largest.zero_()
 
     def touched(self) -> int:

@@ -7,14 +7,21 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 from lm_eval_steering.errors import InterventionError, SteeringError, did_you_mean
 from lm_eval_steering.lmeval.arguments import SteeringArguments
+from lm_eval_steering.neurons.neuron_set import NeuronSet, union_of
 from lm_eval_steering.steering.compiled import CompiledIntervention
 from lm_eval_steering.steering.intervention import NORMAL, is_live
 from lm_eval_steering.steering.positions import ALL
-from lm_eval_steering.vllm.activation import LAYOUT
+from lm_eval_steering.vllm.activation import LAYOUT, SITES
 
 HF = "use --model steered-hf"
+CAPACITY = "steered_units"  # model argument of ours
+LAYOUT_KEY, CAPACITY_KEY = "lm_eval_steering_layout", "lm_eval_steering_units"  # of vLLM's `additional_config`
+DRIVER = "LM_EVAL_STEERING_DRIVER"  # environment variable: number of lm-eval's process, with which the engine ends
+_FEWEST = 64  # units, so that most neuron sets of a model share compiled graphs
 _ONE_ENGINE = (
     "lm-eval makes new engines for every batch of requests then, which nothing could steer or count; run one engine a "
     "shard instead (tensor_parallel_size=, pipeline_parallel_size=, or a process for each group of tasks)"
@@ -46,7 +53,7 @@ def split(given: Mapping[str, Any], parent: type, engine: Set[str]) -> tuple[Ste
         SteeringError: for an argument that none of them knows, with the nearest one; or that cannot be steered.
     """
     own = {field.name for field in fields(SteeringArguments)}
-    known = set(inspect.signature(parent).parameters) - {"kwargs"} | engine | {"device", "swap_space"}
+    known = set(inspect.signature(parent).parameters) - {"kwargs"} | engine | {"device", "swap_space", CAPACITY}
     for key, value in given.items():
         if key not in own | known:
             raise InterventionError(f"unknown model argument {key!r}{did_you_mean(key, sorted(own | known))}")
@@ -57,7 +64,30 @@ def split(given: Mapping[str, Any], parent: type, engine: Set[str]) -> tuple[Ste
     return SteeringArguments(**{key: value for key, value in given.items() if key in own}), rest
 
 
-def with_worker(rest: Mapping[str, Any], worker: str) -> dict[str, Any]:
+def capacity_of(given: Any, neuron_set: NeuronSet | None, units: int) -> int:
+    """Number of units of each layer that interventions can edit: a size of buffers, and part of what is compiled.
+
+    Args:
+        given: as the user wrote it; None takes what all languages of the neuron set need, rounded up, or an eighth of
+            a layer where there is no set.
+        neuron_set: that the engine starts with.
+        units: of a layer.
+
+    Raises:
+        SteeringError: if what was given is no number of units.
+    """
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= units:
+            raise SteeringError(f"{CAPACITY}={given!r}: expected a number of units per layer, 1 to {units}")
+        return given
+    needed = units // 8
+    if neuron_set is not None:
+        union = union_of([neuron_set.neurons(code) for code in neuron_set.languages])
+        needed = int(np.bincount(union[:, 0], minlength=1).max())
+    return min(units, max(_FEWEST, 1 << max(needed - 1, 0).bit_length()))
+
+
+def with_worker(rest: Mapping[str, Any], worker: str, capacity: int) -> dict[str, Any]:
     """Arguments of the engine that make it a steered one, known to its cache of compiled graphs.
 
     Raises:
@@ -66,7 +96,8 @@ def with_worker(rest: Mapping[str, Any], worker: str) -> dict[str, Any]:
     more = rest.get("additional_config") or {}
     if not isinstance(more, Mapping):
         raise SteeringError(f"additional_config={more!r}: expected a mapping, which steered-vllm adds its layout to")
-    return {**rest, "worker_cls": worker, "additional_config": {**more, "lm_eval_steering_layout": LAYOUT}}
+    given = {key: value for key, value in rest.items() if key != CAPACITY}
+    return {**given, "worker_cls": worker, "additional_config": {**more, LAYOUT_KEY: LAYOUT, CAPACITY_KEY: capacity}}
 
 
 def refuse_what_hooks_do(plan: CompiledIntervention | None) -> None:
@@ -75,6 +106,9 @@ def refuse_what_hooks_do(plan: CompiledIntervention | None) -> None:
     Raises:
         InterventionError: naming the argument.
     """
+    for edit in plan.edits if plan else ():
+        if edit.site not in SITES:
+            raise InterventionError(f"site={edit.site}: steered-vllm edits at {' and '.join(SITES)}; {HF}")
     for step in plan.intervention.steps if plan else ():
         if step.positions != ALL:
             raise InterventionError(
@@ -109,11 +143,11 @@ def for_vllm(arguments: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
     Raises:
         SteeringError: naming one that vLLM has no counterpart of.
     """
-    found: dict[str, Any] = {}
+    translated: dict[str, Any] = {}
     for key, value in arguments.items():
         name = _TRANSLATED.get(key, key)
         if name in known or name in _LM_EVAL:
-            found[name] = value
+            translated[name] = value
         elif key not in _IDLE and value is not None and value not in _NEUTRAL.get(key, ()):
             raise SteeringError(f"generation argument {key}={value!r}: vLLM has no such thing; {HF}")
-    return found
+    return translated

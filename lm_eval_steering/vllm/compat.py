@@ -102,6 +102,11 @@ def model_of(worker: Any) -> nn.Module:
     return model.get_language_model() if hasattr(model, "get_language_model") else model
 
 
+def additional_config(worker: Any) -> dict[str, Any]:
+    """What the engine was given as `additional_config`."""
+    return dict(worker.vllm_config.additional_config)
+
+
 def ranks_of(worker: Any) -> dict[str, int]:
     """Where a worker stands: number, place and size in tensor parallelism, place in pipeline parallelism."""
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size

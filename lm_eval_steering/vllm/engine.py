@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from lm_eval_steering.architectures import Shape
-from lm_eval_steering.errors import ArchitectureError, DidNotHappenError
+from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError
 from lm_eval_steering.steering.compiled import CompiledIntervention, Edit
 from lm_eval_steering.vllm import compat
 from lm_eval_steering.vllm.activation import LAYOUT
+from lm_eval_steering.vllm.arguments import CAPACITY
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,26 @@ class SteeredEngine:
         """Replace the numbers on all workers; None is the unsteered model. The evidence starts anew.
 
         Raises:
+            InterventionError: if a layer has no room for its units; the intervention that was on stays on.
             DidNotHappenError: if the workers do not hold what was sent, or the prefix cache could not be emptied.
         """
+        self._refuse_too_many(plan)
         self._send(plan)
         self.plan, self._tally, self._latest = plan, _Tally(), self._read()
+
+    def _refuse_too_many(self, plan: CompiledIntervention | None) -> None:
+        units: dict[int, Any] = {}
+        for edit in plan.edits if plan else ():
+            units[edit.layer] = np.union1d(units.get(edit.layer, []), edit.units)
+        for layer, of_layer in units.items():
+            for layout in self._layouts:
+                first, width, _ = layout["layers"].get(str(layer), (0, 0, 0))
+                number = int(((of_layer >= first) & (of_layer < first + width)).sum())
+                if number > min(layout["capacity"], width):
+                    raise InterventionError(
+                        f"{number} units of layer {layer} are to be edited, this engine was started with room for "
+                        f"{layout['capacity']} on each worker; start it with {CAPACITY}={len(of_layer)}"
+                    )
 
     def _send(self, plan: CompiledIntervention | None) -> None:
         edits, expected = [], 0

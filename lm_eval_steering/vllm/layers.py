@@ -67,13 +67,14 @@ class Place:
     full: int
 
 
-def install(model: nn.Module, model_type: str, layers: int, real: torch.Tensor) -> dict[int, Place]:
+def install(model: nn.Module, model_type: str, layers: int, capacity: int, real: torch.Tensor) -> dict[int, Place]:
     """Put a steered activation into each MLP that this worker holds.
 
     Args:
         model: of vLLM, with its weights, not yet compiled; its language part.
         model_type: of transformers' config of the text decoder.
         layers: number of decoder layers of the whole model.
+        capacity: see `SteeredActivation`.
         real: see `SteeredActivation`.
 
     Returns:
@@ -84,11 +85,11 @@ def install(model: nn.Module, model_type: str, layers: int, real: torch.Tensor) 
     """
     refuse_unknown(model_type)
     family = FAMILIES[model_type]
-    found: dict[int, Place] = {}
+    installed: dict[int, Place] = {}
     for number, layer in enumerate(_layers(model, layers)):
         if not compat.is_elsewhere(layer):
-            found[number] = _replace(layer, number, family, real)
-    return found
+            installed[number] = _replace(layer, number, family, capacity, real)
+    return installed
 
 
 def _layers(model: nn.Module, layers: int) -> list[nn.Module]:
@@ -101,7 +102,7 @@ def _layers(model: nn.Module, layers: int) -> list[nn.Module]:
     raise ArchitectureError(f"{type(model).__name__}: no list of layers at {', '.join(_LISTS)}")
 
 
-def _replace(layer: nn.Module, number: int, family: Family, real: torch.Tensor) -> Place:
+def _replace(layer: nn.Module, number: int, family: Family, capacity: int, real: torch.Tensor) -> Place:
     original, down = _at(layer, family.activation), _at(layer, family.down)
     where = f"layer {number} ({type(layer).__name__})"
     if not isinstance(original, nn.Module) or not isinstance(down, nn.Module):
@@ -116,7 +117,7 @@ def _replace(layer: nn.Module, number: int, family: Family, real: torch.Tensor) 
             "activation would pass the intervention by; use --model steered-hf, or weights that are not quantised so"
         )
     first, width, full = compat.slice_of(down)
-    module = SteeredActivation(original, width, function, real)
+    module = SteeredActivation(original, width, capacity, function, real)
     parent, _, name = family.activation.rpartition(".")
     setattr(_at(layer, parent) if parent else layer, name, module)
     return Place(module, first, full)

@@ -7,6 +7,7 @@ with a memory, and an intervention that did not take place is an error.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
@@ -25,7 +26,15 @@ from lm_eval_steering.lmeval.steered_lm import Answers, SteeredLM
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.compiled import CompiledIntervention
 from lm_eval_steering.vllm import compat
-from lm_eval_steering.vllm.arguments import for_vllm, refuse_what_hooks_do, split, with_worker
+from lm_eval_steering.vllm.arguments import (
+    CAPACITY,
+    DRIVER,
+    capacity_of,
+    for_vllm,
+    refuse_what_hooks_do,
+    split,
+    with_worker,
+)
 from lm_eval_steering.vllm.engine import SteeredEngine
 from lm_eval_steering.vllm.layers import refuse_unknown
 from lm_eval_steering.vllm.report import identity_of, report_of
@@ -41,7 +50,8 @@ WORKER = "lm_eval_steering.vllm.worker.SteeredWorker"
 class SteeredVLLM(SteeredLM, VLLM):
     """`VLLM` whose workers apply a stored language-neuron intervention.
 
-    Takes every argument that `vllm` takes, and those of `SteeringArguments`. Answers are lm-eval's own types with a
+    Takes every argument that `vllm` takes, those of `SteeringArguments`, and `steered_units`
+    (`arguments.capacity_of`). Answers are lm-eval's own types with a
     memory: log-likelihoods are `Score`, generated texts are `IdentifiedText`.
     """
 
@@ -64,7 +74,9 @@ class SteeredVLLM(SteeredLM, VLLM):
         if neuron_set is not None and not own.force:
             refuse_other_name(neuron_set, pretrained)
             refuse_other_weights(neuron_set, self.weights, pretrained, self.adapter)
-        super().__init__(pretrained, **with_worker(rest, WORKER))
+        capacity = capacity_of(rest.get(CAPACITY), neuron_set, self._shape.units)
+        os.environ[DRIVER] = str(os.getpid())
+        super().__init__(pretrained, **with_worker(rest, WORKER, capacity))
         self.steering = SteeredEngine(self.model, self._shape)
         self._drawn: Counter[tuple[int, ...]] = Counter()
         self.scored = self.generated = 0

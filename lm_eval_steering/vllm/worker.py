@@ -6,7 +6,13 @@ data (numbers, strings, bytes, lists, dicts), which vLLM's messages carry withou
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +22,8 @@ from lm_eval_steering.architectures import Shape, model_type_of, shape_of
 from lm_eval_steering.architectures.weights import weights_digest
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.vllm import compat
-from lm_eval_steering.vllm.activation import LAYOUT, SITES
+from lm_eval_steering.vllm.activation import LAYOUT, SITES, SiteEdit
+from lm_eval_steering.vllm.arguments import CAPACITY_KEY, DRIVER
 from lm_eval_steering.vllm.layers import Place, install
 
 _PlatformWorker: Any = compat.platform_worker()
@@ -26,19 +33,24 @@ class SteeredWorker(_PlatformWorker):
     """The platform's own worker, whose model can be steered."""
 
     _places: dict[int, Place]
+    _capacity: int
     _problem: str
     _forwards: int
     _real: torch.Tensor
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as the platform does, then replace activations: before anything is compiled or captured."""
+        end_with(int(os.environ.get(DRIVER, "0")))
         super().load_model(*args, **kwargs)
+        self._capacity = int(compat.additional_config(self)[CAPACITY_KEY])
         self._places, self._problem, self._forwards = {}, "", 0
         self._real = torch.zeros(1, dtype=torch.int64, device=self.device)
         config = self.model_config.hf_config
         try:
             shape: Shape = shape_of(config)
-            self._places = install(compat.model_of(self), model_type_of(config), shape.layers, self._real)
+            self._places = install(
+                compat.model_of(self), model_type_of(config), shape.layers, self._capacity, self._real
+            )
         except SteeringError as error:
             # An exception here would reach the user as "engine core initialization failed".
             self._problem = str(error)
@@ -56,7 +68,8 @@ class SteeredWorker(_PlatformWorker):
     def steering_layout(self) -> dict[str, Any]:
         """Where this worker stands and which units it holds, or why it cannot be steered."""
         places = {str(layer): [place.first, place.module.width, place.full] for layer, place in self._places.items()}
-        return {**compat.ranks_of(self), "layout": LAYOUT, "layers": places, "problem": self._problem}
+        own = {"layout": LAYOUT, "capacity": self._capacity, "layers": places, "problem": self._problem}
+        return {**compat.ranks_of(self), **own}
 
     def steering_write(self, edits: Sequence[Mapping[str, Any]]) -> int:
         """Replace the numbers in the buffers.
@@ -68,8 +81,7 @@ class SteeredWorker(_PlatformWorker):
         Returns:
             Number of (site, layer, unit) that are edited here.
         """
-        for place in self._places.values():
-            place.module.clear()
+        of_layers: dict[int, list[SiteEdit]] = {layer: [] for layer in self._places}
         for edit in edits:
             layer = int(edit["layer"])
             if layer not in self._places:  # of another stage of the pipeline
@@ -82,7 +94,10 @@ class SteeredWorker(_PlatformWorker):
                     torch.from_numpy(np.frombuffer(edit[name], dtype=kind)[own].copy())
                     for name, kind in (("scale", np.float32), ("shift", np.float32), ("written", np.bool_))
                 ]
-                place.module.write(SITES.index(edit["site"]), torch.from_numpy(units[own].copy()), *numbers)
+                site = SITES.index(edit["site"])
+                of_layers[layer].append(SiteEdit(site, torch.from_numpy(units[own].copy()), *numbers))
+        for layer, of_layer in of_layers.items():
+            self._places[layer].module.write(of_layer)
         return sum(place.module.touched() for place in self._places.values())
 
     def steering_evidence(self) -> dict[str, Any]:
@@ -103,3 +118,29 @@ class SteeredWorker(_PlatformWorker):
     def steering_weights(self) -> str:
         """Digest of the weights that this worker holds."""
         return weights_digest(self.get_model())
+
+
+def end_with(driver: int) -> None:
+    """End this process when lm-eval's is gone, and the engine's process between them: vLLM's would hold its memory.
+
+    Args:
+        driver: number of lm-eval's process; 0, or one of another machine, ends nothing.
+    """
+    if driver in (0, os.getpid()):
+        return
+    try:
+        handle = os.pidfd_open(driver)
+    except OSError:
+        return
+    parent = os.getppid()
+    stat = Path(f"/proc/{parent}/stat").read_text()
+    between = int(stat.rpartition(")")[2].split()[1]) == driver  # state, then the parent's parent
+
+    def wait() -> None:
+        select.select([handle], [], [])  # readable when the process has ended
+        if between and os.getppid() == parent:
+            with suppress(ProcessLookupError):
+                os.kill(parent, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with lm-eval", daemon=True).start()

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 
 from lm_eval_steering.lmeval.model import SteeredHFLM
-from lm_eval_steering.vllm.activation import LAYOUT
-from lm_eval_steering.vllm.arguments import with_worker
 from tests.vllm.conftest import furthest, save_tiny, tiny_set, words
 
 STEERED = {"language": "fra_Latn", "op": "scale", "factor": 3}
@@ -56,8 +54,3 @@ def test_plain_and_steered_engines_never_mix(vllm: None, order: tuple[str, ...],
     assert second[key] == first[key], "the second did not write over the first"
     assert third.keys() == second.keys(), "the third knows the first's entry as its own"
     assert third[other] == second[other], "and left the second's alone"
-
-
-def test_the_layout_is_in_the_key_of_the_cache() -> None:
-    mine = with_worker({"additional_config": {"mine": 1}, "dtype": "float32"}, "worker")
-    assert mine["additional_config"] == {"mine": 1, "lm_eval_steering_layout": LAYOUT}

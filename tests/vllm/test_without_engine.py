@@ -12,14 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, SteeringError
+from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError, SteeringError
+from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
 from lm_eval_steering.vllm import compat
-from lm_eval_steering.vllm.activation import SteeredActivation
-from lm_eval_steering.vllm.arguments import for_vllm
+from lm_eval_steering.vllm.activation import LAYOUT, SiteEdit, SteeredActivation
+from lm_eval_steering.vllm.arguments import capacity_of, for_vllm, with_worker
 from lm_eval_steering.vllm.engine import SteeredEngine
 from lm_eval_steering.vllm.layers import refuse_unknown
 
-WIDTH = 8
+WIDTH = 32  # whole vectors, in which torch computes an activation function to the same bit wherever a unit stands
 
 
 class SiluAndMul(nn.Module):
@@ -30,16 +31,16 @@ class SiluAndMul(nn.Module):
         return functional.silu(inputs[..., :half]) * inputs[..., half:]
 
 
-def steered(gated: bool = True, tokens: int = 5) -> SteeredActivation:
+def steered(gated: bool = True, tokens: int = 5, capacity: int = WIDTH) -> SteeredActivation:
     real = torch.full((1,), tokens, dtype=torch.int64)
     original = SiluAndMul() if gated else nn.ReLU()
-    return SteeredActivation(original, WIDTH, functional.silu if gated else None, real)
+    return SteeredActivation(original, WIDTH, capacity, functional.silu if gated else None, real)
 
 
-def write(module: SteeredActivation, site: int, units: list[int], scale: float, shift: float, written: bool) -> None:
+def edit(site: int, units: list[int], scale: float, shift: float, written: bool) -> SiteEdit:
     count = len(units)
     numbers = torch.full((count,), scale), torch.full((count,), shift), torch.full((count,), written)
-    module.write(site, torch.tensor(units), *numbers)
+    return SiteEdit(site, torch.tensor(units), *numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,15 +49,14 @@ def test_a_gated_mlp_is_edited_at_both_sites(dtype: torch.dtype) -> None:
     inputs = torch.randn(5, 2 * WIDTH, dtype=dtype)
     gate, up = functional.silu(inputs[:, :WIDTH]), inputs[:, WIDTH:]
     module = steered()
-    write(module, 0, [1, 2], 3.0, 0.5, False)
-    write(module, 1, [2, 4], -1.0, 0.25, False)
+    module.write([edit(0, [1, 2], 3.0, 0.5, False), edit(1, [2, 4], -1.0, 0.25, False)])
     expected = (gate * up).clone()
     edited = (gate.float() * 3 + 0.5).to(dtype) * up
     expected[:, 1], expected[:, 2] = edited[:, 1], edited[:, 2]
     expected[:, [2, 4]] = (expected[:, [2, 4]].float() * -1 + 0.25).to(dtype)
     found = module(inputs)
     assert torch.equal(found, expected)
-    untouched = [0, 3, 5, 6, 7]
+    untouched = [0, 3, *range(5, WIDTH)]
     assert torch.equal(found[:, untouched], module.original(inputs)[:, untouched])
     assert int(module.tokens) == 5 and module.touched() == 4
     changes = (edited.float() - (gate * up).float())[:, [1, 2]]
@@ -64,10 +64,9 @@ def test_a_gated_mlp_is_edited_at_both_sites(dtype: torch.dtype) -> None:
 
 
 def test_a_plain_mlp_is_edited_at_both_sites() -> None:
-    inputs = torch.arange(16.0).reshape(2, WIDTH) - 4
+    inputs = torch.arange(2.0 * WIDTH).reshape(2, WIDTH) - 4
     module = steered(gated=False, tokens=2)
-    write(module, 0, [1, 7], 2.0, 1.0, False)
-    write(module, 1, [7], 0.0, 9.0, True)
+    module.write([edit(0, [1, 7], 2.0, 1.0, False), edit(1, [7], 0.0, 9.0, True)])
     expected = inputs.relu()
     expected[:, 1] = expected[:, 1] * 2 + 1
     expected[:, 7] = 9
@@ -77,7 +76,7 @@ def test_a_plain_mlp_is_edited_at_both_sites() -> None:
 def test_an_identity_is_touched_and_the_modules_own_output() -> None:
     inputs = torch.randn(5, 2 * WIDTH)
     module = steered()
-    write(module, 0, [0, 3], 1.0, 0.0, False)
+    module.write([edit(0, [0, 3], 1.0, 0.0, False)])
     assert torch.equal(module(inputs), module.original(inputs))
     assert (module.touched(), int(module.tokens), float(module.largest)) == (2, 5, 0.0)
 
@@ -86,21 +85,21 @@ def test_set_is_written_where_the_activation_is_infinite() -> None:
     inputs = torch.zeros(1, 2 * WIDTH)
     inputs[0, 1], inputs[0, WIDTH:] = torch.inf, 1.0
     module = steered(tokens=1)
-    write(module, 0, [1], 0.0, 2.0, True)
+    module.write([edit(0, [1], 0.0, 2.0, True)])
     assert module(inputs)[0, 1] == 2
     assert float(module.largest) == 0.0, "what was infinite before is no change of ours"
 
 
 def test_an_overflow_shows_in_the_largest_change() -> None:
     module = steered(tokens=1)
-    write(module, 1, [0], 1e5, 0.0, False)
+    module.write([edit(1, [0], 1e5, 0.0, False)])
     assert torch.isinf(module(torch.full((1, 2 * WIDTH), 100.0, dtype=torch.float16))).any()
     assert float(module.largest) == torch.inf
 
 
 def test_padding_and_warm_up_count_for_nothing() -> None:
     module = steered(tokens=2)
-    write(module, 1, [0], 1.0, 1.0, False)
+    module.write([edit(1, [0], 1.0, 1.0, False)])
     inputs = torch.zeros(5, 2 * WIDTH)
     inputs[2:] = torch.nan  # rows that pad a captured graph hold anything
     module(inputs)
@@ -113,16 +112,56 @@ def test_padding_and_warm_up_count_for_nothing() -> None:
 def test_numbers_are_written_into_the_same_memory() -> None:
     module = steered()
     before = {name: buffer.data_ptr() for name, buffer in module.named_buffers()}
-    write(module, 0, [1], 2.0, 0.0, False)
-    module.clear()
-    write(module, 1, [2, 5], 3.0, 1.0, True)
+    module.write([edit(0, [1], 2.0, 0.0, False)])
+    module.write([edit(1, [2, 5], 3.0, 1.0, True)])
     assert {name: buffer.data_ptr() for name, buffer in module.named_buffers()} == before
     assert module.touched() == 2 and int(module.active) == 1
 
 
+def test_a_module_with_little_room_edits_what_one_with_much_does() -> None:
+    inputs = torch.randn(5, 2 * WIDTH)
+    edits = [edit(0, [0, 3], 2.0, 1.0, False), edit(1, [3, 7], -1.0, 0.5, False)]
+    little, much = steered(capacity=3), steered()
+    for module in (little, much):
+        module.write(edits)
+    assert torch.equal(little(inputs), much(inputs))
+    with pytest.raises(InterventionError, match="4 units are to be edited, there is room for 3"):
+        little.write([*edits, edit(0, [5], 2.0, 0.0, False)])
+    assert torch.equal(little(inputs), much(inputs)), "what was on stays on"
+    little.write([])
+    assert torch.equal(little(inputs), little.original(inputs))
+    assert (little.touched(), int(little.active)) == (0, 0)
+
+
+def test_room_is_what_the_neuron_set_needs_rounded_up() -> None:
+    neurons = made_up_set_of(layers=3, units=4000, pairs={"fra_Latn": [(0, u) for u in range(70)] + [(2, 5)]})
+    assert capacity_of(None, neurons, 4000) == 128
+    assert capacity_of(None, None, 4000) == 512
+    assert capacity_of(None, None, 48) == 48
+    assert capacity_of(300, neurons, 4000) == 300
+    for wrong in (0, 4001, True, "many"):
+        with pytest.raises(SteeringError, match=f"steered_units={wrong!r}: expected a number of units per layer, 1 to"):
+            capacity_of(wrong, None, 4000)
+
+
+def made_up_set_of(layers: int, units: int, pairs: dict[str, list[tuple[int, int]]]) -> NeuronSet:
+    rows = {code: np.array(own, dtype=np.int64) for code, own in pairs.items()}
+    return NeuronSet(tuple(rows), rows, Provenance("made-up", "", "llama", layers, units), None)
+
+
+def test_the_layout_and_the_room_are_in_the_key_of_the_cache() -> None:
+    arguments = with_worker({"additional_config": {"mine": 1}, "dtype": "float32", "steered_units": 64}, "worker", 64)
+    assert arguments["additional_config"] == {
+        "mine": 1,
+        "lm_eval_steering_layout": LAYOUT,
+        "lm_eval_steering_units": 64,
+    }
+    assert "steered_units" not in arguments
+
+
 def test_compiled_and_with_two_leading_dimensions() -> None:
     module = steered(tokens=3)
-    write(module, 0, [1, 2], 3.0, 0.5, False)
+    module.write([edit(0, [1, 2], 3.0, 0.5, False)])
     inputs = torch.randn(1, 3, 2 * WIDTH)  # what vLLM's modules of transformers give
     expected = module(inputs)
     found = torch.compile(module, backend="eager", fullgraph=True)(inputs)
@@ -135,7 +174,7 @@ def test_a_quantised_output_is_refused_by_name() -> None:
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             return inputs.to(torch.int8)
 
-    module = SteeredActivation(QuantisedSilu(), WIDTH, None, torch.ones(1, dtype=torch.int64))
+    module = SteeredActivation(QuantisedSilu(), WIDTH, WIDTH, None, torch.ones(1, dtype=torch.int64))
     with pytest.raises(ArchitectureError, match=r"QuantisedSilu gave .* torch.int8"):
         module(torch.zeros(1, WIDTH))
 
@@ -204,7 +243,7 @@ class Workers:
 
 def layout(rank: int, first: int, width: int, **changed: Any) -> dict[str, Any]:
     own = {"rank": rank, "tensor_rank": rank, "tensor_size": 2, "pipeline_rank": 0, "pipeline_size": 1}
-    return {**own, "layout": 1, "layers": {"0": [first, width, 8]}, "problem": "", **changed}
+    return {**own, "layout": LAYOUT, "capacity": 8, "layers": {"0": [first, width, 8]}, "problem": "", **changed}
 
 
 SHAPE = SimpleNamespace(layers=1, units=8)
