@@ -26,7 +26,7 @@ test: $(VENV)/installed
 
 # The second environment: real vLLM on CPU, 3 GB. Without a test that is left out.
 test-vllm: $(VLLM_VENV)/installed
-	CI_VLLM=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+	CI_VLLM=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 tests/vllm
 
 # Every family, and Gemma-3-270m from a folder: make check-vllm GEMMA_3_270M=FOLDER
 check-vllm: $(VLLM_VENV)/installed

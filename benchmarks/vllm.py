@@ -1,7 +1,7 @@
 """What steering costs inside vLLM, compiled: steered over plain engines, and `steered-vllm` over `steered-hf`.
 
     python -m benchmarks.vllm                 # in an environment with vLLM: scripts/vllm_cpu_environment, or a GPU's
-    python -m benchmarks.vllm --layouts       # the steered module alone: buffers as wide as the layer, or gathered
+    python -m benchmarks.vllm --module        # the steered module alone, with little room and with all of a layer's
     python -m benchmarks.vllm --quick --json vllm.json
 
 On a CPU a random Llama of 8 layers in float32; on a GPU one of 8B shape in bfloat16, with CUDA graphs. Rounds are
@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.measure import interleaved, interval, options_of, ratio, report
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
-from lm_eval_steering.vllm.activation import SteeredActivation
+from lm_eval_steering.vllm.activation import SiteEdit, SteeredActivation
 
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
 LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -88,10 +88,11 @@ def engines(options: argparse.Namespace) -> dict[str, Any]:
         neurons = write_model(Path(folder), LARGE if gpu and not options.quick else SMALL)
         share = {"gpu_memory_utilization": 0.28} if gpu else {}
         arguments = {"max_model_len": 512, "dtype": "bfloat16" if gpu else "float32", "enable_prefix_caching": False}
+        arguments["batch_size"] = "auto"  # lm-eval's default sends one request at a time
         # One process for each engine: idle, it waits and takes no time.
         arguments |= {"distributed_executor_backend": "uni", **share}
         lms = {"plain": VLLM(folder, **arguments), "again": VLLM(folder, **arguments)}
-        steered = lms["steered"] = SteeredVLLM(folder, **arguments)
+        steered = lms["steered"] = SteeredVLLM(folder, **arguments, steered_units=64 if not gpu else 512)
         steered.intervene(neurons, **INTERVENTION)
         hooks = SteeredHFLM(folder, dtype=arguments["dtype"], batch_size=prompts, max_length=512)
         hooks.intervene(neurons, **INTERVENTION)
@@ -132,49 +133,24 @@ class Plain(nn.Module):
         return functional.silu(inputs[..., :half]) * inputs[..., half:]
 
 
-class Gathered(nn.Module):
-    """The same edit at `activation` on gathered units, with the same counters: a capacity instead of a width."""
-
-    def __init__(self, width: int, capacity: int, real: torch.Tensor) -> None:
-        super().__init__()
-        self.width = width
-        self.register_buffer("index", torch.arange(0, width, width // capacity, device=real.device)[:capacity])
-        self.register_buffer("scale", torch.full((capacity,), 1.5, device=real.device))
-        self.register_buffer("shift", torch.zeros(capacity, device=real.device))
-        self.register_buffer("largest", torch.zeros(1, device=real.device))
-        self.register_buffer("tokens", torch.zeros(1, dtype=torch.int64, device=real.device))
-        self.register_buffer("real", real)
-        self.original = Plain()
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(token, 2 * unit) -> (token, unit)."""
-        output = self.original(inputs)
-        gate = functional.silu(inputs[..., : self.width].index_select(-1, self.index))
-        wide = gate.to(torch.float32)
-        edited = (wide * self.scale + self.shift).to(gate.dtype)
-        rows = torch.arange(inputs.shape[-2], device=inputs.device).unsqueeze(-1) < self.real
-        change = torch.where(rows, (edited.to(torch.float32) - wide).abs(), 0.0)
-        self.largest.copy_(torch.maximum(self.largest, change.amax()))
-        self.tokens.add_(self.real)
-        up = inputs[..., self.width :].index_select(-1, self.index)
-        return output.index_copy(-1, self.index, edited * up)
-
-
-def layouts(options: argparse.Namespace) -> dict[str, Any]:
+def module_alone(options: argparse.Namespace) -> dict[str, Any]:
     """The module alone, compiled, and with the linear layer after it, whose cost it is to be compared with."""
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     shape = LARGE if gpu else SMALL
     width, results = shape["intermediate_size"], {}
+    units = torch.arange(0, width, STEERED)
+    count = len(units)
+    edit = SiteEdit(0, units, torch.full((count,), 1.5), torch.zeros(count), torch.zeros(count, dtype=torch.bool))
     for tokens in (16, 64, 512):
         real = torch.full((1,), tokens, dtype=torch.int64, device=device)
-        full = SteeredActivation(Plain(), width, functional.silu, real)
-        units = torch.arange(0, width, STEERED)
-        count = len(units)
-        full.write(0, units, torch.full((count,), 1.5), torch.zeros(count), torch.zeros(count, dtype=torch.bool))
+        rooms = {"steered": count, "steered, room for all units": width}
+        modules: dict[str, nn.Module] = {"plain": Plain()}
+        for name, room in rooms.items():
+            modules[name] = module = SteeredActivation(Plain(), width, room, functional.silu, real)
+            module.write([edit])
         inputs = torch.randn(tokens, 2 * width, device=device, dtype=dtype)
         down = nn.Linear(width, shape["hidden_size"], bias=False, device=device, dtype=dtype)
-        modules = {"plain": Plain(), "full width": full, "gathered": Gathered(width, count, real)}
         compiled = {name: torch.compile(nn.Sequential(module, down)) for name, module in modules.items()}
 
         def many(module: nn.Module, inputs: torch.Tensor = inputs) -> None:
@@ -188,19 +164,18 @@ def layouts(options: argparse.Namespace) -> dict[str, Any]:
         )
         results[f"{tokens} tokens"] = {
             "microseconds a layer": {name: statistics.median(each) / 50 * 1e6 for name, each in seconds.items()},
-            "full width over plain": ratio(seconds, "full width", "plain"),
-            "gathered over plain": ratio(seconds, "gathered", "plain"),
+            **{f"{name} over plain": ratio(seconds, name, "plain") for name in rooms},
         }
-    return {"width": width, "steered": width // STEERED, "with the linear layer after it": results}
+    return {"width": width, "steered": count, "with the linear layer after it": results}
 
 
 def main() -> int:
     parser = options_of(__doc__)
-    parser.add_argument("--layouts", action="store_true", help="the steered module alone")
+    parser.add_argument("--module", action="store_true", help="the steered module alone")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    report(layouts(options) if options.layouts else engines(options), options.json)
+    report(module_alone(options) if options.module else engines(options), options.json)
     return 0
 
 

@@ -199,6 +199,14 @@ def generation_config(llm: Any) -> dict[str, Any]:
     return dict(model_config(llm).try_get_generation_config() or {})
 
 
+def batches_matter() -> bool:
+    """Whether a row's numbers depend on the rows that it is batched with: on GPUs, without batch-invariant kernels."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    return not (current_platform.is_cpu() or envs.VLLM_BATCH_INVARIANT)
+
+
 def shut_down(llm: Any) -> None:
     """End the engine's processes; without this they end with the object."""
     llm.llm_engine.engine_core.shutdown()

@@ -136,11 +136,20 @@ class SteeredVLLM(SteeredLM, VLLM):
         return VLLM._loglikelihood_tokens(self, requests, disable_tqdm)
 
     def _with_and_without(self, score: Callable[[], Answers]) -> tuple[Answers, Answers]:
-        steered = score()
         if self.steering.plan is None:
-            return steered, steered
-        with self.steering.suspended():
-            return steered, score()
+            unsteered = score()
+            return unsteered, unsteered
+        batch_size = self.batch_size
+        if compat.batches_matter():
+            # The engine makes batches of what has arrived by then, other ones in each pass: one request at a time, or
+            # differences of rounding would be taken for a shift.
+            self.batch_size = 1
+        try:
+            steered = score()
+            with self.steering.suspended():
+                return steered, score()
+        finally:
+            self.batch_size = batch_size
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """An `IdentifiedText` of each request."""

@@ -46,12 +46,18 @@ class Mode:
 
     eager: bool
     workers: int = 1
+    stages: int = 1
+
+    @property
+    def processes(self) -> int:
+        return self.workers * self.stages
 
     @property
     def arguments(self) -> dict[str, Any]:
         own: dict[str, Any] = {"enforce_eager": self.eager, "dtype": "float32", "max_model_len": 512}
         one = {"distributed_executor_backend": "uni"}
-        return own | ({"tensor_parallel_size": self.workers} if self.workers > 1 else one)
+        many = {"tensor_parallel_size": self.workers, "pipeline_parallel_size": self.stages}
+        return own | (many if self.processes > 1 else one)
 
 
 # Several workers first: vLLM keeps what it has read of the environment once an engine ran in this process.
@@ -82,9 +88,9 @@ def running(kind: str, mode: Mode, pretrained: str, **arguments: Any) -> Iterato
 
     envs.disable_envs_cache()
     patch = pytest.MonkeyPatch()
-    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if mode.workers > 1 else "0")
-    if mode.workers > 1:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(mode.workers))))
+    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if mode.processes > 1 else "0")
+    if mode.processes > 1:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(mode.processes))))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a number that does not depend on the tests before: sums are split by it
     patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM's worker replaces it

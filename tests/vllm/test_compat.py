@@ -66,6 +66,18 @@ def test_vllms_own_fusion_with_quantisation_leaves_a_steered_module_alone() -> N
     assert all(kind is not SteeredActivation for kind, _ in _FUSED_ACT_QUANT)
 
 
+def test_batches_matter_on_gpus_without_batch_invariant_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    envs.disable_envs_cache()
+    assert not compat.batches_matter()
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    assert compat.batches_matter()
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert not compat.batches_matter()
+
+
 def test_layers_elsewhere_in_the_pipeline() -> None:
     from vllm.model_executor.models.utils import PPMissingLayer
 

@@ -24,6 +24,7 @@ INTERVENTIONS: dict[str, dict[str, Any]] = {
     "deactivate": {"deactivate": "eng_Latn"},
     "two-languages": {"language": "fra_Latn+deu_Latn", "op": "add", "value": 1.5, "deactivate": "others"},
     "layers": {"language": "jpn_Jpan", "op": "scale", "factor": 2, "layers": "0-1+4", "site": "product"},
+    "layers-of-one-stage": {"language": "jpn_Jpan", "op": "scale", "factor": 2, "layers": "4-5"},
     "both-sites": {
         "intervention": [
             {"language": "fra_Latn", "op": "set", "value": "mean", "factor": 2},
@@ -103,6 +104,27 @@ def test_a_twin_is_the_unsteered_score(steered: Any) -> None:
     assert [score.unsteered for score in twice] == [score[0] for score in unsteered]
     assert furthest(twice, expected("add-product")[0]) < 1e-4, "steered again after its twin, and before"
     assert furthest(steered.loglikelihood(scoring(), disable_tqdm=True), expected("add-product")[0]) < 1e-4
+
+
+def test_rows_that_are_scored_twice_go_one_by_one_where_batches_matter(
+    steered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steer(steered, "add-product")
+    together = steered.loglikelihood(scoring(2, twin=True), disable_tqdm=True)
+    sizes: list[int] = []
+    parents = type(steered)._model_generate
+
+    def counted(lm: Any, requests: Any, *more: Any, **arguments: Any) -> Any:
+        sizes.append(len(requests))
+        return parents(lm, requests, *more, **arguments)
+
+    monkeypatch.setattr(type(steered), "_model_generate", counted)
+    monkeypatch.setattr("lm_eval_steering.vllm.compat.batches_matter", lambda: True)
+    apart = steered.loglikelihood(scoring(2, twin=True), disable_tqdm=True)
+    assert set(sizes) == {1} and len(sizes) == 2 * len(apart)
+    assert furthest(apart, together) < 1e-4
+    assert furthest([(one.unsteered,) for one in apart], [(one.unsteered,) for one in together]) < 1e-4
+    assert steered.batch_size == "auto", "other requests go together again"
 
 
 def test_evidence_counts_what_the_requests_needed(steered: Any) -> None:
