@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from lm_eval_steering.resources import demo_model
 from tests.vllm.conftest import Mode, furthest, generating, rolling, running, scoring
 from tests.vllm.test_modes import expected, steer
@@ -37,12 +35,3 @@ def test_two_stages_answer_as_steered_hf(vllm: None, record_property: Any) -> No
         assert first["edited_layers"] == 0 and second["edited_layers"] > 0
         lm.intervene()
         assert [tuple(score) for score in lm.loglikelihood(scoring(), disable_tqdm=True)] == before
-
-
-@pytest.mark.usefixtures("vllm")
-def test_there_is_no_pipeline_of_replicas() -> None:
-    from lm_eval_steering.errors import SteeringError
-    from lm_eval_steering.vllm.model import SteeredVLLM
-
-    with pytest.raises(SteeringError, match="data_parallel_size=2: lm-eval makes new engines"):
-        SteeredVLLM(str(demo_model()), data_parallel_size=2, pipeline_parallel_size=2)
