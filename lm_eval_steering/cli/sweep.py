@@ -47,8 +47,6 @@ def sweep(
     part = Shard.parse(shard) if shard else None
     from lm_eval_steering.sweep.cells import spell_out
 
-    if launcher is not Launcher.NONE and spec.engine.is_external:
-        raise SteeringError(f"--launcher with engine {spec.engine.name}: divide its commands among jobs instead")
     if launcher is not Launcher.NONE and part is not None:
         raise SteeringError(
             "--shard conflicts with --launcher, which makes the shards itself: leave one of the two out"
@@ -56,10 +54,6 @@ def sweep(
     be_quiet()
     ranks = launched()[0]
     grid = spell_out(spec)
-    if spec.engine.is_external:
-        from lm_eval_steering.sweep.engine import engine_grid  # with peft and more, which others can do without
-
-        grid = engine_grid(grid)
     if launcher is not Launcher.NONE and not dry_run:
         _stop_on_sigterm()
         _launch(grid, out, launcher, workers, retry_failed)

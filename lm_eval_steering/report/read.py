@@ -325,9 +325,7 @@ def _read_store(path: Path, max_samples: int, evaluated: Mapping[str, str]) -> S
     facts = Facts(title=path.resolve().name, sources=[str(path)], versions=versions())
     plan = json.loads((path / "plan.json").read_text("utf-8"))["plan"] if (path / "plan.json").is_file() else {}
     results = {stored.cell["name"]: stored.results for stored in store.stored()}
-    # An engine evaluates exports of the plan's model, each under another name.
-    exported = bool(plan.get("engine"))
-    frame["model_id"] = ["" if exported else _model_id(results[cell]) for cell in frame["cell"]]
+    frame["model_id"] = [_model_id(results[cell]) for cell in frame["cell"]]
     frame["asked"] = [_asked(results[cell], task) for cell, task in zip(frame["cell"], frame["task"], strict=True)]
     configs = {task: config for found in results.values() for task, config in found.get("configs", {}).items()}
     stated = _evaluated_languages(frame["task"].unique(), configs, {**(plan.get("evaluated") or {}), **evaluated})

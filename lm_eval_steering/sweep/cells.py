@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering import languages, resources
+from lm_eval_steering.architectures import model_type_of
 from lm_eval_steering.architectures.loading import commit_of
 from lm_eval_steering.errors import SteeringError, did_you_mean
 from lm_eval_steering.lmeval.arguments import read_config
@@ -24,8 +25,10 @@ from lm_eval_steering.provenance import fingerprint
 from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import Intervention, Step, from_arguments
 from lm_eval_steering.sweep.halves import ALL, CHOOSE, REPORT, can_be_split, positions_of
-from lm_eval_steering.sweep.plan import InterventionEntry, PlanError, SweepPlan
+from lm_eval_steering.sweep.plan import STEERED_VLLM, InterventionEntry, PlanError, SweepPlan
 from lm_eval_steering.sweep.plan_tasks import TaskBook
+from lm_eval_steering.vllm.arguments import CAPACITY, capacity_of, refuse_what_hooks_do
+from lm_eval_steering.vllm.layers import refuse_unknown
 
 # --- From the entries of a plan to single interventions: one for each language, factor and random control
 
@@ -118,6 +121,8 @@ def _from_entry(
                 arguments["factor"] = float(factor)
             try:
                 compiled = compile_intervention(from_arguments(arguments), neuron_set, plan.allow_empty)
+                if plan.engine.name == STEERED_VLLM:
+                    refuse_what_hooks_do(compiled)
             except SteeringError as error:
                 raise PlanError(f"interventions.{number}: {error}") from None
             intervention = compiled.intervention
@@ -177,6 +182,11 @@ def _name(intervention: Intervention, entry: InterventionEntry, factor: float | 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".py")  # config, tokenizer, chat template, the model's own code
 _IRRELEVANT = {"batch_size", "max_batch_size", "device", "parallelize", "max_memory_per_gpu", "max_cpu_memory"}
+# Arguments of an engine that say where and how fast it runs, and not what it answers.
+_PLACE = {
+    "tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "gpu_memory_utilization",
+    "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "disable_log_stats", CAPACITY,
+}  # fmt: skip
 _ENDS = 1 << 20  # bytes read at either end of a weight file
 _LONGEST = 200  # characters of a readable name: file systems end at 255 bytes
 
@@ -253,8 +263,8 @@ class Grid:
 
     @cached_property
     def model(self) -> dict[str, Any]:
-        """What is known of the model before it is loaded."""
-        return declared_model(self.plan)
+        """What is known of the model before it is loaded, and what runs it where that is not `steered-hf`."""
+        return declared_model(self.plan) | _declared_engine(self.plan)
 
     @cached_property
     def calibration(self) -> dict[str, Any] | None:
@@ -484,6 +494,26 @@ def declared_model(plan: SweepPlan) -> dict[str, Any]:
         return {"name": folder.name, "files": _files_digest(folder), **deciding}
     commit = commit_of(plan.model.pretrained, str(arguments.get("revision") or "main"), arguments.get("cache_dir"))
     return {"name": plan.model.pretrained, "commit": commit or None, **deciding}
+
+
+def _declared_engine(plan: SweepPlan) -> dict[str, Any]:
+    """Name and deciding arguments of an engine other than `steered-hf`."""
+    if plan.engine.name != STEERED_VLLM:
+        return {}
+    arguments = model_arguments(plan)
+    refuse_unknown(model_type_of(read_config(arguments["pretrained"], arguments)))
+    deciding = {key: value for key, value in plan.engine.arguments.items() if key not in _PLACE | _IRRELEVANT}
+    return {"engine": {"name": plan.engine.name, **deciding}}
+
+
+def engine_arguments(grid: Grid) -> dict[str, Any]:
+    """Arguments of the class that runs the cells."""
+    arguments, engine = model_arguments(grid.plan), grid.plan.engine
+    if engine.name != STEERED_VLLM:
+        return arguments
+    neuron_set = grid.neuron_set
+    room = {CAPACITY: capacity_of(None, neuron_set, neuron_set.provenance.units)}
+    return arguments | {"batch_size": "auto"} | room | dict(engine.arguments)
 
 
 def _files_digest(folder: Path) -> str:

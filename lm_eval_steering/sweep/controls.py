@@ -32,16 +32,26 @@ class ControlSets:
             self._make(lm)
         return self._sets[seed]
 
+    @property
+    def are_measured(self) -> bool:
+        """Whether no model is needed to make them: they are in the folder, or are not measured at all."""
+        return self._grid.calibration is None or all(path.is_file() for path in self._paths(self._draws()))
+
+    def _draws(self) -> list[NeuronSet]:
+        return [random_set(self._grid.neuron_set, seed) for seed in range(self._grid.plan.controls.random)]
+
+    def _paths(self, draws: list[NeuronSet]) -> list[Path]:
+        text = fingerprint(self._grid.calibration or {})[:10]
+        return [
+            self._folder / f"random{n}-{draw.content_hash()[:10]}-{text}.safetensors" for n, draw in enumerate(draws)
+        ]
+
     def _make(self, lm: Any) -> None:
-        controls = self._grid.plan.controls
-        draws = [random_set(self._grid.neuron_set, seed) for seed in range(controls.random)]
+        draws = self._draws()
         if self._grid.calibration is None:
             self._sets = dict(enumerate(draws))
             return
-        text = fingerprint(self._grid.calibration)[:10]
-        paths = [
-            self._folder / f"random{n}-{draw.content_hash()[:10]}-{text}.safetensors" for n, draw in enumerate(draws)
-        ]
+        paths = self._paths(draws)
         self._ranks.after_first(lambda: self._measure_or_refuse(draws, paths, lm))
         self._sets = {number: NeuronSet.load(path) for number, path in enumerate(paths)}
 

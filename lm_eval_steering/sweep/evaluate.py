@@ -19,17 +19,17 @@ from lm_eval_steering.lmeval.compat import release_requests
 from lm_eval_steering.lmeval.fewshot import SEED, draw_per_document
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.provenance import fingerprint
-from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments, options_of
+from lm_eval_steering.sweep.cells import Cell, Grid, engine_arguments, options_of
 from lm_eval_steering.sweep.halves import REPORT
 from lm_eval_steering.sweep.store import FORMAT_VERSION, as_json, cell_versions
-from lm_eval_steering.sweep.sweep_model import SweepModel
+from lm_eval_steering.sweep.sweep_model import SweepLM
 
 
 class StorageFullError(SteeringError):
     """A finished cell that could not be written: no other one could be either."""
 
 
-def evaluate(lm: SweepModel, grid: Grid, cell: Cell, neuron_set: NeuronSet) -> dict[str, Any] | None:
+def evaluate(lm: SweepLM, grid: Grid, cell: Cell, neuron_set: NeuronSet) -> dict[str, Any] | None:
     """lm-eval's results of one cell, samples included; None on processes other than the first.
 
     Args:
@@ -64,7 +64,7 @@ def evaluate(lm: SweepModel, grid: Grid, cell: Cell, neuron_set: NeuronSet) -> d
     return results
 
 
-def store_cell(folder: Path, lm: SweepModel, grid: Grid, cell: Cell, evaluation: Mapping[str, Any]) -> None:
+def store_cell(folder: Path, lm: SweepLM, grid: Grid, cell: Cell, evaluation: Mapping[str, Any]) -> None:
     """Put an evaluated cell into the store, as `put_cell` does."""
     results, samples = dict(evaluation), list(evaluation["samples"][cell.task])
     del results["samples"]
@@ -128,6 +128,7 @@ def facts_of(
         "format_version": FORMAT_VERSION,
         "cell": cell.describe(),
         "model": grid.model["name"],
+        "engine": plan.engine.name,
         "fingerprint": lm.fingerprint,
         "signature": lm.signature,
         "versions": cell_versions(),
@@ -147,21 +148,20 @@ def prompts_digest(samples: Sequence[Mapping[str, Any]]) -> str:
     return fingerprint({"prompts": prompts})
 
 
-def _results_text(
-    lm: SweepModel, grid: Grid, cell: Cell, results: dict[str, Any], samples: list[dict[str, Any]]
-) -> str:
+def _results_text(lm: SweepLM, grid: Grid, cell: Cell, results: dict[str, Any], samples: list[dict[str, Any]]) -> str:
     """As lm-eval's EvaluationTracker writes them, which would hide that a disk is full."""
     from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
     from lm_eval.utils import handle_non_serializable, hash_string
 
-    arguments = {**model_arguments(grid.plan), **_neurons(lm, grid, cell), **cell.intervention.arguments}
+    engine = grid.plan.engine.name
+    arguments = {**engine_arguments(grid), **_neurons(lm, grid, cell), **cell.intervention.arguments}
     if cell.target and "language" not in arguments:
         arguments["target_language"] = cell.target
-    results["config"] |= {"model": "steered-hf", "model_args": arguments, "batch_size": str(lm.batch_size)}
+    results["config"] |= {"model": engine, "model_args": arguments, "batch_size": str(lm.batch_size)}
     results["config"]["sweep_cell"] = cell.describe()
     tracker = GeneralConfigTracker()
     tracker.log_experiment_args(
-        "steered-hf",
+        engine,
         {"pretrained": grid.model["name"]},
         grid.plan.system_instruction,
         lm.chat_template(grid.plan.apply_chat_template) or "",
@@ -173,7 +173,7 @@ def _results_text(
     return json.dumps(whole, indent=2, default=handle_non_serializable, ensure_ascii=False)
 
 
-def _neurons(lm: SweepModel, grid: Grid, cell: Cell) -> dict[str, Any]:
+def _neurons(lm: SweepLM, grid: Grid, cell: Cell) -> dict[str, Any]:
     """Model arguments that say which neurons; of a control its seed and its hash, as it is no set that has a name."""
     plan, control = grid.plan, cell.intervention.control
     if cell.intervention.is_baseline:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.sweep.plan import SweepPlan, build_plan
+from lm_eval_steering.sweep.plan import STEERED_VLLM, SweepPlan, build_plan
 
 _POLL = 0.5  # seconds between two looks at local jobs
 
@@ -82,7 +82,7 @@ class Launched:
 
 
 def launch_local(plan: SweepPlan, out: Path, workers: int, retry_failed: bool = False) -> Launched:
-    """Run a plan by several processes of this machine, and wait for them; each has a GPU of its own where there are.
+    """Run a plan by several processes of this machine, and wait for them; each has GPUs of its own where there are any.
 
     Raises:
         SteeringError: if a worker dies; what it finished stays.
@@ -108,15 +108,21 @@ def _local(plan: SweepPlan, out: Path, index: int, number: int, retry_failed: bo
     import submitit
     import torch
 
-    gpus = torch.cuda.device_count()
+    gpus, needed = torch.cuda.device_count(), _gpus_of_engine(plan)
     executor = submitit.LocalExecutor(folder=out / "jobs")
     executor.update_parameters(
         timeout_min=plan.slurm.minutes,
         tasks_per_node=1,
-        gpus_per_node=1 if gpus else 0,
-        visible_gpus=[index % gpus] if gpus else [],
+        gpus_per_node=needed if gpus else 0,
+        visible_gpus=[(index * needed + place) % gpus for place in range(needed)] if gpus else [],
     )
     return executor.submit(_job(plan, out, index, number, retry_failed))
+
+
+def _gpus_of_engine(plan: SweepPlan) -> int:
+    """Number of GPUs that one runner of a plan uses."""
+    sizes = [int(plan.engine.arguments.get(f"{name}_parallel_size", 1)) for name in ("tensor", "pipeline")]
+    return sizes[0] * sizes[1]
 
 
 def _exit_code(job: Any) -> int:
@@ -157,6 +163,8 @@ def _array(plan: SweepPlan, out: Path, number: int, retry_failed: bool, dependen
     import submitit
 
     slurm = plan.slurm
+    # An engine starts the processes of its GPUs itself.
+    processes = 1 if plan.engine.name == STEERED_VLLM else max(slurm.gpus, 1)
     try:
         executor = submitit.SlurmExecutor(folder=out / "jobs", max_num_timeout=100)
     except RuntimeError as error:
@@ -165,9 +173,9 @@ def _array(plan: SweepPlan, out: Path, number: int, retry_failed: bool, dependen
         "job_name": f"sweep-{out.name}",
         "time": slurm.minutes,
         "partition": slurm.partition,
-        "ntasks_per_node": max(slurm.gpus, 1),
+        "ntasks_per_node": processes,
         "gpus_per_node": slurm.gpus or None,
-        "cpus_per_task": slurm.cpus,
+        "cpus_per_task": slurm.cpus * max(slurm.gpus, 1) // processes,
         "mem": f"{slurm.memory_gb}GB" if slurm.memory_gb else None,
         "account": slurm.account,
         "setup": list(slurm.setup) or None,
@@ -177,8 +185,17 @@ def _array(plan: SweepPlan, out: Path, number: int, retry_failed: bool, dependen
     }
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     with executor.batch():
-        jobs = [executor.submit(_job(plan, out, index, number, retry_failed)) for index in range(number)]
+        jobs = [executor.submit(_job(_on_gpus(plan), out, index, number, retry_failed)) for index in range(number)]
     return [job.job_id for job in jobs]
+
+
+def _on_gpus(plan: SweepPlan) -> SweepPlan:
+    """The plan whose engine uses the GPUs of its job, unless its arguments say otherwise."""
+    sizes = {"tensor_parallel_size", "pipeline_parallel_size"}
+    if plan.engine.name != STEERED_VLLM or plan.slurm.gpus < 2 or sizes & plan.engine.arguments.keys():
+        return plan
+    arguments = {**plan.engine.arguments, "tensor_parallel_size": plan.slurm.gpus}
+    return plan.model_copy(update={"engine": plan.engine.model_copy(update={"arguments": arguments})})
 
 
 def _job(plan: SweepPlan, out: Path, index: int, number: int, retry_failed: bool) -> ShardJob:

@@ -16,10 +16,11 @@ from lm_eval_steering import languages as codes
 from lm_eval_steering.errors import SteeringError, did_you_mean
 from lm_eval_steering.files import expand_home, read_yaml
 from lm_eval_steering.lmeval.aggregation import BOOTSTRAPS
+from lm_eval_steering.steering.intervention import ARGUMENTS
 
 Number = float | int
 STEERED_HF: Literal["steered-hf"] = "steered-hf"
-_RESCORING = {"lid", "lid_threshold", "lid_letters"}  # arguments of `steered-hf` that are about finished text
+STEERED_VLLM: Literal["steered-vllm"] = "steered-vllm"
 DEFAULT_METRIC = "lfs_clean"  # what `choose` compares where the plan has a generation task that measures it
 
 
@@ -158,7 +159,12 @@ class Slurm(_Part):
     """What `--launcher submitit` asks the scheduler for."""
 
     partition: str | None = Field(None, description="Name of the partition.")
-    gpus: int = Field(1, ge=0, description="GPUs per job, each with a process of its own.")
+    gpus: int = Field(
+        1,
+        ge=0,
+        description="GPUs per job, each with a process of its own; of `steered-vllm` the tensor-parallel size, unless "
+        "its arguments say another.",
+    )
     cpus: int = Field(8, ge=1, description="CPU cores per GPU.")
     memory_gb: int | None = Field(None, gt=0, description="Memory per job.")
     minutes: int = Field(240, gt=0, description="Time limit per job.")
@@ -170,28 +176,12 @@ class Slurm(_Part):
 
 
 class Engine(_Part):
-    """What runs the cells. All but `steered-hf` run exported models, by commands that the sweep writes."""
+    """What runs the cells."""
 
-    name: Literal["steered-hf", "vllm", "hf"] = Field(
-        STEERED_HF, description="`steered-hf`, `vllm`, or `hf`, which rehearses `vllm` on any machine."
+    name: Literal["steered-hf", "steered-vllm"] = Field(STEERED_HF, description="`steered-hf` or `steered-vllm`.")
+    arguments: Mapping[str, Any] = Field(
+        default_factory=dict, description="Of `steered-vllm`, such as `tensor_parallel_size` (docs/vllm.md)."
     )
-    arguments: Mapping[str, str | bool | Number] = Field(
-        default_factory=dict, description="Of that model class of lm-eval, such as `tensor_parallel_size`."
-    )
-    exports: str | None = Field(None, description="Folder for the exported models; OUT/engine/exports by default.")
-    verify: int = Field(
-        4, ge=0, description="Prompts of the plan's tasks on which each export is compared with the hooks."
-    )
-
-    @field_validator("exports")
-    @classmethod
-    def _expand(cls, path: str | None) -> str | None:
-        return expand_home(path)
-
-    @property
-    def is_external(self) -> bool:
-        """Whether the cells are run by commands of lm-eval, and not by this process."""
-        return self.name != STEERED_HF
 
 
 class SweepPlan(_Part):
@@ -293,26 +283,15 @@ def _refuse_false(languages: Any) -> Any:
 
 
 def _why_no_engine(plan: SweepPlan) -> str | None:
-    """Why the engine cannot be asked what the plan says; None where it can."""
+    """Why the engine cannot be given what the plan says; None where it can."""
     engine, model = plan.engine, plan.model
-    if not engine.is_external:
+    if engine.name == STEERED_HF:
         return "engine.arguments: steered-hf takes its arguments from model" if engine.arguments else None
-    thinking = {name for name in ("enable_thinking", "think_end_token") if getattr(model, name) is not None}
-    if other := sorted({*(model.model_extra or {}), *thinking} - _RESCORING):
-        return f"model.{other[0]}: {engine.name} does not get it; write what it takes into engine.arguments"
-    for key, value in engine.arguments.items():
-        if key in ("pretrained", "revision", "peft", "lora_local_path", "tokenizer"):
-            return f"engine.arguments.{key}: the sweep says which model is loaded"
-        if set(",=") & set(f"{key}{value}"):
-            return f"engine.arguments.{key}: {value!r} cannot be passed in --model_args, which splits at , and ="
-    if model.dtype is not None and engine.arguments.get("dtype", model.dtype) != model.dtype:
-        return f"model.dtype {model.dtype} conflicts with engine.arguments.dtype {engine.arguments['dtype']}: write one"
-    if plan.bootstrap_iters != BOOTSTRAPS:
-        return f"bootstrap_iters: lm_eval's command has {BOOTSTRAPS} alone; leave it out with engine {engine.name}"
-    if plan.limit is not None and plan.choose is not None and plan.choose.split == "half":
-        return f"limit conflicts with choose.split=half under engine {engine.name}, whose command takes one of the two"
-    if len(plan.include_path) > 1:
-        return "include_path: lm_eval's command takes one folder; put the task files into one"
+    in_model = {"pretrained", *(model.model_dump(exclude_none=True).keys() - {"batch_size"})}
+    if repeated := sorted(in_model & engine.arguments.keys()):
+        return f"engine.arguments.{repeated[0]} conflicts with model.{repeated[0]}: write it in one place"
+    if steering := sorted(set(ARGUMENTS) & engine.arguments.keys()):
+        return f"engine.arguments.{steering[0]}: what is done to the neurons stands in neurons and interventions"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import socket
@@ -13,20 +14,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from lm_eval_steering.architectures.weights import weights_digest
+import torch
+
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
 from lm_eval_steering.lmeval.compat import be_quiet, describe_machine_once, failed_metric
 from lm_eval_steering.lmeval.unscored import Kept, keep
 from lm_eval_steering.neurons.running import launched
-from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments
+from lm_eval_steering.sweep.cells import Cell, Grid, engine_arguments, model_arguments
 from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves, why_baseline
 from lm_eval_steering.sweep.controls import ControlSets
 from lm_eval_steering.sweep.estimate import CellLog, Estimate
 from lm_eval_steering.sweep.evaluate import StorageFullError, evaluate, store_cell
 from lm_eval_steering.sweep.locks import locked, why_unsafe
-from lm_eval_steering.sweep.plan import PlanError
+from lm_eval_steering.sweep.plan import STEERED_HF, PlanError
 from lm_eval_steering.sweep.store import Store
-from lm_eval_steering.sweep.sweep_model import RankError, SweepModel, is_out_of_memory
+from lm_eval_steering.sweep.sweep_model import RankError, SweepLM, SweepModel, is_out_of_memory
 
 DONE, FAILED, BUSY, RUN = "done", "failed", "busy", "run"
 OK, SOME_FAILED, WAITING, INTERRUPTED = 0, 1, 3, 130
@@ -100,14 +102,25 @@ class SweepRunner:
         shard: Shard | None = None,
         retry_failed: bool = False,
         progress: CellLog | None = None,
-        load: Callable[..., SweepModel] = SweepModel,
+        load: Callable[..., SweepLM] | None = None,
     ) -> None:
+        """Nothing is loaded or written yet.
+
+        Args:
+            grid: of the plan.
+            store: the folder.
+            shard: the part to run; all by default.
+            retry_failed: whether cells that failed before are tried again.
+            progress: where it says how far it is.
+            load: makes the model from its arguments; by default what the plan's engine is.
+        """
         self.grid, self.store, self.shard = grid, store, shard or Shard()
         self.ranks = launched()[0]
         self.progress = progress or CellLog(show=self.ranks.first)
         self.outcome = Outcome()
         self._retry, self._load = retry_failed, load
-        self._lm: SweepModel | None = None
+        self._lm: SweepLM | None = None
+        self._lost: set[str] = set()  # keys of cells at which the engine died
         self._controls = ControlSets(grid, store, self.ranks)
         self._estimate = Estimate()
         self._rest: list[Cell] = []
@@ -135,7 +148,13 @@ class SweepRunner:
             self.outcome.interrupted = True
         finally:
             self.progress.close()
+            self._close()
         return self.outcome
+
+    def _close(self) -> None:
+        if self._lm is not None:
+            self._lm.close()
+            self._lm = None
 
     def _begin(self, cells: Sequence[Cell]) -> None:
         def begin() -> None:
@@ -231,6 +250,14 @@ class SweepRunner:
         except StorageFullError:
             raise
         except Exception as error:
+            if lm.is_lost:
+                self._close()
+                if cell.key not in self._lost:  # it may have done nothing wrong; a second time it has
+                    self._lost.add(cell.key)
+                    self.progress.say(f"{cell.name}: the engine died ({error!r}) and is started anew")
+                    return self._run(cell)
+                self._fail(cell, error)
+                return FAILED
             self._fail(cell, error, lm)
             return FAILED
         self.ranks.after_first(lambda: self._note(cell, lm, seconds, tokens))
@@ -239,7 +266,7 @@ class SweepRunner:
         self.outcome.ran += 1
         return DONE
 
-    def _evaluated(self, lm: SweepModel, cell: Cell) -> dict[str, Any] | None:
+    def _evaluated(self, lm: SweepLM, cell: Cell) -> dict[str, Any] | None:
         control = cell.intervention.control
         neuron_set = self.grid.neuron_set if control is None else self._controls(control, lm)
         documents = (cell.task, cell.target if self.grid.book.is_targeted(cell.task) else None)
@@ -257,7 +284,7 @@ class SweepRunner:
             smaller = lm.halve_batch()
             self.progress.say(f"{cell.name}: out of memory, going on with {smaller} rows per forward pass")
 
-    def _store(self, lm: SweepModel, cell: Cell, results: dict[str, Any] | None) -> None:
+    def _store(self, lm: SweepLM, cell: Cell, results: dict[str, Any] | None) -> None:
         """Store a cell, with every error as one that `after_first` passes to the processes that wait."""
         assert results is not None
         try:
@@ -267,7 +294,7 @@ class SweepRunner:
         except Exception as error:
             raise SteeringError(f"it is evaluated and cannot be written: {error!r}") from error
 
-    def _fail(self, cell: Cell, error: Exception, lm: SweepModel | None = None) -> None:
+    def _fail(self, cell: Cell, error: Exception, lm: SweepLM | None = None) -> None:
         """Note why a cell failed, and keep what was generated for it."""
         kept = self._keep_answers(lm, cell, error) if lm is not None else None
         if not self.ranks.first:
@@ -280,10 +307,10 @@ class SweepRunner:
         )
         self.progress.say(f"failed: {cell.name}: {line}")
 
-    def _keep_answers(self, lm: SweepModel, cell: Cell, error: Exception) -> Kept | None:
+    def _keep_answers(self, lm: SweepLM, cell: Cell, error: Exception) -> Kept | None:
         """This process's answers of a cell that failed after they were complete, as samples in failed/KEY."""
         book = self.grid.book
-        config = {"model": "steered-hf", "model_args": model_arguments(self.grid.plan)}
+        config = {"model": self.grid.plan.engine.name, "model_args": engine_arguments(self.grid)}
         try:
             task, positions = book.task(cell.task, cell.target), self.grid.positions(cell.task, cell.target, cell.items)
             config["steering"] = lm.steering_report()
@@ -292,26 +319,40 @@ class SweepRunner:
         except (SteeringError, DidNotHappenError, OSError):
             return None  # it is what the cell failed of
 
-    def _note(self, cell: Cell, lm: SweepModel, seconds: float, tokens: int) -> None:
+    def _note(self, cell: Cell, lm: SweepLM, seconds: float, tokens: int) -> None:
         """What differs from run to run, apart from the cell's own files."""
         self.store.keep(
             f"timings/{cell.key}.json",
             {
                 "cell": cell.name, "task": cell.task, "seconds": round(seconds, 3), "tokens": tokens,
                 "batch_size": str(lm.batch_size), "host": socket.gethostname(), "pid": os.getpid(),
-                "processes": self.ranks.size, "device": str(lm.device), "python": platform.python_version(),
+                "processes": self.ranks.size, "device": lm.device_name, "python": platform.python_version(),
                 "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             },
         )  # fmt: skip
 
-    def _model(self) -> SweepModel:
+    def _model(self) -> SweepLM:
         """Loaded when the first cell needs it: a sweep that is done loads nothing."""
         if self._lm is None:
-            arguments = model_arguments(self.grid.plan)
-            self._lm = self._load(arguments.pop("pretrained"), **arguments)
-            digest = weights_digest(self._lm.model)
-            self.ranks.after_first(lambda: self.store.check_weights(digest))
+            load = self._load or self._loader()
+            arguments = engine_arguments(self.grid)
+            lm = self._lm = load(arguments.pop("pretrained"), **arguments)
+            self.ranks.after_first(lambda: self.store.check_weights(lm.weights_hash))
         return self._lm
+
+    def _loader(self) -> Callable[..., SweepLM]:
+        """What makes the model of the plan's engine."""
+        if self.grid.plan.engine.name == STEERED_HF:
+            return SweepModel
+        from lm_eval_steering.sweep.sweep_engine import SweepEngine
+
+        if not self._controls.are_measured:
+            # By hooks, and before the engine takes the device's memory.
+            arguments = model_arguments(self.grid.plan)
+            self._controls(0, SweepModel(arguments.pop("pretrained"), **arguments))
+            gc.collect()
+            torch.cuda.empty_cache()
+        return SweepEngine
 
     def _same(self, value: Any) -> Any:
         """The first process's value, on all of them."""

@@ -43,8 +43,6 @@ def status(out: Path) -> str:
     if other:
         lines.append(f"{other} finished cells are not in the last plan")
     write_text(out / "missing.csv", missing.to_csv(index=False, lineterminator="\n"))
-    if left and (out / "engine" / "commands.txt").is_file():
-        lines.append(f"an engine's commands for them are in {out / 'engine' / 'commands.txt'}; then sweep again")
     lines.append(f"wrote {out / 'missing.csv'}")
     return "\n".join(lines)
 
@@ -56,10 +54,6 @@ def describe(grid: Grid, out: Path) -> str:
         StoreError: if the folder is another model's.
     """
     store = Store(out)
-    if grid.plan.engine.is_external:
-        from lm_eval_steering.sweep.engine import refuse  # with peft and more, which others can do without
-
-        refuse(grid, store)
     store.check(grid)
     check_choice(grid)
     folders, held = store.folders(), locks.owners(out / "locks")

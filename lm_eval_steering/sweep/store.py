@@ -207,6 +207,7 @@ def identity(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "cell": cell["name"],
         "model": facts["model"],
+        "engine": facts.get("engine", "steered-hf"),
         "task": cell["task"],
         "intervention": intervention["name"],
         "languages": "+".join(intervention["languages"]),
@@ -250,7 +251,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 3
 # Files that other runners may have written already, before this one begins the sweep.
 _KNOWN_FILES = {
-    "plan.json", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs", "engine",
+    "plan.json", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs",
     "missing.csv",
 }  # fmt: skip
 DONE, RUNNING, FAILED, MISSING = "done", "running", "failed", "missing"

@@ -1,19 +1,23 @@
-"""The model of a sweep: `steered-hf` that keeps what cells share, counts its tokens, and is one on several ranks."""
+"""The model of a sweep: it keeps what cells share and counts its tokens; `steered-hf` is one model on several ranks."""
 
 from __future__ import annotations
 
 import traceback
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from lm_eval_steering.architectures.weights import weights_digest
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.aggregation import values_of
 from lm_eval_steering.lmeval.compat import GATHERED
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.requests import ScoringRows
+from lm_eval_steering.lmeval.steered_lm import SteeredLM
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -39,29 +43,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY)
 
 
-class SweepModel(SteeredHFLM):
-    """`SteeredHFLM` for many evaluations in one process.
+class SweepLM(SteeredLM):
+    """A steered model for many evaluations in one process, whatever runs it.
 
     Attributes:
         tokens: token positions that went through the model on this process.
         calls: forward passes and generations on this process, in the evaluation in hand.
+        batch_size: as the model class of lm-eval has it.
     """
 
-    batch_size_per_gpu: int | str
-    batch_sizes: dict[float, int]
-    max_batch_size: int
+    tokens = 0
+    calls = 0
+    batch_size: Any
     draws_per_rank = False  # a sweep draws the examples of each document (`lmeval.fewshot`)
 
-    def __init__(self, pretrained: Any, **arguments: Any) -> None:
-        """As `SteeredHFLM`; processes that `accelerate launch` started share the items, GPUs or not."""
-        self._pairs: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
-        self.tokens, self.calls = 0, 0
-        self.shared_evidence: dict[str, Any] | None = None
-        super().__init__(pretrained, **arguments)
-        self._samples: dict[str, list[dict[str, Any]]] = {}
-        self._exchanges: Iterator[str] = iter(())
-
     # --- kept between cells -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _pairs(self) -> dict[tuple[str, str], tuple[list[int], list[int]]]:
+        return {}
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         pair = (context, continuation)
@@ -72,6 +72,65 @@ class SweepModel(SteeredHFLM):
     def forget_requests(self) -> None:
         """Let go of tokenised requests, when other tasks come."""
         self._pairs.clear()
+
+    # --- what runs it -----------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def weights_hash(self) -> str:
+        """Of the weights that were loaded."""
+
+    @property
+    def device_name(self) -> str:
+        """Where it runs."""
+        return str(getattr(self, "device", ""))
+
+    @property
+    def can_halve(self) -> bool:
+        """Whether a forward pass can have fewer rows."""
+        return False
+
+    def halve_batch(self) -> str:
+        """Half the rows a forward pass from now on.
+
+        Raises:
+            SteeringError: where the engine makes its batches itself.
+        """
+        raise SteeringError("the engine makes its own batches; give it smaller ones with max_num_batched_tokens=")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """One evaluation."""
+        self.calls = 0
+        yield
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing can be evaluated any more, because a process that it needs has died."""
+        return False
+
+    def close(self) -> None:
+        """Let go of what would outlive the object."""
+
+
+class SweepModel(SweepLM, SteeredHFLM):
+    """`SteeredHFLM` for many evaluations in one process."""
+
+    batch_size_per_gpu: int | str
+    batch_sizes: dict[float, int]
+    max_batch_size: int
+
+    def __init__(self, pretrained: Any, **arguments: Any) -> None:
+        """As `SteeredHFLM`; processes that `accelerate launch` started share the items, GPUs or not."""
+        self.shared_evidence: dict[str, Any] | None = None
+        super().__init__(pretrained, **arguments)
+        self._samples: dict[str, list[dict[str, Any]]] = {}
+        self._exchanges: Iterator[str] = iter(())
+
+    @property
+    def weights_hash(self) -> str:
+        """Of the loaded weights."""
+        return weights_digest(self.model)
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -160,14 +219,14 @@ class SweepModel(SteeredHFLM):
         """
         if self.world_size == 1:
             return
-        said = "".join(traceback.format_exception(error)) if error else ""
+        trace = "".join(traceback.format_exception(error)) if error else ""
         everyone: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(
-            everyone, (said, error is not None and is_out_of_memory(error), self._own_evidence())
+            everyone, (trace, error is not None and is_out_of_memory(error), self._own_evidence())
         )
-        if wrong := [found for found in everyone if found[0]]:
-            raise RankError(wrong[0][0], any(found[1] for found in wrong))
-        self.shared_evidence = _summed([found[2] for found in everyone])
+        if wrong := [process for process in everyone if process[0]]:
+            raise RankError(wrong[0][0], any(process[1] for process in wrong))
+        self.shared_evidence = _summed([process[2] for process in everyone])
 
     def all_gather(self, tensor: torch.Tensor) -> Any:
         """As lm-eval's, once all processes are here."""
@@ -198,11 +257,11 @@ class SweepModel(SteeredHFLM):
         return answers
 
     def _own_evidence(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"calls": self.calls}
+        counters: dict[str, Any] = {"calls": self.calls}
         if self.steering is not None:
-            found = self.steering.evidence()
-            own |= {name: getattr(found, name) for name in ("forwards", "fired", "positions", "largest_change")}
-        return own
+            evidence = self.steering.evidence()
+            counters |= {name: getattr(evidence, name) for name in ("forwards", "fired", "positions", "largest_change")}
+        return counters
 
     def steering_report(self) -> dict[str, Any]:
         """As `SteeredHFLM`, with the counters of all processes added up; the first one alone asks for it."""
@@ -242,13 +301,13 @@ class SweepModel(SteeredHFLM):
 
 def _summed(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Counters of all processes, added up, and the largest change; calls one by one."""
-    found: dict[str, Any] = {"calls": [part["calls"] for part in parts]}
+    total: dict[str, Any] = {"calls": [part["calls"] for part in parts]}
     for name in ("forwards", "fired", "positions"):
         if name in parts[0]:
-            found[name] = sum(part[name] for part in parts)
+            total[name] = sum(part[name] for part in parts)
     if "largest_change" in parts[0]:
-        found["largest_change"] = max(part["largest_change"] for part in parts)
-    return found
+        total["largest_change"] = max(part["largest_change"] for part in parts)
+    return total
 
 
 def in_order(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lm_eval_steering.errors import InterventionError, SteeringError, did_you_mean
 from lm_eval_steering.lmeval.arguments import SteeringArguments
-from lm_eval_steering.neurons.neuron_set import NeuronSet, union_of
+from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.compiled import CompiledIntervention
 from lm_eval_steering.steering.intervention import NORMAL, is_live
 from lm_eval_steering.steering.positions import ALL
@@ -82,8 +82,9 @@ def capacity_of(given: Any, neuron_set: NeuronSet | None, units: int) -> int:
         return given
     needed = units // 8
     if neuron_set is not None:
-        union = union_of([neuron_set.neurons(code) for code in neuron_set.languages])
-        needed = int(np.bincount(union[:, 0], minlength=1).max())
+        # As if no two languages shared one: those of a matched random set may not.
+        layers = np.concatenate([neuron_set.neurons(code)[:, 0] for code in neuron_set.languages])
+        needed = int(np.bincount(layers, minlength=1).max())
     return min(units, max(_FEWEST, 1 << max(needed - 1, 0).bit_length()))
 
 

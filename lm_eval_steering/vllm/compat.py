@@ -207,6 +207,22 @@ def batches_matter() -> bool:
     return not (current_platform.is_cpu() or envs.VLLM_BATCH_INVARIANT)
 
 
+def is_idle(llm: Any, seconds: float = 60.0) -> bool:
+    """Whether an engine's workers answer, and no request is on its way.
+
+    Args:
+        llm: of vLLM.
+        seconds: that a worker has for its answer.
+    """
+    try:
+        if llm.llm_engine.has_unfinished_requests():
+            return False
+        llm.collective_rpc("steering_layout", timeout=seconds)
+    except Exception:  # vLLM's own errors differ by what died and when it was noticed
+        return False
+    return True
+
+
 def shut_down(llm: Any) -> None:
     """End the engine's processes; without this they end with the object."""
     llm.llm_engine.engine_core.shutdown()

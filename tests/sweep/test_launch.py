@@ -10,7 +10,7 @@ import pytest
 import submitit
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.sweep.launch import ShardJob, _exit_code, launch_local, launch_slurm
+from lm_eval_steering.sweep.launch import ShardJob, _exit_code, _on_gpus, launch_local, launch_slurm
 from lm_eval_steering.sweep.store import Store
 from tests.sweep.conftest import PLAIN, Spell, merged, run
 
@@ -60,14 +60,20 @@ def test_a_job_is_a_shard_and_goes_on_when_it_is_queued_again(spell: Spell, tmp_
     assert run(grid, out).ran == 0
 
 
-def test_what_slurm_is_handed(spell: Spell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scripts, programs = tmp_path / "scripts", tmp_path / "bin"
+def scheduler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scheduler that keeps the scripts which it is handed in one file."""
+    scripts, programs = folder / "scripts", folder / "bin"
     programs.mkdir()
     scripts.touch()
     for name, text in (("sbatch", SBATCH.format(scripts=scripts)), ("srun", "#!/bin/sh\n")):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return scripts
+
+
+def test_what_slurm_is_handed(spell: Spell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = scheduler(tmp_path, monkeypatch)
     slurm = {"partition": "gpu", "gpus": 4, "minutes": 90, "shards": 8, "parallel": 3, "account": "lab",
              "setup": ["module load cuda"], "more": {"constraint": "h100"}}  # fmt: skip
     launched = launch_slurm(spell(slurm=slurm).plan, tmp_path / "x")
@@ -87,3 +93,19 @@ def test_without_a_scheduler_it_says_what_to_do(spell: Spell, tmp_path: Path, mo
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SteeringError, match=r"--launcher submitit: .*on one machine use --launcher local"):
         launch_slurm(spell(PLAIN).plan, tmp_path / "x")
+
+
+def test_an_engine_uses_the_gpus_of_its_job(spell: Spell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = scheduler(tmp_path, monkeypatch)
+    slurm = {"gpus": 4, "cpus": 8, "shards": 2}
+    plan = spell(PLAIN, slurm=slurm, engine="steered-vllm").plan
+    launch_slurm(plan, tmp_path / "x")
+    script = scripts.read_text()
+    for line in ("--gpus-per-node=4", "--ntasks-per-node=1", "--cpus-per-task=32", "--array=0-1%16"):
+        assert f"#SBATCH {line}\n" in script, line
+    pickles = sorted((tmp_path / "x" / "jobs").glob("*.pkl"))
+    jobs = [submitit.core.utils.DelayedSubmission.load(path).function for path in pickles]
+    assert [job.plan["engine"]["arguments"] for job in jobs] == [{"tensor_parallel_size": 4}] * 2
+    own = {"name": "steered-vllm", "arguments": {"pipeline_parallel_size": 2}}
+    assert _on_gpus(spell(PLAIN, slurm=slurm, engine=own).plan).engine.arguments == {"pipeline_parallel_size": 2}
+    assert _on_gpus(spell(PLAIN, slurm=slurm).plan).engine.arguments == {}

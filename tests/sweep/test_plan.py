@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from lm_eval_steering.errors import SteeringError
-from lm_eval_steering.sweep.plan import SweepPlan, build_plan, read_plan
+from lm_eval_steering.sweep.cells import engine_arguments
+from lm_eval_steering.sweep.plan import PlanError, SweepPlan, build_plan, read_plan
 from lm_eval_steering.sweep.status import describe
 from lm_eval_steering.sweep.store import Store
 from tests.sweep.conftest import PLAIN, PLAN, Spell, run
@@ -25,10 +26,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"interventions": [{"op": "scale", "factor": 2, "factors": [2]}]}, "factor conflicts with factors"),
     ({"languages": ["french_Latn"]}, "french_Latn"),
     ({"choose": None, "then": {"tasks": ["small_nats"]}}, "then without choose"),
+    ({"engine": "vllm"}, r"engine.name: .*'steered-hf' or 'steered-vllm', got 'vllm'"),
+    ({"engine": {"arguments": {"dtype": "half"}}}, "engine.arguments: steered-hf takes its arguments from model"),
     (
-        {"engine": "hf", "choose": {"metric": "acc"}, "limit": 3},
-        "limit conflicts with choose.split=half under engine hf",
+        {"engine": {"name": "steered-vllm", "arguments": {"pretrained": "other"}}},
+        "engine.arguments.pretrained conflicts with model.pretrained",
     ),
+    (
+        {"engine": {"name": "steered-vllm", "arguments": {"factor": 3}}},
+        "engine.arguments.factor: what is done to the neurons stands in neurons and interventions",
+    ),
+    ({"engine": {"name": "steered-vllm", "verify": 4}}, "unknown key 'engine.verify'"),
     ({"languages": [False]}, 'an unquoted no as false: write "no" with quotes, or nob_Latn'),
     ({"interventions": [{"deactivate": False}]}, "unquoted no as false"),
     ({"evaluated": {"small_choice": False}}, "unquoted no as false"),
@@ -169,13 +177,11 @@ def test_paths_of_a_plan_expand_the_home_folder(tmp_path: Path, monkeypatch: pyt
         | {
             "neurons": "~/n.safetensors", "model": {"pretrained": "~/model"}, "include_path": "~/tasks",
             "controls": {"random": 1, "calibration": "~/text"}, "metadata": {"data_dir": "~/data", "pair": "a~b"},
-            "engine": {"name": "hf", "exports": "~/exports"},
         }
     )  # fmt: skip
     assert plan.neurons == f"{tmp_path}/n.safetensors" and plan.model.pretrained == f"{tmp_path}/model"
     assert plan.include_path == (f"{tmp_path}/tasks",) and plan.controls.calibration == f"{tmp_path}/text"
     assert plan.metadata == {"data_dir": f"{tmp_path}/data", "pair": "a~b"}
-    assert plan.engine.exports == f"{tmp_path}/exports"
 
 
 def test_the_language_of_a_tasks_items(spell: Spell) -> None:
@@ -232,3 +238,30 @@ def test_dry_run_tells_cells_what_is_done_and_the_time(spell: Spell, finished: P
     wider = describe(spell(languages=["deu_Latn", "tur_Latn", "fra_Latn"]), finished)
     assert "cells left, about" in wider and "for one runner" in wider
     assert not (tmp_path / "none").exists()
+
+
+def test_cells_of_an_engine_are_other_cells_and_where_it_runs_is_no_part_of_them(spell: Spell) -> None:
+    hooks, engine = spell(PLAIN), spell(PLAIN, engine="steered-vllm")
+    assert [cell.task for cell in engine.cells] == [cell.task for cell in hooks.cells]
+    assert not {cell.key for cell in engine.cells} & {cell.key for cell in hooks.cells}
+    placed = {"name": "steered-vllm", "arguments": {"tensor_parallel_size": 4, "enforce_eager": True}}
+    assert [cell.key for cell in spell(PLAIN, engine=placed).cells] == [cell.key for cell in engine.cells]
+    quantised = {"name": "steered-vllm", "arguments": {"quantization": "fp8"}}
+    assert not {cell.key for cell in spell(PLAIN, engine=quantised).cells} & {cell.key for cell in engine.cells}
+    arguments = engine_arguments(spell(PLAIN, engine=placed))
+    assert arguments["tensor_parallel_size"] == 4 and arguments["batch_size"] == "auto"
+    assert arguments["steered_units"] == 128, "room for every language of the set"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"op": "add", "value": "live_max"}, "interventions.0: value=live_max: a live statistic .*steered-hf"),
+        ({"op": "scale", "factor": 2, "positions": "prompt"}, "interventions.0: positions=prompt: .*steered-hf"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_it_starts(
+    spell: Spell, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        spell(PLAIN, engine="steered-vllm", interventions=[changes])

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.steering.intervention import Intervention
 from lm_eval_steering.sweep.cells import Grid
 from lm_eval_steering.sweep.estimate import CellLog
 from lm_eval_steering.sweep.locks import locked, owners, why_unsafe
@@ -330,3 +331,47 @@ def test_file_systems_whose_locks_do_not_reach_other_machines(
     mounts.write_text(f"/dev/root / ext4 rw 0 0\nhost:/x {tmp_path} {kind} {options} 0 0\n")
     found = why_unsafe(tmp_path / "run", mounts)
     assert found is None if message is None else message in str(found)
+
+
+class Mortal(SweepModel):
+    """A model whose engine dies: at evaluations of one intervention, as often as a list says."""
+
+    deaths: list[str]
+    started: list[Mortal]
+    dead = False
+
+    def __init__(self, pretrained: Any, **arguments: Any) -> None:
+        super().__init__(pretrained, **arguments)
+        self.started.append(self)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        if self.intervention.signature() in self.deaths:
+            self.deaths.remove(self.intervention.signature())
+            self.dead = True
+        if self.dead:
+            raise RuntimeError("the engine's process is gone")
+        return super().loglikelihood(requests, disable_tqdm)
+
+    @property
+    def is_lost(self) -> bool:
+        return self.dead
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_engine_that_dies_is_started_anew_and_costs_no_other_cell(
+    spell: Spell, small_run: Path, tmp_path: Path, times: int
+) -> None:
+    grid, out, log = spell(PLAIN), tmp_path / "run", io.StringIO()
+    planned = grid.cells[1]
+    signature = Intervention.model_validate(planned.intervention.resolved).signature()
+    engine = type("Engine", (Mortal,), {"deaths": [signature] * times, "started": []})
+    outcome = run(grid, out, load=engine, progress=CellLog(stream=log))
+    assert len(engine.started) == times + 1
+    assert f"{planned.name}: the engine died" in log.getvalue()
+    if times == 1:  # whatever killed it, the cell has done nothing wrong
+        assert (outcome.exit_code, outcome.ran) == (0, len(grid.cells))
+        assert merged([out], tmp_path / "a") == merged([small_run], tmp_path / "b")
+    else:
+        assert (outcome.exit_code, outcome.ran) == (1, len(grid.cells) - 1)
+        assert [cell.key for cell in outcome.failed] == [planned.key]
+        assert Store(out).missing().why.tolist() == ["RuntimeError: the engine's process is gone"]
