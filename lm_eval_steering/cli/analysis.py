@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,13 @@ class PositionKind(StrEnum):
     ALL = "all"
 
 
+class EngineName(StrEnum):
+    """What runs the model."""
+
+    HF = "hf"
+    VLLM = "vllm"
+
+
 Prompts = Annotated[
     Path | None,
     typer.Option(help="Text file, one prompt per line; for the demo model the demo's sentences."),
@@ -45,6 +53,9 @@ def doctor(
     neurons: Annotated[
         Path | None, typer.Option(help="Neuron set of the model; a seeded random one by default.")
     ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="`vllm` tries out steered-vllm; its arguments are those of --model-args.")
+    ] = EngineName.HF,
     json: Annotated[Path | None, typer.Option(help="File for the checks as JSON.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random set and of the tokens.")] = 0,
 ) -> None:
@@ -56,8 +67,17 @@ def doctor(
     if json is not None:
         options.check_out(json)
     neuron_set = _neurons(neurons)
-    lazy = _model(model, neuron_set)
-    checks = examine(lazy.model, neuron_set, sites=model.sites, seed=seed, name=lazy.name, log=Log())
+    if engine is EngineName.VLLM:
+        from lm_eval_steering.analysis.doctor_vllm import engine_report, examine_engine
+
+        arguments = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, "dtype": model.dtype}
+        arguments |= options.read_model_arguments(model.model_args)
+        checks = examine_engine(model.model, arguments, neuron_set, seed=seed, log=Log())
+        record = partial(engine_report, checks, model.model, arguments, neuron_set, seed)
+    else:
+        lazy = _model(model, neuron_set)
+        checks = examine(lazy.model, neuron_set, sites=model.sites, seed=seed, name=lazy.name, log=Log())
+        record = partial(report, checks, lazy, neuron_set, seed)
     if sys.stdout.isatty():
         from rich.console import Console
 
@@ -67,7 +87,7 @@ def doctor(
     else:
         typer.echo(plain_text(checks))
     if json is not None:
-        write_json(json, report(checks, lazy, neuron_set, seed))
+        write_json(json, record())
     if not passed(checks):
         raise typer.Exit(1)
 

@@ -5,6 +5,7 @@ Nothing here is imported before it is needed: vLLM may be absent.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable
@@ -205,6 +206,14 @@ def batches_matter() -> bool:
     from vllm.platforms import current_platform
 
     return not (current_platform.is_cpu() or envs.VLLM_BATCH_INVARIANT)
+
+
+def cache_keys(llm: Any) -> tuple[str, str]:
+    """Keys of an engine's compiled graphs: its own, and that of the same engine without `additional_config`."""
+    config = llm.llm_engine.vllm_config
+    plain = copy.copy(config)
+    plain.additional_config = {}
+    return config.compute_hash(), plain.compute_hash()
 
 
 def is_idle(llm: Any, seconds: float = 60.0) -> bool:

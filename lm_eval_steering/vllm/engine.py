@@ -127,15 +127,9 @@ class SteeredEngine:
                     )
 
     def _send(self, plan: CompiledIntervention | None) -> None:
-        edits, expected = [], 0
-        for edit in plan.edits if plan else ():
-            (map_,) = edit.maps  # static steps at all positions fold into one
-            numbers: dict[str, tuple[Any, Any]] = {"units": (edit.units, np.int64), "scale": (map_.scale, np.float32)}
-            numbers |= {"shift": (map_.shift, np.float32), "written": (map_.written, np.bool_)}
-            data = {name: np.ascontiguousarray(values, kind).tobytes() for name, (values, kind) in numbers.items()}
-            edits.append({"layer": edit.layer, "site": edit.site, **data})
-            expected += self._held(edit)
-        written = sum(self._llm.collective_rpc("steering_write", args=(edits,)))
+        edits = plan.edits if plan else ()
+        expected = sum(map(self._held, edits))
+        written = sum(self._llm.collective_rpc("steering_write", args=([message_of(edit) for edit in edits],)))
         if written != expected:
             raise DidNotHappenError(f"the workers edit {written} units, {expected} were sent to them")
         # The cache of keys and values knows requests by their tokens alone.
@@ -229,6 +223,15 @@ class SteeredEngine:
     def compilations(self) -> list[dict[str, int]]:
         """vLLM's counters of compiling and capturing, of each worker."""
         return self._llm.collective_rpc("steering_compilations")
+
+
+def message_of(edit: Edit) -> dict[str, Any]:
+    """An edit as plain data, which `SteeredWorker.steering_write` takes."""
+    (map_,) = edit.maps  # static steps at all positions fold into one
+    numbers: dict[str, tuple[Any, Any]] = {"units": (edit.units, np.int64), "scale": (map_.scale, np.float32)}
+    numbers |= {"shift": (map_.shift, np.float32), "written": (map_.written, np.bool_)}
+    data = {name: np.ascontiguousarray(values, kind).tobytes() for name, (values, kind) in numbers.items()}
+    return {"layer": edit.layer, "site": edit.site, **data}
 
 
 def _tokens_needed(output: Any) -> int:

@@ -34,6 +34,7 @@ class SteeredWorker(_PlatformWorker):
 
     _places: dict[int, Place]
     _capacity: int
+    _watched: list[tuple[torch.Tensor, torch.Tensor]]
     _problem: str
     _forwards: int
     _real: torch.Tensor
@@ -86,16 +87,9 @@ class SteeredWorker(_PlatformWorker):
             layer = int(edit["layer"])
             if layer not in self._places:  # of another stage of the pipeline
                 continue
-            place = self._places[layer]
-            units = np.frombuffer(edit["units"], dtype=np.int64) - place.first
-            own = (units >= 0) & (units < place.module.width)
-            if own.any():
-                numbers = [
-                    torch.from_numpy(np.frombuffer(edit[name], dtype=kind)[own].copy())
-                    for name, kind in (("scale", np.float32), ("shift", np.float32), ("written", np.bool_))
-                ]
-                site = SITES.index(edit["site"])
-                of_layers[layer].append(SiteEdit(site, torch.from_numpy(units[own].copy()), *numbers))
+            units, *numbers = self._own(edit, self._places[layer])
+            if len(units):
+                of_layers[layer].append(SiteEdit(SITES.index(edit["site"]), units, *numbers))
         for layer, of_layer in of_layers.items():
             self._places[layer].module.write(of_layer)
         return sum(place.module.touched() for place in self._places.values())
@@ -110,6 +104,62 @@ class SteeredWorker(_PlatformWorker):
             "tokens": {str(layer): int(module.tokens) for layer, module in modules.items()},
             "largest": max((float(module.largest) for module in modules.values()), default=0.0),
         }
+
+    def steering_watch(self, layer: int) -> None:
+        """Keep what goes into a layer's steered module and what comes out of it from now on; of an eager engine."""
+        self._watched = []
+        if layer in self._places:
+            module = self._places[layer].module
+            module.register_forward_hook(
+                lambda _, inputs, output: self._watched.append((inputs[0].clone(), output.clone()))
+            )
+
+    def steering_compare(self, layer: int, edits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """How what was watched compares with the definition of an intervention.
+
+        Args:
+            layer: that is watched.
+            edits: as `steering_write` takes them.
+
+        Returns:
+            `calls` of the module, number of `edited` units, the `furthest` difference of those (relative, of
+            max(|expected|, 1)), and whether all `others` are those of the original module, bit by bit.
+        """
+        found: dict[str, Any] = {"calls": len(self._watched), "edited": 0, "furthest": 0.0, "others": True}
+        for inputs, output in self._watched:
+            place = self._places[layer]
+            module, width = place.module, place.module.width
+            original = module.original(inputs)
+            expected, touched = original.clone(), torch.zeros(width, dtype=torch.bool)
+            for edit in sorted(edits, key=lambda edit: SITES.index(edit["site"])):
+                units, scale, shift, written = self._own(edit, place)
+                if not len(units):
+                    continue
+                before = expected[..., units]
+                if edit["site"] == SITES[0] and module.function is not None:
+                    before = module.function(inputs[..., :width])[..., units]
+                after = torch.where(written, 0.0, before.float() * scale) + shift
+                after = after.to(output.dtype)
+                if edit["site"] == SITES[0] and module.function is not None:
+                    after = after * inputs[..., width:][..., units]
+                expected[..., units] = after
+                touched[units] = True
+            difference = (output - expected).float().abs() / expected.float().abs().clamp(min=1.0)
+            found["edited"] = int(touched.sum())
+            if touched.any():
+                found["furthest"] = max(found["furthest"], float(difference[..., touched].max()))
+            found["others"] &= bool(torch.equal(output[..., ~touched], original[..., ~touched]))
+        return found
+
+    def _own(self, edit: Mapping[str, Any], place: Place) -> list[torch.Tensor]:
+        """Units of an edit that this worker holds, counted from its first, and their scale, shift and written."""
+        units = np.frombuffer(edit["units"], dtype=np.int64) - place.first
+        own = (units >= 0) & (units < place.module.width)
+        numbers = [
+            np.frombuffer(edit[name], dtype=kind)[own]
+            for name, kind in (("scale", np.float32), ("shift", np.float32), ("written", np.bool_))
+        ]
+        return [torch.from_numpy(each.copy()) for each in (units[own], *numbers)]
 
     def steering_compilations(self) -> dict[str, int]:
         """vLLM's counters of compiling and capturing in this process."""

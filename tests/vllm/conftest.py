@@ -24,6 +24,7 @@ from lm_eval_steering.lmeval.task_families import demo as tasks
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics, union_of
 from lm_eval_steering.resources import demo_model, find_neuron_set
 from tests.conftest import TOKENS, tiny_tokenizer
+from tests.sweep.conftest import spell, task_files  # noqa: F401  fixtures
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; by default most of the memory
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -70,6 +71,29 @@ MODES = {
 
 
 @contextmanager
+def in_this_process(processes: int = 1) -> Iterator[None]:
+    """Engines of one process run in this one; of more, in processes of their own."""
+    from vllm import envs
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    envs.disable_envs_cache()
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if processes > 1 else "0")
+    if processes > 1:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(processes))))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a number that does not depend on the tests before: sums are split by it
+    patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM's worker replaces it
+    try:
+        yield
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        patch.undo()
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def running(kind: str, mode: Mode, pretrained: str, **arguments: Any) -> Iterator[Any]:
     """lm-eval's model class over a new engine, which ends with the block.
 
@@ -80,30 +104,17 @@ def running(kind: str, mode: Mode, pretrained: str, **arguments: Any) -> Iterato
         **arguments: more of the model's.
     """
     from lm_eval.models.vllm_causallms import VLLM
-    from vllm import envs
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     from lm_eval_steering.vllm import compat
     from lm_eval_steering.vllm.model import SteeredVLLM
 
-    envs.disable_envs_cache()
-    patch = pytest.MonkeyPatch()
-    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if mode.processes > 1 else "0")
-    if mode.processes > 1:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(mode.processes))))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a number that does not depend on the tests before: sums are split by it
-    patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM's worker replaces it
-    lm = (SteeredVLLM if kind == "steered" else VLLM)(pretrained, **mode.arguments | arguments)
-    try:
-        yield lm
-    finally:
-        compat.shut_down(lm.model)
-        del lm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        patch.undo()
-        torch.set_num_threads(threads)
+    with in_this_process(mode.processes):
+        lm = (SteeredVLLM if kind == "steered" else VLLM)(pretrained, **mode.arguments | arguments)
+        try:
+            yield lm
+        finally:
+            compat.shut_down(lm.model)
+            del lm
 
 
 @pytest.fixture(scope="session", params=MODES)

@@ -1,0 +1,274 @@
+"""`doctor --engine vllm`: is steering right in the user's own vLLM, with the user's model and arguments?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lm_eval_steering.analysis.checks import ROW_LENGTHS, Check, Finding, random_neurons
+from lm_eval_steering.architectures import model_type_of, shape_of
+from lm_eval_steering.lmeval.arguments import read_config
+from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.progress import Log
+from lm_eval_steering.provenance import versions
+
+if TYPE_CHECKING:
+    from lm_eval_steering.vllm.model import SteeredVLLM
+
+# Written in plain numbers, so that they are defined for every neuron set.
+_BOTH_SITES: list[dict[str, Any]] = [
+    {"op": "add", "value": 1.0, "factor": 0.5},
+    {"op": "scale", "factor": -1.5, "site": "product"},
+]
+_TOKENS = 8  # that are generated
+_EXACT, _HALF = 1e-4, 8  # of max(1, |log-likelihood|): in float32, and in steps of a shorter type's rounding
+
+
+def examine_engine(
+    pretrained: str,
+    arguments: Mapping[str, Any],
+    neurons: NeuronSet | None = None,
+    *,
+    seed: int = 0,
+    log: Log | None = None,
+) -> list[Check]:
+    """Try out every guarantee of `steered-vllm`.
+
+    Two engines start one after another: an eager one, in which a module's input and output can be seen, and the one
+    that the arguments describe. Where that is eager, there is one.
+
+    Args:
+        pretrained: hub id or folder.
+        arguments: of `steered-vllm`.
+        neurons: of the model; a seeded random set of its shape by default.
+        seed: of the random set and of the token rows.
+        log: shows progress.
+
+    Returns:
+        One check for each guarantee.
+
+    Raises:
+        SteeringError: as `steered-vllm`, before an engine starts.
+    """
+    from lm_eval_steering.vllm.model import SteeredVLLM
+
+    log = log or Log(show=False)
+    config = read_config(pretrained, dict(arguments))
+    made_up = neurons is None
+    neurons = neurons or random_neurons(shape_of(config), model_type_of(config), seed)
+    given = dict(arguments) | {"force": made_up or bool(arguments.get("force"))}
+    result: list[Check] = []
+    eager: _Scores | None = None
+    for is_eager in [True] if given.get("enforce_eager") else [True, False]:
+        lm = SteeredVLLM(pretrained, **given | {"enforce_eager": is_eager, "batch_size": 1})
+        try:
+            bench = _EngineBench(lm, neurons, seed, bool(given["force"]))
+            wanted = list(_eager_checks(bench)) if is_eager else []
+            if not is_eager or given.get("enforce_eager"):
+                wanted += list(_checks(bench, eager))
+            with log.bar("checking", len(wanted), "check") as bar:
+                for title, check in wanted:
+                    result.append(_result(title, check))
+                    bar.update(1)
+            if is_eager:
+                eager = bench.steered_scores()
+        finally:
+            bench_ended(lm)
+    return result
+
+
+_Scores = list[float]
+
+
+def engine_report(
+    results: Sequence[Check], pretrained: str, arguments: Mapping[str, Any], neurons: NeuronSet | None, seed: int
+) -> dict[str, Any]:
+    """All results and what they are of, in values that JSON can hold."""
+    from lm_eval_steering.vllm import compat
+
+    return {
+        "passed": all(check.passed for check in results),
+        "checks": [vars(check) for check in results],
+        "model": pretrained,
+        "engine": {"name": "vllm", "release": compat.release(), "arguments": dict(arguments)},
+        "neurons": neurons.content_hash() if neurons else {"random": True, "seed": seed},
+        "versions": versions(),
+    }
+
+
+class _EngineBench:
+    """A running engine, a neuron set that fits its model, and token rows."""
+
+    def __init__(self, lm: SteeredVLLM, neurons: NeuronSet, seed: int, force: bool) -> None:
+        self.lm, self.neurons, self._force = lm, neurons, force
+        special = {number for number in lm.tokenizer.all_special_ids if number is not None}
+        usual = np.array([number for number in range(lm.tokenizer.vocab_size) if number not in special])
+        generator = np.random.default_rng(seed)
+        self.rows = [generator.choice(usual, length).tolist() for length in ROW_LENGTHS]
+        sizes = {code: len(neurons.neurons(code)) for code in neurons.languages}
+        self.language = max(sizes, key=lambda code: sizes[code])
+
+    def steer(self, *steps: dict[str, Any]) -> None:
+        """Put steps in force for the language with most neurons; none is the unsteered model."""
+        whole = [{"language": self.language, **step} for step in steps]
+        self.lm.intervene(self.neurons if steps else None, force=self._force, intervention=whole or None)
+
+    def scores(self) -> _Scores:
+        """Log-likelihood of each row after its first token, in nats."""
+        return [
+            score[0] for score in self.lm._loglikelihood_tokens([(None, row[:1], row[1:]) for row in self.rows], True)
+        ]
+
+    def steered_scores(self) -> _Scores:
+        """The same under an intervention at both sites."""
+        self.steer(*_BOTH_SITES)
+        return self.scores()
+
+    def texts(self) -> list[list[int]]:
+        """Tokens that follow each row, greedily."""
+        from vllm import SamplingParams
+
+        sampling = [SamplingParams(temperature=0.0, max_tokens=_TOKENS, ignore_eos=True) for _ in self.rows]
+        outputs = self.lm._model_generate(self.rows, generate=True, sampling_params=sampling)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def bench_ended(lm: SteeredVLLM) -> None:
+    """End an engine, so that the next one finds its memory."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from lm_eval_steering.vllm import compat
+
+    compat.shut_down(lm.model)
+    cleanup_dist_env_and_memory()
+
+
+def _eager_checks(bench: _EngineBench) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """(what must hold, how to find out) of an eager engine, in the order of the table."""
+    layers = sorted({int(layer) for layer in np.unique(bench.neurons.neurons(bench.language)[:, 0])})
+    for layer in dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])):
+        yield f"layer {layer} follows the definition", partial(_definition, bench, layer)
+
+
+def _checks(bench: _EngineBench, eager: _Scores | None) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    yield "each unit of each layer is held by a worker", partial(_held, bench)
+    yield "scale by 1 is bit-equal to no intervention", partial(_identity, bench, {"op": "scale", "factor": 1})
+    yield (
+        "add of 0 is bit-equal to no intervention",
+        partial(_identity, bench, {"op": "add", "value": 1.0, "factor": 0}),
+    )
+    yield "a real intervention changes the scores", partial(_takes_place, bench)
+    if eager is not None:
+        yield "compiled scores are the eager ones", partial(_as_eager, bench, eager)
+    yield "every token is edited once in every layer", partial(_counted, bench)
+    yield "the model is restored, cached prefixes too", partial(_restored, bench)
+    yield "nothing is compiled when the intervention changes", partial(_compiles_nothing, bench)
+    yield "compiled graphs are kept apart from a plain engine's", partial(_apart, bench)
+
+
+def _result(title: str, check: Callable[[], Finding]) -> Check:
+    """The result of a check; an error inside it is a failure and does not end the other checks."""
+    try:
+        return Check(title, *check())
+    except Exception as error:
+        return Check(title, False, type(error).__name__, "no error", (str(error) or "no message").splitlines()[0])
+
+
+def _definition(bench: _EngineBench, layer: int) -> Finding:
+    from lm_eval_steering.vllm.engine import message_of
+
+    bench.steer(*_BOTH_SITES)
+    plan, llm = bench.lm.plan, bench.lm.model
+    assert plan is not None
+    llm.collective_rpc("steering_watch", args=(layer,))
+    bench.scores()
+    messages = [message_of(edit) for edit in plan.edits if edit.layer == layer]
+    workers = [found for found in llm.collective_rpc("steering_compare", args=(layer, messages)) if found["calls"]]
+    edited, furthest = sum(found["edited"] for found in workers), max(found["furthest"] for found in workers)
+    expected = sum(len(edit.units) for edit in plan.edits if edit.layer == layer and edit.site == "activation")
+    tolerance = 4 * float(torch.finfo(_dtype(bench)).eps)
+    holds = edited >= expected > 0 and furthest <= tolerance and all(found["others"] for found in workers)
+    detail = "" if all(found["others"] for found in workers) else "units that no step touches have changed"
+    return holds, f"{edited} units within {furthest:.1e}", f"{expected} within {tolerance:.1e}", detail
+
+
+def _held(bench: _EngineBench) -> Finding:
+    workers = bench.lm.steering.evidence().workers
+    found = ", ".join(f"{worker['rank']}: layers {worker['layers']}" for worker in workers)
+    return True, f"{len(workers)} workers ({found})", "each unit once in each tensor-parallel group", ""
+
+
+def _identity(bench: _EngineBench, step: dict[str, Any]) -> Finding:
+    bench.steer()
+    before = bench.scores(), bench.texts()
+    bench.steer(step)
+    after = bench.scores(), bench.texts()
+    return after == before, f"{_furthest(after[0], before[0]):.1e}", "bit-equal", ""
+
+
+def _takes_place(bench: _EngineBench) -> Finding:
+    bench.steer()
+    before = bench.scores()
+    after = bench.steered_scores()
+    moved = min(abs(one - other) for one, other in zip(after, before, strict=True))
+    return moved > 0 and bool(np.isfinite(after).all()), f"by {moved:.2g} nats or more", "more than 0, and finite", ""
+
+
+def _as_eager(bench: _EngineBench, eager: _Scores) -> Finding:
+    furthest = _furthest(bench.steered_scores(), eager)
+    tolerance = max(_EXACT, _HALF * float(torch.finfo(_dtype(bench)).eps)) if _dtype(bench) != torch.float32 else _EXACT
+    return furthest <= tolerance, f"{furthest:.1e}", f"{tolerance:.1e} x max(1, |log-likelihood|)", ""
+
+
+def _counted(bench: _EngineBench) -> Finding:
+    bench.steered_scores()
+    evidence, tokens = bench.lm.steering.evidence(), sum(ROW_LENGTHS)
+    counts = {count for worker in evidence.workers if worker["edited_layers"] for count in _range_of(worker)}
+    return counts == {tokens}, f"{sorted(counts)} tokens", f"{tokens}", ""
+
+
+def _range_of(worker: Mapping[str, Any]) -> tuple[int, int]:
+    return int(worker["fewest_tokens"]), int(worker["most_tokens"])
+
+
+def _restored(bench: _EngineBench) -> Finding:
+    bench.steer()
+    before = bench.scores(), bench.texts(), bench.texts()
+    bench.steer(*_BOTH_SITES)
+    steered = bench.scores(), bench.texts(), bench.texts()
+    bench.steer()
+    after = bench.scores(), bench.texts(), bench.texts()
+    same = before == after and steered[1] == steered[2]
+    return same, f"{_furthest(after[0], before[0]):.1e}", "bit-equal", ""
+
+
+def _compiles_nothing(bench: _EngineBench) -> Finding:
+    before = bench.lm.steering.compilations()
+    for factor in (2.0, 3.0):
+        bench.steer({"op": "scale", "factor": factor})
+        bench.scores()
+    after = bench.lm.steering.compilations()
+    number = sum(sum(each.values()) for each in after) - sum(sum(each.values()) for each in before)
+    return after == before, f"{number} compilations and captures", "0", ""
+
+
+def _apart(bench: _EngineBench) -> Finding:
+    from lm_eval_steering.vllm import compat
+
+    own, plain = compat.cache_keys(bench.lm.model)
+    return own != plain, f"{own[:8]} beside {plain[:8]}", "two keys", ""
+
+
+def _dtype(bench: _EngineBench) -> torch.dtype:
+    kind = getattr(torch, bench.lm.activation_dtype.removeprefix("torch."))
+    assert isinstance(kind, torch.dtype)
+    return kind
+
+
+def _furthest(found: _Scores, expected: _Scores) -> float:
+    """Largest difference, of max(1, |log-likelihood|)."""
+    return max(abs(one - other) / max(1.0, abs(other)) for one, other in zip(found, expected, strict=True))
