@@ -1,4 +1,4 @@
-"""`doctor --engine vllm`: is steering right in the user's own vLLM, with the user's model and arguments?"""
+"""`doctor --engine vllm`: is steering right in the user's vLLM, with the user's model and arguments?"""
 
 from __future__ import annotations
 
@@ -187,19 +187,19 @@ def _definition(bench: _EngineBench, layer: int) -> Finding:
     llm.collective_rpc("steering_watch", args=(layer,))
     bench.scores()
     messages = [message_of(edit) for edit in plan.edits if edit.layer == layer]
-    workers = [found for found in llm.collective_rpc("steering_compare", args=(layer, messages)) if found["calls"]]
-    edited, furthest = sum(found["edited"] for found in workers), max(found["furthest"] for found in workers)
+    workers = [worker for worker in llm.collective_rpc("steering_compare", args=(layer, messages)) if worker["calls"]]
+    edited, furthest = sum(worker["edited"] for worker in workers), max(worker["furthest"] for worker in workers)
     expected = sum(len(edit.units) for edit in plan.edits if edit.layer == layer and edit.site == "activation")
     tolerance = 4 * float(torch.finfo(_dtype(bench)).eps)
-    holds = edited >= expected > 0 and furthest <= tolerance and all(found["others"] for found in workers)
-    detail = "" if all(found["others"] for found in workers) else "units that no step touches have changed"
+    holds = edited >= expected > 0 and furthest <= tolerance and all(worker["others"] for worker in workers)
+    detail = "" if all(worker["others"] for worker in workers) else "units that no step touches have changed"
     return holds, f"{edited} units within {furthest:.1e}", f"{expected} within {tolerance:.1e}", detail
 
 
 def _held(bench: _EngineBench) -> Finding:
     workers = bench.lm.steering.evidence().workers
-    found = ", ".join(f"{worker['rank']}: layers {worker['layers']}" for worker in workers)
-    return True, f"{len(workers)} workers ({found})", "each unit once in each tensor-parallel group", ""
+    layers = ", ".join(f"{worker['rank']}: layers {worker['layers']}" for worker in workers)
+    return True, f"{len(workers)} workers ({layers})", "each unit once in each tensor-parallel group", ""
 
 
 def _identity(bench: _EngineBench, step: dict[str, Any]) -> Finding:
@@ -259,8 +259,8 @@ def _compiles_nothing(bench: _EngineBench) -> Finding:
 def _apart(bench: _EngineBench) -> Finding:
     from lm_eval_steering.vllm import compat
 
-    own, plain = compat.cache_keys(bench.lm.model)
-    return own != plain, f"{own[:8]} beside {plain[:8]}", "two keys", ""
+    steered, plain = compat.cache_keys(bench.lm.model)
+    return steered != plain, f"{steered[:8]} and {plain[:8]}", "two keys", ""
 
 
 def _dtype(bench: _EngineBench) -> torch.dtype:
@@ -269,6 +269,6 @@ def _dtype(bench: _EngineBench) -> torch.dtype:
     return kind
 
 
-def _furthest(found: _Scores, expected: _Scores) -> float:
+def _furthest(scores: _Scores, expected: _Scores) -> float:
     """Largest difference, of max(1, |log-likelihood|)."""
-    return max(abs(one - other) / max(1.0, abs(other)) for one, other in zip(found, expected, strict=True))
+    return max(abs(one - other) / max(1.0, abs(other)) for one, other in zip(scores, expected, strict=True))

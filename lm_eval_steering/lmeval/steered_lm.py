@@ -50,7 +50,7 @@ class SteeredLM(TemplateLM):
     _scoring_twice = False  # while rows are scored with and without the intervention
     _continuation_lengths: dict[tuple[str, str], int]  # of the requests in hand, in tokens
 
-    # --- what each engine does in its own manner ----------------------------------------------------------------
+    # --- what differs between the engines -----------------------------------------------------------------------
 
     @property
     @abstractmethod

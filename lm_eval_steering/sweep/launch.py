@@ -114,7 +114,7 @@ def _local(plan: SweepPlan, out: Path, index: int, number: int, retry_failed: bo
         timeout_min=plan.slurm.minutes,
         tasks_per_node=1,
         gpus_per_node=needed if gpus else 0,
-        visible_gpus=[(index * needed + place) % gpus for place in range(needed)] if gpus else [],
+        visible_gpus=[(index * needed + number) % gpus for number in range(needed)] if gpus else [],
     )
     return executor.submit(_job(plan, out, index, number, retry_failed))
 

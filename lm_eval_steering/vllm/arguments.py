@@ -1,4 +1,4 @@
-"""The model arguments of `steered-vllm`: ours told apart from those of `vllm`, and refused where vLLM cannot follow."""
+"""The model arguments of `steered-vllm`: ours separated from those of `vllm`, and refused where vLLM cannot follow."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "enable_dbo": (lambda value: not value, "batches in two halves cannot be counted; leave it out"),
     "ubatch_size": (lambda value: not value, "batches in parts cannot be counted; leave it out"),
     "prefill_context_parallel_size": (lambda value: int(value) == 1, "tokens split over workers cannot be counted"),
-    "scoring": (lambda value: value == "auto", f"vLLM has one way of scoring; leave it out, or {HF}"),
-    "generation": (lambda value: value == "auto", f"vLLM has one way of generating; leave it out, or {HF}"),
+    "scoring": (lambda value: value == "auto", f"vLLM has one method of scoring; leave it out, or {HF}"),
+    "generation": (lambda value: value == "auto", f"vLLM has one method of generating; leave it out, or {HF}"),
     "sites": (lambda value: value is None, f"steered-vllm steers the families of its table only; {HF}"),
 }
 
@@ -52,16 +52,16 @@ def split(given: Mapping[str, Any], parent: type, engine: Set[str]) -> tuple[Ste
     Raises:
         SteeringError: for an argument that none of them knows, with the nearest one; or that cannot be steered.
     """
-    own = {field.name for field in fields(SteeringArguments)}
+    ours = {field.name for field in fields(SteeringArguments)}
     known = set(inspect.signature(parent).parameters) - {"kwargs"} | engine | {"device", "swap_space", CAPACITY}
     for key, value in given.items():
-        if key not in own | known:
-            raise InterventionError(f"unknown model argument {key!r}{did_you_mean(key, sorted(own | known))}")
+        if key not in ours | known:
+            raise InterventionError(f"unknown model argument {key!r}{did_you_mean(key, sorted(ours | known))}")
         fine, why = _REFUSED.get(key, (lambda _: True, ""))
         if value is not None and not fine(value):
             raise SteeringError(f"{key}={value!r}: {why}")
-    rest = {key: value for key, value in given.items() if key not in own and key not in _REFUSED}
-    return SteeringArguments(**{key: value for key, value in given.items() if key in own}), rest
+    rest = {key: value for key, value in given.items() if key not in ours and key not in _REFUSED}
+    return SteeringArguments(**{key: value for key, value in given.items() if key in ours}), rest
 
 
 def capacity_of(given: Any, neuron_set: NeuronSet | None, units: int) -> int:
@@ -113,13 +113,13 @@ def refuse_what_hooks_do(plan: CompiledIntervention | None) -> None:
     for step in plan.intervention.steps if plan else ():
         if step.positions != ALL:
             raise InterventionError(
-                f"positions={step.positions}: vLLM's batches mix prompts and generated tokens, whose places the "
+                f"positions={step.positions}: vLLM's batches mix prompts and generated tokens, whose positions the "
                 f"steered module does not know; {HF}"
             )
         if is_live(step.value):
             raise InterventionError(f"value={step.value}: a live statistic is taken by Python code at each pass; {HF}")
         if step.value == NORMAL:
-            raise InterventionError(f"value={step.value}: random values depend on tokens and their places; {HF}")
+            raise InterventionError(f"value={step.value}: random values depend on tokens and their positions; {HF}")
 
 
 # Generation arguments of transformers that vLLM calls otherwise.

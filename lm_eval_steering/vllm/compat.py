@@ -31,30 +31,32 @@ def release() -> str:
         SteeringError: if it is absent, or older than what was tested.
     """
     try:
-        found = version("vllm")
+        installed = version("vllm")
         import vllm  # noqa: F401
     except (PackageNotFoundError, ImportError) as error:
         raise SteeringError(
             f"steered-vllm needs vLLM ({error}): pip install 'lm-eval-steering[vllm]', or use --model steered-hf"
         ) from None
-    if Version(found) < Version(OLDEST):
-        raise SteeringError(f"vLLM {found} is older than {OLDEST}, the first that steered-vllm was tested with; update")
-    return found
+    if Version(installed) < Version(OLDEST):
+        raise SteeringError(
+            f"vLLM {installed} is older than {OLDEST}, the first that steered-vllm was tested with; update"
+        )
+    return installed
 
 
-def tested(found: str) -> bool:
+def tested(installed: str) -> bool:
     """Whether a release is in the tested range; patch releases of the newest are."""
-    parts = Version(found).release[:2]
+    parts = Version(installed).release[:2]
     return Version(OLDEST).release[:2] <= parts <= Version(NEWEST).release[:2]
 
 
-def warn_if_untested(found: str) -> None:
+def warn_if_untested(installed: str) -> None:
     """One line where the release is newer than what was tested; the counters still prove each edit."""
-    if not tested(found):
+    if not tested(installed):
         _log.warning(
             "vLLM %s is outside the range that steered-vllm was tested with (%s to %s.*): every edit is still counted, "
             "but compare a few scores with --model steered-hf first",
-            found,
+            installed,
             OLDEST,
             NEWEST,
         )
@@ -109,7 +111,7 @@ def additional_config(worker: Any) -> dict[str, Any]:
 
 
 def ranks_of(worker: Any) -> dict[str, int]:
-    """Where a worker stands: number, place and size in tensor parallelism, place in pipeline parallelism."""
+    """Number of a worker, and its rank among how many in tensor and in pipeline parallelism."""
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     return {
@@ -127,7 +129,7 @@ def scheduled_tokens(scheduler_output: Any) -> int:
 
 
 def is_elsewhere(layer: nn.Module) -> bool:
-    """Whether a layer's place is held for another stage of the pipeline."""
+    """Whether a module stands for a layer of another stage of the pipeline."""
     from vllm.model_executor.models.utils import PPMissingLayer
 
     return isinstance(layer, PPMissingLayer)
@@ -136,9 +138,9 @@ def is_elsewhere(layer: nn.Module) -> bool:
 def slice_of(linear: Any) -> tuple[int, int, int]:
     """First input, number of inputs and full number of inputs of the part of a linear layer that a worker holds."""
     linear = getattr(linear, "base_layer", linear)  # wrapped by an adapter
-    own, full = int(getattr(linear, "input_size_per_partition", linear.input_size)), int(linear.input_size)
-    rank = int(linear.tp_rank) if own != full else 0
-    return rank * own, own, full
+    held, full = int(getattr(linear, "input_size_per_partition", linear.input_size)), int(linear.input_size)
+    rank = int(linear.tp_rank) if held != full else 0
+    return rank * held, held, full
 
 
 def gated_function(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:

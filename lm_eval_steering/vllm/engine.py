@@ -32,7 +32,7 @@ class EngineEvidence:
         neurons: (site, layer, unit) edited at each position, over all workers.
         largest_change: largest |a' - a| over finite a, in units of the activation; infinite where a' overflowed.
         finite: whether it is not infinite.
-        workers: for each, its place, its layers and the tokens that it edited.
+        workers: for each, its ranks, its layers and the tokens that it edited.
     """
 
     forwards: int
@@ -195,9 +195,9 @@ class SteeredEngine:
         for layout in self._layouts:
             edited = [tokens for (rank, _), tokens in tally.edited.items() if rank == layout["rank"]]
             layers = sorted(map(int, layout["layers"]))
-            places = ("rank", "tensor_rank", "tensor_size", "pipeline_rank", "pipeline_size")
+            ranks = ("rank", "tensor_rank", "tensor_size", "pipeline_rank", "pipeline_size")
             workers.append(
-                {name: layout[name] for name in places}
+                {name: layout[name] for name in ranks}
                 | {"layers": f"{layers[0]}-{layers[-1]}" if layers else "none", "edited_layers": len(edited)}
                 | {"fewest_tokens": min(edited, default=0), "most_tokens": max(edited, default=0)}
             )

@@ -1,4 +1,4 @@
-"""Where vLLM keeps an MLP's activation, and putting a steered one in its place."""
+"""Where vLLM keeps an MLP's activation, and replacing it by a steered one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def refuse_unknown(model_type: str) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class SteeredLayer:
     """A steered activation and the units that it holds: [first, first + width) of `full`."""
 
     module: SteeredActivation
@@ -67,7 +67,9 @@ class Place:
     full: int
 
 
-def install(model: nn.Module, model_type: str, layers: int, capacity: int, real: torch.Tensor) -> dict[int, Place]:
+def install(
+    model: nn.Module, model_type: str, layers: int, capacity: int, real: torch.Tensor
+) -> dict[int, SteeredLayer]:
     """Put a steered activation into each MLP that this worker holds.
 
     Args:
@@ -85,7 +87,7 @@ def install(model: nn.Module, model_type: str, layers: int, capacity: int, real:
     """
     refuse_unknown(model_type)
     family = FAMILIES[model_type]
-    installed: dict[int, Place] = {}
+    installed: dict[int, SteeredLayer] = {}
     for number, layer in enumerate(_layers(model, layers)):
         if not compat.is_elsewhere(layer):
             installed[number] = _replace(layer, number, family, capacity, real)
@@ -94,15 +96,15 @@ def install(model: nn.Module, model_type: str, layers: int, capacity: int, real:
 
 def _layers(model: nn.Module, layers: int) -> list[nn.Module]:
     for path in _LISTS:
-        found = _at(model, path)
-        if isinstance(found, nn.ModuleList):
-            if len(found) != layers:
-                raise ArchitectureError(f"{type(model).__name__}.{path} has {len(found)} layers, its config {layers}")
-            return list(found)
+        modules = _at(model, path)
+        if isinstance(modules, nn.ModuleList):
+            if len(modules) != layers:
+                raise ArchitectureError(f"{type(model).__name__}.{path} has {len(modules)} layers, its config {layers}")
+            return list(modules)
     raise ArchitectureError(f"{type(model).__name__}: no list of layers at {', '.join(_LISTS)}")
 
 
-def _replace(layer: nn.Module, number: int, family: Family, capacity: int, real: torch.Tensor) -> Place:
+def _replace(layer: nn.Module, number: int, family: Family, capacity: int, real: torch.Tensor) -> SteeredLayer:
     original, down = _at(layer, family.activation), _at(layer, family.down)
     where = f"layer {number} ({type(layer).__name__})"
     if not isinstance(original, nn.Module) or not isinstance(down, nn.Module):
@@ -120,12 +122,12 @@ def _replace(layer: nn.Module, number: int, family: Family, capacity: int, real:
     module = SteeredActivation(original, width, capacity, function, real)
     parent, _, name = family.activation.rpartition(".")
     setattr(_at(layer, parent) if parent else layer, name, module)
-    return Place(module, first, full)
+    return SteeredLayer(module, first, full)
 
 
 def _at(module: nn.Module, path: str) -> Any:
     """What is at a path of attributes; None where there is nothing."""
-    found: Any = module
+    value: Any = module
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        value = getattr(value, name, None)
+    return value

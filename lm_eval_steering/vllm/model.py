@@ -40,7 +40,7 @@ from lm_eval_steering.vllm.layers import refuse_unknown
 from lm_eval_steering.vllm.report import identity_of, report_of
 from lm_eval_steering.vllm.weights import checkpoint_weights, refuse_other_weights
 
-RELEASE = compat.release()  # before lm-eval's module, which fails without vLLM in a less clear way
+RELEASE = compat.release()  # before lm-eval's module, whose error without vLLM is less clear
 
 from lm_eval.models.vllm_causallms import VLLM  # noqa: E402
 
@@ -62,16 +62,16 @@ class SteeredVLLM(SteeredLM, VLLM):
             SteeringError: before the engine starts, for anything that would make the score wrong.
         """
         compat.warn_if_untested(RELEASE)
-        own, rest = split(arguments, VLLM, compat.engine_arguments())
+        ours, rest = split(arguments, VLLM, compat.engine_arguments())
         config = read_config(pretrained, arguments)
-        neuron_set, plan = plan_before_loading(own, config)
+        neuron_set, plan = plan_before_loading(ours, config)
         refuse_unknown(model_type_of(config))
         refuse_what_hooks_do(plan)
-        self.identifier = own.identifier()
+        self.identifier = ours.identifier()
         self.adapter = rest.get("lora_local_path")
         self.weights = checkpoint_weights(pretrained, rest)
         self._shape, self._model_type, self._pretrained = shape_of(config), model_type_of(config), pretrained
-        if neuron_set is not None and not own.force:
+        if neuron_set is not None and not ours.force:
             refuse_other_name(neuron_set, pretrained)
             refuse_other_weights(neuron_set, self.weights, pretrained, self.adapter)
         capacity = capacity_of(rest.get(CAPACITY), neuron_set, self._shape.units)
@@ -80,7 +80,7 @@ class SteeredVLLM(SteeredLM, VLLM):
         self.steering = SteeredEngine(self.model, self._shape)
         self._drawn: Counter[tuple[int, ...]] = Counter()
         self.scored = self.generated = 0
-        self._attach(neuron_set, plan, own.targets(), own.force)
+        self._attach(neuron_set, plan, ours.targets(), ours.force)
 
     # --- changing the intervention on a running engine ----------------------------------------------------------
 

@@ -24,7 +24,7 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.vllm import compat
 from lm_eval_steering.vllm.activation import LAYOUT, SITES, SiteEdit
 from lm_eval_steering.vllm.arguments import CAPACITY_KEY, DRIVER
-from lm_eval_steering.vllm.layers import Place, install
+from lm_eval_steering.vllm.layers import SteeredLayer, install
 
 _PlatformWorker: Any = compat.platform_worker()
 
@@ -32,7 +32,7 @@ _PlatformWorker: Any = compat.platform_worker()
 class SteeredWorker(_PlatformWorker):
     """The platform's own worker, whose model can be steered."""
 
-    _places: dict[int, Place]
+    _steered: dict[int, SteeredLayer]
     _capacity: int
     _watched: list[tuple[torch.Tensor, torch.Tensor]]
     _problem: str
@@ -44,12 +44,12 @@ class SteeredWorker(_PlatformWorker):
         end_with(int(os.environ.get(DRIVER, "0")))
         super().load_model(*args, **kwargs)
         self._capacity = int(compat.additional_config(self)[CAPACITY_KEY])
-        self._places, self._problem, self._forwards = {}, "", 0
+        self._steered, self._problem, self._forwards = {}, "", 0
         self._real = torch.zeros(1, dtype=torch.int64, device=self.device)
         config = self.model_config.hf_config
         try:
             shape: Shape = shape_of(config)
-            self._places = install(
+            self._steered = install(
                 compat.model_of(self), model_type_of(config), shape.layers, self._capacity, self._real
             )
         except SteeringError as error:
@@ -57,7 +57,7 @@ class SteeredWorker(_PlatformWorker):
             self._problem = str(error)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """One forward pass, whose number of real tokens the modules are told; warm-up passes do not come this way."""
+        """One forward pass, whose number of real tokens the modules read; warm-up does not call this method."""
         tokens = compat.scheduled_tokens(scheduler_output)
         self._forwards += tokens > 0
         self._real.fill_(tokens)
@@ -68,9 +68,9 @@ class SteeredWorker(_PlatformWorker):
 
     def steering_layout(self) -> dict[str, Any]:
         """Where this worker stands and which units it holds, or why it cannot be steered."""
-        places = {str(layer): [place.first, place.module.width, place.full] for layer, place in self._places.items()}
-        own = {"layout": LAYOUT, "capacity": self._capacity, "layers": places, "problem": self._problem}
-        return {**compat.ranks_of(self), **own}
+        layers = {str(number): [each.first, each.module.width, each.full] for number, each in self._steered.items()}
+        layout = {"layout": LAYOUT, "capacity": self._capacity, "layers": layers, "problem": self._problem}
+        return {**compat.ranks_of(self), **layout}
 
     def steering_write(self, edits: Sequence[Mapping[str, Any]]) -> int:
         """Replace the numbers in the buffers.
@@ -82,21 +82,21 @@ class SteeredWorker(_PlatformWorker):
         Returns:
             Number of (site, layer, unit) that are edited here.
         """
-        of_layers: dict[int, list[SiteEdit]] = {layer: [] for layer in self._places}
+        of_layers: dict[int, list[SiteEdit]] = {layer: [] for layer in self._steered}
         for edit in edits:
             layer = int(edit["layer"])
-            if layer not in self._places:  # of another stage of the pipeline
+            if layer not in self._steered:  # of another stage of the pipeline
                 continue
-            units, *numbers = self._own(edit, self._places[layer])
+            units, *numbers = self._held(edit, self._steered[layer])
             if len(units):
                 of_layers[layer].append(SiteEdit(SITES.index(edit["site"]), units, *numbers))
         for layer, of_layer in of_layers.items():
-            self._places[layer].module.write(of_layer)
-        return sum(place.module.touched() for place in self._places.values())
+            self._steered[layer].module.write(of_layer)
+        return sum(each.module.touched() for each in self._steered.values())
 
     def steering_evidence(self) -> dict[str, Any]:
         """What happened here: reads the device."""
-        modules = {layer: place.module for layer, place in self._places.items()}
+        modules = {number: each.module for number, each in self._steered.items()}
         return {
             "rank": int(self.rank),
             "forwards": int(self._forwards),
@@ -108,8 +108,8 @@ class SteeredWorker(_PlatformWorker):
     def steering_watch(self, layer: int) -> None:
         """Keep what goes into a layer's steered module and what comes out of it from now on; of an eager engine."""
         self._watched = []
-        if layer in self._places:
-            module = self._places[layer].module
+        if layer in self._steered:
+            module = self._steered[layer].module
             module.register_forward_hook(
                 lambda _, inputs, output: self._watched.append((inputs[0].clone(), output.clone()))
             )
@@ -125,14 +125,14 @@ class SteeredWorker(_PlatformWorker):
             `calls` of the module, number of `edited` units, the `furthest` difference of those (relative, of
             max(|expected|, 1)), and whether all `others` are those of the original module, bit by bit.
         """
-        found: dict[str, Any] = {"calls": len(self._watched), "edited": 0, "furthest": 0.0, "others": True}
+        comparison: dict[str, Any] = {"calls": len(self._watched), "edited": 0, "furthest": 0.0, "others": True}
         for inputs, output in self._watched:
-            place = self._places[layer]
-            module, width = place.module, place.module.width
+            steered = self._steered[layer]
+            module, width = steered.module, steered.module.width
             original = module.original(inputs)
             expected, touched = original.clone(), torch.zeros(width, dtype=torch.bool)
             for edit in sorted(edits, key=lambda edit: SITES.index(edit["site"])):
-                units, scale, shift, written = self._own(edit, place)
+                units, scale, shift, written = self._held(edit, steered)
                 if not len(units):
                     continue
                 before = expected[..., units]
@@ -145,21 +145,21 @@ class SteeredWorker(_PlatformWorker):
                 expected[..., units] = after
                 touched[units] = True
             difference = (output - expected).float().abs() / expected.float().abs().clamp(min=1.0)
-            found["edited"] = int(touched.sum())
+            comparison["edited"] = int(touched.sum())
             if touched.any():
-                found["furthest"] = max(found["furthest"], float(difference[..., touched].max()))
-            found["others"] &= bool(torch.equal(output[..., ~touched], original[..., ~touched]))
-        return found
+                comparison["furthest"] = max(comparison["furthest"], float(difference[..., touched].max()))
+            comparison["others"] &= bool(torch.equal(output[..., ~touched], original[..., ~touched]))
+        return comparison
 
-    def _own(self, edit: Mapping[str, Any], place: Place) -> list[torch.Tensor]:
+    def _held(self, edit: Mapping[str, Any], steered: SteeredLayer) -> list[torch.Tensor]:
         """Units of an edit that this worker holds, counted from its first, and their scale, shift and written."""
-        units = np.frombuffer(edit["units"], dtype=np.int64) - place.first
-        own = (units >= 0) & (units < place.module.width)
+        units = np.frombuffer(edit["units"], dtype=np.int64) - steered.first
+        held = (units >= 0) & (units < steered.module.width)
         numbers = [
-            np.frombuffer(edit[name], dtype=kind)[own]
+            np.frombuffer(edit[name], dtype=kind)[held]
             for name, kind in (("scale", np.float32), ("shift", np.float32), ("written", np.bool_))
         ]
-        return [torch.from_numpy(each.copy()) for each in (units[own], *numbers)]
+        return [torch.from_numpy(each.copy()) for each in (units[held], *numbers)]
 
     def steering_compilations(self) -> dict[str, int]:
         """vLLM's counters of compiling and capturing in this process."""

@@ -29,7 +29,9 @@ from tests.sweep.conftest import spell, task_files  # noqa: F401  fixtures
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; by default most of the memory
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-MISSING = "" if find_spec("vllm") else "vLLM is not installed here: scripts/vllm_cpu_environment makes such a place"
+MISSING = (
+    "" if find_spec("vllm") else "vLLM is not installed: use scripts/vllm_cpu_environment"
+)
 
 
 @pytest.fixture(scope="session")
@@ -55,10 +57,10 @@ class Mode:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"enforce_eager": self.eager, "dtype": "float32", "max_model_len": 512}
+        common: dict[str, Any] = {"enforce_eager": self.eager, "dtype": "float32", "max_model_len": 512}
         one = {"distributed_executor_backend": "uni"}
         many = {"tensor_parallel_size": self.workers, "pipeline_parallel_size": self.stages}
-        return own | (many if self.processes > 1 else one)
+        return common | (many if self.processes > 1 else one)
 
 
 # Several workers first: vLLM keeps what it has read of the environment once an engine ran in this process.
@@ -150,9 +152,9 @@ def hooks() -> SteeredHFLM:
     return SteeredHFLM(str(demo_model()), dtype="float32", max_length=512, batch_size=8)
 
 
-def scoring(documents: int = 6, code: str = "fra_Latn", twin: bool = False) -> list[Instance]:
+def scoring(documents: int = 6, code: str = "fra_Latn", twice: bool = False) -> list[Instance]:
     """Every option of some continuation items of the demo task."""
-    doc = {"needs_unsteered_score": True} if twin else {}
+    doc = {"needs_unsteered_score": True} if twice else {}
     pairs = [
         (item["prompt"], choice)
         for item in list(tasks.continuation_documents(code)["test"])[:documents]
@@ -228,7 +230,7 @@ def made_up_set(pretrained: str, family: str, pairs: dict[str, list[tuple[int, i
         pairs: language -> its neurons, (layer, unit).
     """
     shape = shape_of(AutoConfig.from_pretrained(pretrained))
-    rows = {code: np.array(sorted(own), dtype=np.int64).reshape(-1, 2) for code, own in pairs.items()}
+    rows = {code: np.array(sorted(neurons), dtype=np.int64).reshape(-1, 2) for code, neurons in pairs.items()}
     union = union_of(list(rows.values()))
     generator = np.random.default_rng(0)
     values = {

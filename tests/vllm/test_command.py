@@ -47,7 +47,7 @@ def test_the_command_scores_our_tasks_and_stores_what_was_done(vllm: None, tmp_p
         ("neurons=demo,language=fra_Latn,op=scal", "did you mean 'scale'"),
         ("tensor_paralel_size=2", "did you mean 'tensor_parallel_size'"),
         ("worker_cls=mine", "worker_cls='mine': steered-vllm brings the worker"),
-        ("scoring=shared", "scoring='shared': vLLM has one way"),
+        ("scoring=shared", "scoring='shared': vLLM has one method"),
         (f"neurons=demo,language=fra_Latn,op=scale,factor=2,lora_local_path={demo_model()}", "adapter"),
     ],
 )

@@ -87,22 +87,22 @@ def test_factors_change_without_a_trace_and_nothing_is_compiled(steered: Any) ->
 @pytest.mark.parametrize("op", [{"op": "scale", "factor": 1}, {"op": "add", "value": "mean", "factor": 0}])
 def test_an_identity_shifts_nothing_and_is_counted(steered: Any, op: dict[str, Any]) -> None:
     steered.intervene(demo_set(), language="fra_Latn", **op)
-    both = steered.loglikelihood(scoring(twin=True), disable_tqdm=True)
+    both = steered.loglikelihood(scoring(twice=True), disable_tqdm=True)
     assert [score[0] - score.unsteered for score in both] == [0.0] * len(both)
     evidence = steered.steering.evidence()
     assert evidence.positions >= evidence.asked > 0
     assert evidence.largest_change == 0.0
 
 
-def test_a_twin_is_the_unsteered_score(steered: Any) -> None:
+def test_rows_that_are_scored_twice_have_the_unsteered_score(steered: Any) -> None:
     steered.intervene()
     unsteered = steered.loglikelihood(scoring(), disable_tqdm=True)
     steer(steered, "add-product")
-    both = steered.loglikelihood(scoring(2) + scoring(twin=True), disable_tqdm=True)
+    both = steered.loglikelihood(scoring(2) + scoring(twice=True), disable_tqdm=True)
     once, twice = both[: len(scoring(2))], both[len(scoring(2)) :]
     assert {score.unsteered for score in once} == {None}
     assert [score.unsteered for score in twice] == [score[0] for score in unsteered]
-    assert furthest(twice, expected("add-product")[0]) < 1e-4, "steered again after its twin, and before"
+    assert furthest(twice, expected("add-product")[0]) < 1e-4, "steered before the unsteered pass, and after it"
     assert furthest(steered.loglikelihood(scoring(), disable_tqdm=True), expected("add-product")[0]) < 1e-4
 
 
@@ -110,7 +110,7 @@ def test_rows_that_are_scored_twice_go_one_by_one_where_batches_matter(
     steered: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steer(steered, "add-product")
-    together = steered.loglikelihood(scoring(2, twin=True), disable_tqdm=True)
+    together = steered.loglikelihood(scoring(2, twice=True), disable_tqdm=True)
     sizes: list[int] = []
     parents = type(steered)._model_generate
 
@@ -120,7 +120,7 @@ def test_rows_that_are_scored_twice_go_one_by_one_where_batches_matter(
 
     monkeypatch.setattr(type(steered), "_model_generate", counted)
     monkeypatch.setattr("lm_eval_steering.vllm.compat.batches_matter", lambda: True)
-    apart = steered.loglikelihood(scoring(2, twin=True), disable_tqdm=True)
+    apart = steered.loglikelihood(scoring(2, twice=True), disable_tqdm=True)
     assert set(sizes) == {1} and len(sizes) == 2 * len(apart)
     assert furthest(apart, together) < 1e-4
     assert furthest([(one.unsteered,) for one in apart], [(one.unsteered,) for one in together]) < 1e-4
