@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
@@ -75,7 +76,7 @@ class SteeredVLLM(SteeredLM, VLLM):
             refuse_other_name(neuron_set, pretrained)
             refuse_other_weights(neuron_set, self.weights, pretrained, self.adapter)
         capacity = capacity_of(rest.get(CAPACITY), neuron_set, self._shape.units)
-        os.environ[DRIVER] = str(os.getpid())
+        os.environ[DRIVER] = f"{socket.gethostname()} {os.getpid()}"
         super().__init__(pretrained, **with_worker(rest, WORKER, capacity))
         self.steering = SteeredEngine(self.model, self._shape)
         self._drawn: Counter[tuple[int, ...]] = Counter()

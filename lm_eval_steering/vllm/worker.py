@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -41,7 +42,9 @@ class SteeredWorker(_PlatformWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as the platform does, then replace activations: before anything is compiled or captured."""
-        end_with(int(os.environ.get(DRIVER, "0")))
+        host, _, driver = os.environ.get(DRIVER, "").partition(" ")
+        if host == socket.gethostname():
+            end_with(int(driver))
         super().load_model(*args, **kwargs)
         self._capacity = int(compat.additional_config(self)[CAPACITY_KEY])
         self._steered, self._problem, self._forwards = {}, "", 0
@@ -174,9 +177,9 @@ def end_with(driver: int) -> None:
     """End this process when lm-eval's is gone, and the engine's process between them: vLLM's would hold its memory.
 
     Args:
-        driver: number of lm-eval's process; 0, or one of another machine, ends nothing.
+        driver: number of lm-eval's process, on this machine; where it is this process, nothing is watched.
     """
-    if driver in (0, os.getpid()):
+    if driver == os.getpid():
         return
     try:
         handle = os.pidfd_open(driver)
