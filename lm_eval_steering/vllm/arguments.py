@@ -21,8 +21,6 @@ HF = "use --model steered-hf"
 CAPACITY = "steered_units"  # model argument of ours
 LAYOUT_KEY, CAPACITY_KEY = "lm_eval_steering_layout", "lm_eval_steering_units"  # of vLLM's `additional_config`
 DRIVER = "LM_EVAL_STEERING_DRIVER"  # environment variable: host and number of the process with which the engine ends
-    "LM_EVAL_STEERING_DRIVER"  # environment variable: host and number of lm-eval's process, with which the engine ends
-)
 _FEWEST = 64  # units, so that most neuron sets of a model share compiled graphs
 _ONE_ENGINE = (
     "lm-eval makes new engines for every batch of requests then, which nothing could steer or count; run one engine a "
