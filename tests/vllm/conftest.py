@@ -29,9 +29,7 @@ from tests.sweep.conftest import spell, task_files  # noqa: F401  fixtures
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; by default most of the memory
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-MISSING = (
-    "" if find_spec("vllm") else "vLLM is not installed: use scripts/vllm_cpu_environment"
-)
+MISSING = "" if find_spec("vllm") else "vLLM is not installed: use scripts/vllm_cpu_environment"
 
 
 @pytest.fixture(scope="session")
