@@ -54,6 +54,7 @@ def examine_engine(
     Raises:
         SteeringError: as `steered-vllm`, before an engine starts.
     """
+    from lm_eval_steering.vllm import compat
     from lm_eval_steering.vllm.model import SteeredVLLM
 
     log = log or Log(show=False)
@@ -77,7 +78,7 @@ def examine_engine(
             if is_eager:
                 eager = bench.steered_scores()
         finally:
-            bench_ended(lm)
+            compat.shut_down(lm.model)
     return result
 
 
@@ -135,16 +136,6 @@ class _EngineBench:
         sampling = [SamplingParams(temperature=0.0, max_tokens=_TOKENS, ignore_eos=True) for _ in self.rows]
         outputs = self.lm._model_generate(self.rows, generate=True, sampling_params=sampling)
         return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def bench_ended(lm: SteeredVLLM) -> None:
-    """End an engine, so that the next one finds its memory."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    from lm_eval_steering.vllm import compat
-
-    compat.shut_down(lm.model)
-    cleanup_dist_env_and_memory()
 
 
 def _eager_checks(bench: _EngineBench) -> Iterator[tuple[str, Callable[[], Finding]]]:

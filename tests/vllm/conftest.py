@@ -74,7 +74,6 @@ MODES = {
 def in_this_process(processes: int = 1) -> Iterator[None]:
     """Engines of one process run in this one; of more, in processes of their own."""
     from vllm import envs
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     envs.disable_envs_cache()
     patch = pytest.MonkeyPatch()
@@ -87,8 +86,6 @@ def in_this_process(processes: int = 1) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()
-        cleanup_dist_env_and_memory()
         patch.undo()
         torch.set_num_threads(threads)
 
@@ -115,6 +112,7 @@ def running(kind: str, mode: Mode, pretrained: str, **arguments: Any) -> Iterato
         finally:
             compat.shut_down(lm.model)
             del lm
+            gc.collect()
 
 
 @pytest.fixture(scope="session", params=MODES)

@@ -16,7 +16,7 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval import registration
 from lm_eval_steering.resources import demo_model, tasks_folder
 from tests.conftest import SHARED
-from tests.vllm.conftest import MODES, demo_set, running
+from tests.vllm.conftest import MODES, demo_set, furthest, hooks, running
 
 EVERYTHING = os.environ.get("CHECK_VLLM") == "1"
 FRENCH: dict[str, Any] = {"language": "fra_Latn", "op": "add", "value": "mean", "site": "product", "factor": 4}
@@ -67,3 +67,40 @@ def test_every_task_scores(vllm: None, kind: str, monkeypatch: pytest.MonkeyPatc
             lm, tasks=names, task_manager=manager, limit=1, bootstrap_iters=2, gen_kwargs={"max_gen_toks": 2}
         )
     assert set(found["results"]) >= set(names)
+
+
+TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }} {% endfor %}"
+
+
+def test_few_shot_examples_and_chat_templates_are_those_of_steered_hf(
+    vllm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    registration.register_all()
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "described elsewhere")
+    manager = TaskManager(include_path=str(tasks_folder() / "demo"), include_defaults=False, metadata=METADATA)
+    expected = with_template(hooks(), manager)
+    with running("steered", MODES["eager"], str(demo_model())) as lm:
+        found = with_template(lm, manager)
+    assert [prompt for prompt, _ in found] == [prompt for prompt, _ in expected]
+    assert "<assistant>" in found[0][0][0], "an example was put into the template"
+    assert (
+        furthest([score for _, scores in found for score in scores], [s for _, scores in expected for s in scores])
+        < 1e-4
+    )
+
+
+def with_template(lm: Any, manager: Any) -> list[tuple[Any, Any]]:
+    """(prompts, scores) of each item of a task, with two examples and a chat template."""
+    import lm_eval
+
+    lm.intervene(demo_set(), **FRENCH)
+    lm.tokenizer.chat_template = TEMPLATE
+    task = "steering_demo_continuation_fra_Latn"
+    results = lm_eval.simple_evaluate(
+        lm, tasks=[task], task_manager=manager, limit=3, num_fewshot=2, apply_chat_template=True,
+        fewshot_as_multiturn=True, bootstrap_iters=0,
+    )  # fmt: skip
+    lm.tokenizer.chat_template = None
+    return [(sample["arguments"][0], [answer[0] for answer in sample["resps"]]) for sample in results["samples"][task]]
