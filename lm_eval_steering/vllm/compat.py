@@ -77,6 +77,13 @@ def sampling_arguments() -> set[str]:
     return {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
 
 
+def scoring_parameters() -> Any:
+    """What lm-eval asks for where it scores a prompt: the log-probability of each of its tokens, and one token more."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+
+
 # --- in the workers ---------------------------------------------------------------------------------------------
 
 

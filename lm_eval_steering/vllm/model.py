@@ -102,11 +102,20 @@ class SteeredVLLM(SteeredLM, VLLM):
 
     def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
         """Outputs of some requests, of which it is proven that they were steered."""
-        for tokens, sampling in zip(requests, sampling_params or (), strict=False):
-            # Else a text depends on what was sampled before it in the same engine.
-            if sampling.temperature and sampling.seed is None:
-                sampling.seed = self._seed(tuple(tokens))
-        outputs = super()._model_generate(requests, generate, sampling_params)
+        if not generate or sampling_params is None:
+            sampling_params = compat.scoring_parameters()
+        else:
+            for tokens, sampling in zip(requests, sampling_params, strict=True):
+                # Else a text depends on what was sampled before it in the same engine.
+                if sampling.temperature and sampling.seed is None:
+                    sampling.seed = self._seed(tuple(tokens))
+        outputs = self.model.generate(
+            [{"prompt_token_ids": tokens} for tokens in requests],
+            sampling_params=sampling_params,
+            # Where bars are disabled, vLLM 0.32.0 divides by the time that one has run, which is 0.
+            use_tqdm=self.batch_size == "auto" and not os.environ.get("TQDM_DISABLE"),
+            lora_request=self.lora_request,
+        )
         self.steering.prove(outputs)
         return outputs
 

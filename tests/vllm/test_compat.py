@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,16 @@ def test_engine_and_sampling_arguments() -> None:
     assert {"worker_cls", "additional_config", "kv_transfer_config", "enable_dbo", "tensor_parallel_size"} <= engine
     assert {"min_tokens", "seed", "repetition_penalty", "top_k", "temperature"} <= sampling
     assert "min_new_tokens" not in sampling
+
+
+def test_scoring_parameters_are_those_of_lm_eval() -> None:
+    from lm_eval.models.vllm_causallms import VLLM
+
+    asked: list[Any] = []
+    model = SimpleNamespace(generate=lambda _, sampling_params, **__: asked.extend(sampling_params))
+    lm = SimpleNamespace(model=model, data_parallel_size=1, batch_size=1, lora_request=None)
+    VLLM._model_generate(lm, [[1, 2]])
+    assert asked == [compat.scoring_parameters()]
 
 
 def test_the_platforms_worker_loads_and_executes() -> None:
