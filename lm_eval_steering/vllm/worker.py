@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from lm_eval_steering.architectures import Shape, model_type_of, shape_of
 from lm_eval_steering.architectures.weights import weights_digest
@@ -36,6 +37,7 @@ class SteeredWorker(_PlatformWorker):
     _steered: dict[int, SteeredLayer]
     _capacity: int
     _watched: list[tuple[torch.Tensor, torch.Tensor]]
+    _hook: RemovableHandle | None
     _problem: str
     _forwards: int
     _real: torch.Tensor
@@ -109,12 +111,15 @@ class SteeredWorker(_PlatformWorker):
         }
 
     def steering_watch(self, layer: int) -> None:
-        """Keep what goes into a layer's steered module and what comes out of it from now on; of an eager engine."""
-        self._watched = []
+        """Keep what goes into a layer's steered module and what comes out of it, until `steering_compare`.
+
+        The engine is an eager one: compiled code calls no hook.
+        """
+        watched: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._watched, self._hook = watched, None
         if layer in self._steered:
-            module = self._steered[layer].module
-            module.register_forward_hook(
-                lambda _, inputs, output: self._watched.append((inputs[0].clone(), output.clone()))
+            self._hook = self._steered[layer].module.register_forward_hook(
+                lambda _, inputs, output: watched.append((inputs[0].clone(), output.clone()))
             )
 
     def steering_compare(self, layer: int, edits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -128,6 +133,8 @@ class SteeredWorker(_PlatformWorker):
             `calls` of the module, number of `edited` units, the `furthest` difference of those (relative, of
             max(|expected|, 1)), and whether all `others` are those of the original module, bit by bit.
         """
+        if self._hook is not None:
+            self._hook.remove()
         comparison: dict[str, Any] = {"calls": len(self._watched), "edited": 0, "furthest": 0.0, "others": True}
         for inputs, output in self._watched:
             steered = self._steered[layer]
