@@ -92,6 +92,14 @@ class SteeredLM(TemplateLM):
             score: scores the requests in hand as the model is at the moment.
         """
 
+    @abstractmethod
+    def steering_report(self) -> dict[str, Any]:
+        """What was done, to what, and the proof that it happened, as plain data.
+
+        Raises:
+            DidNotHappenError: if forward passes ran and nothing was edited in them.
+        """
+
     @contextmanager
     def _proven(self) -> Iterator[None]:
         """Around the work for some requests: afterwards it is known that they were edited."""
