@@ -79,6 +79,7 @@ def examine_engine(
                 eager = bench.steered_scores()
         finally:
             compat.shut_down(lm.model)
+            compat.release_memory()
     return result
 
 

@@ -41,3 +41,4 @@ class SweepEngine(SweepLM, SteeredVLLM):
         """End the engine's processes."""
         with suppress(Exception):  # of an engine that is dead already
             compat.shut_down(self.model)
+            compat.release_memory()

@@ -242,8 +242,12 @@ def is_idle(llm: Any, seconds: float = 60.0) -> bool:
 
 
 def shut_down(llm: Any) -> None:
-    """End an engine's processes and let go of the memory that it took in this one; else they end with the object."""
+    """End an engine's processes; without this they end with the object."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+def release_memory() -> None:
+    """Let go of what an engine that has ended took in this process."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()

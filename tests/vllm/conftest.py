@@ -113,6 +113,7 @@ def running(kind: str, mode: Mode, pretrained: str, **arguments: Any) -> Iterato
             compat.shut_down(lm.model)
             del lm
             gc.collect()
+            compat.release_memory()
 
 
 @pytest.fixture(scope="session", params=MODES)
