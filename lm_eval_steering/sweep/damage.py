@@ -59,7 +59,7 @@ def _nats(store: Store, cell: Cell) -> float | None:
     return math.inf if overflowed(store, cell) else None
 
 
-def keep(grid: Grid, store: Store, search: Search, curve: Curve) -> None:
+def keep_factors(grid: Grid, store: Store, search: Search, curve: Curve) -> None:
     """Write what a finished search found."""
     store.keep(
         f"factors/{search.name}.json",

@@ -21,7 +21,7 @@ from lm_eval_steering.neurons.running import launched
 from lm_eval_steering.sweep.cells import Cell, Grid, model_arguments
 from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves, why_baseline
 from lm_eval_steering.sweep.controls import ControlSets
-from lm_eval_steering.sweep.damage import bound, forget_others, keep, next_cell, overflowed, resolved, summary
+from lm_eval_steering.sweep.damage import bound, forget_others, keep_factors, next_cell, overflowed, resolved, summary
 from lm_eval_steering.sweep.estimate import CellLog, Estimate
 from lm_eval_steering.sweep.evaluate import StorageFullError, evaluate, store_cell
 from lm_eval_steering.sweep.locks import locked, why_unsafe
@@ -164,7 +164,7 @@ class SweepRunner:
                 step = next_cell(self.grid, self.store, search, tidy) if self.ranks.first else None
                 curve, cell = self._same(step)
                 if cell is None:
-                    self.ranks.after_first(partial(keep, self.grid, self.store, search, curve))
+                    self.ranks.after_first(partial(keep_factors, self.grid, self.store, search, curve))
                     self.progress.say(summary(curve, search))
                     waiting.remove(search)
                     continue
