@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families.xcopa import as_lm_eval
@@ -90,6 +90,20 @@ def lss(number: int) -> Pairs:
     ]  # fmt: skip
 
 
+def xnli(number: int) -> Pairs:
+    """Three whole sentences without a context, which differ in one word, as lm-eval asks XNLI."""
+    rows = itertools.islice(_rows("xnli", "en", "validation.jsonl"), number)
+    return [
+        [("", f"{row['premise']}, right? {word}, {row['hypothesis']}") for word in ("Yes", "Also", "No")]
+        for row in rows
+    ]  # fmt: skip
+
+
+def perplexity(number: int) -> Pairs:
+    """Whole sentences without a context, as our perplexity tasks score them."""
+    return [[("", text)] for text in sentences(number)]
+
+
 def sentences(number: int) -> list[str]:
     """Of FLORES, in languages that the demo model knows."""
     rows = itertools.chain.from_iterable(_rows("flores200", f"{code}.devtest.jsonl") for code in LANGUAGES)
@@ -107,6 +121,7 @@ def texts(number: int) -> list[str]:
 
 SHAPES: dict[str, Callable[[int], Pairs]] = {
     "xcopa": xcopa, "xwinograd": xwinograd, "belebele": belebele, "include": include, "options": options, "lss": lss,
+    "xnli": xnli, "perplexity": perplexity,
 }  # fmt: skip
 
 
@@ -122,7 +137,7 @@ def rolling_of(paragraphs: list[str]) -> list[Instance]:
 
 
 def random_set(model: Any) -> NeuronSet:
-    """A random neuron set of a Llama, 1 unit of 32 in each layer."""
+    """A random neuron set of a model, 1 unit of 32 in each layer."""
     generator = np.random.default_rng(0)
     layers, units = model.config.num_hidden_layers, model.config.intermediate_size
     rows = np.array([
@@ -130,7 +145,9 @@ def random_set(model: Any) -> NeuronSet:
         for layer in range(layers)
         for unit in np.sort(generator.choice(units, int(units * STEERED), replace=False))
     ])  # fmt: skip
-    return NeuronSet(("fra_Latn",), {"fra_Latn": rows}, Provenance("random", "", "llama", layers, units), None)
+    return NeuronSet(
+        ("fra_Latn",), {"fra_Latn": rows}, Provenance("random", "", model.config.model_type, layers, units), None
+    )
 
 
 def demo_model() -> Any:
@@ -144,9 +161,25 @@ def large_vocabulary_model() -> Any:
     return LlamaForCausalLM(LARGE_VOCABULARY).eval()
 
 
-def rivals(build: Callable[[], Any], batch_size: int = 16, only: str = "", **arguments: Any) -> tuple[Any, Any]:
-    """lm-eval's `hf`, and ours steered, each on a copy of one model; None for the other where `only` names one."""
-    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+def checkpoint(folder: Path | str, dtype: str = "float32") -> Callable[[], Any]:
+    """Loads a checkpoint, onto a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+
+
+def rivals(
+    build: Callable[[], Any], batch_size: int = 16, only: str = "", folder: Path | str = DEMO, **arguments: Any
+) -> tuple[Any, Any]:
+    """lm-eval's `hf`, and ours steered, each on a copy of one model; None for the other where `only` names one.
+
+    Args:
+        build: makes the model.
+        batch_size: of both.
+        only: `hf` or `ours`.
+        folder: with the tokenizer.
+        **arguments: of ours.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = ours = None
     if only != "ours":
         plain = HFLM(build(), tokenizer=tokenizer, batch_size=batch_size)

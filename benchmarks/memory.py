@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory              # a random Llama with a vocabulary of 128k
     python -m benchmarks.memory --quick --json memory.json
+    python -m benchmarks.memory --model MODEL --dtype bfloat16       # a checkpoint
 
 Each of the two runs in its own process. On CPU the peak is that of the resident set after the model was
 loaded (`VmHWM` or `getrusage`, after one item to warm up and a reset where the system offers one) less the resident
@@ -14,14 +15,14 @@ import argparse
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.items import SHAPES, large_vocabulary_model, requests_of, rivals
+from benchmarks.items import DEMO, SHAPES, checkpoint, large_vocabulary_model, requests_of, rivals
 from benchmarks.measure import options_of, report
 
 ITEMS = {"xcopa": 20, "options": 3, "belebele": 4}
@@ -30,9 +31,11 @@ LIMIT = 0.4
 NAMES = ("hf", "ours")
 
 
-def peak_of(name: str, shape: str, number: int) -> int:
+def peak_of(name: str, options: argparse.Namespace) -> int:
     """MB above the loaded model, in this process."""
-    lm = rivals(large_vocabulary_model, only=name)[NAMES.index(name)]
+    build = checkpoint(options.model, options.dtype) if options.model else large_vocabulary_model
+    shape, number = options.shape, options.items
+    lm = rivals(build, options.batch_size, only=name, folder=options.model or DEMO)[NAMES.index(name)]
     requests = requests_of(SHAPES[shape](number))
     lm.loglikelihood(requests[:1], disable_tqdm=True)
     before = _reset()
@@ -59,11 +62,12 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def peaks(items: Mapping[str, int]) -> dict[str, Any]:
-    """MB of both and their ratio, by shape."""
+def peaks(items: Mapping[str, int], arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """MB of both and their ratio, by shape; `arguments` are those of this command."""
     results: dict[str, Any] = {}
     for shape, number in items.items():
-        command = [sys.executable, "-m", "benchmarks.memory", "--shape", shape, "--items", str(number), "--peak"]
+        command = [sys.executable, "-m", "benchmarks.memory", "--shape", shape, "--items", str(number),
+                   *arguments, "--peak"]  # fmt: skip
         of_shape: dict[str, Any] = {
             name: int(subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, text=True).stdout)
             for name in NAMES
@@ -77,11 +81,16 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="xcopa", help=argparse.SUPPRESS)
     parser.add_argument("--items", type=int, default=8, help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint")
+    parser.add_argument("--dtype", default="float32", help="of its weights")
+    parser.add_argument("--batch-size", type=int, default=16, help="of both sides")
     options = parser.parse_args()
     if options.peak:
-        print(peak_of(options.peak, options.shape, options.items))
+        print(peak_of(options.peak, options))
         return
-    report({"MB above the loaded model": peaks(QUICK if options.quick else ITEMS), "limit": LIMIT}, options.json)
+    arguments = ["--model", str(options.model), "--dtype", options.dtype] if options.model else []
+    found = peaks(QUICK if options.quick else ITEMS, [*arguments, "--batch-size", str(options.batch_size)])
+    report({"MB above the loaded model": found, "limit": LIMIT}, options.json)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,13 @@ def build(quick: bool) -> tuple[Any, NeuronSet]:
     with torch.device("cuda" if gpu else "cpu"):
         model = LlamaForCausalLM(config).eval()
     model = model.bfloat16() if gpu else model
+    return model, neurons_of(model)
+
+
+def neurons_of(model: Any) -> NeuronSet:
+    """A random neuron set of a Llama, with statistics."""
     generator = np.random.default_rng(0)
-    units, layers = shape["intermediate_size"], shape["num_hidden_layers"]
+    units, layers = model.config.intermediate_size, model.config.num_hidden_layers
     rows = np.array([
         [layer, unit]
         for layer in range(layers)
@@ -57,7 +62,7 @@ def build(quick: bool) -> tuple[Any, NeuronSet]:
     table = generator.normal(size=(len(rows), 1)).astype(np.float32)
     known = Statistics(union_of([rows]), ("fra_Latn",), {"activation": {"mean": table}})
     provenance = Provenance("random", "", "llama", layers, units)
-    return model, NeuronSet(("fra_Latn",), {"fra_Latn": rows}, provenance, known)
+    return NeuronSet(("fra_Latn",), {"fra_Latn": rows}, provenance, known)
 
 
 def tasks(model: Any) -> dict[str, Callable[[], Any]]:

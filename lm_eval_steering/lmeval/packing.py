@@ -165,15 +165,75 @@ def _worth_sharing(row: PackedRow, last: ScoredRequest, entry: ScoredRequest, co
 
 # --- Rows in batches: sorted by length, as many as fit a budget of tokens and of scored positions
 
-# Logits in hand at once, in numbers: 32 MB in float32 on CPU, 256 MB in bfloat16 elsewhere.
-LOGITS = {"cpu": 2**23}
-LOGITS_ELSEWHERE = 2**27
-# Tokens of a batch, beyond which its activations leave the CPU's cache (`benchmarks.rolling`).
-TOKENS = {"cpu": 768}
-# Pads of a batch, in tokens, at which a forward pass more costs less.
-PADS = {"cpu": 48}
-PADS_ELSEWHERE = 1024
+# On CPU: logits in hand at once, in numbers (32 MB in float32), tokens beyond which a batch's activations leave the
+# cache (`benchmarks.rolling`), and pads, in tokens, at which a forward pass more costs less.
+LOGITS, TOKENS, PADS = 2**23, 768, 48
+# Elsewhere, in parts of the free memory: logits in hand at once, and the activations of a batch.
+_LOGITS_PART, _ACTIVATIONS_PART = 8, 4
+LOGITS_ELSEWHERE, PADS_ELSEWHERE = 2**27, 1024  # where the device does not say what is free
+# However large the vocabulary, logits of so many positions for each row of the batch size: with fewer the head reads
+# its weights oftener than it computes, and the batch size means nothing. `hf` makes them at every position.
+POSITIONS_PER_ROW = 16
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a device takes in one forward pass.
+
+    Attributes:
+        logits: in numbers, in hand at once.
+        tokens: of a batch.
+        pads: among them.
+        block: logits in numbers, of which the log-sum-exp is taken at once.
+    """
+
+    logits: int
+    tokens: int
+    pads: int
+    block: int
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, config: Any) -> DeviceLimits:
+        """Of a device: on CPU what its cache holds, elsewhere what the free memory does.
+
+        Args:
+            device: of the model.
+            dtype: of its logits.
+            config: of the model, for its sizes.
+        """
+        if device.type == "cpu":
+            return cls(LOGITS, TOKENS, PADS, BLOCK["cpu"])
+        return cls.of_memory(free_memory(device), dtype, config.get_text_config())
+
+    @classmethod
+    def of_memory(cls, free: int | None, dtype: torch.dtype, config: Any) -> DeviceLimits:
+        """Of an accelerator with this much free memory, in bytes; None where it is not known.
+
+        Limits are powers of two, so that a little memory more or less changes no batch.
+        """
+        if free is None:
+            return cls(LOGITS_ELSEWHERE, sys.maxsize, PADS_ELSEWHERE, BLOCK_ELSEWHERE)
+        # A decoder layer at work holds hidden states, queries, keys and values, and three tensors of its MLP.
+        units = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        widest = max(units) if isinstance(units, list | tuple) else units
+        per_token = dtype.itemsize * (8 * config.hidden_size + 4 * widest)
+        logits = _power_of_two(free // _LOGITS_PART // dtype.itemsize)
+        tokens = _power_of_two(free // _ACTIVATIONS_PART // per_token)
+        return cls(logits, tokens, PADS_ELSEWHERE, min(BLOCK_ELSEWHERE, max(2**19, logits // 16)))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of an accelerator, those included that PyTorch keeps for itself; None where nobody says."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above a number, 1 at least."""
+    return 1 << max(0, number.bit_length() - 1)
 
 
 @dataclass(frozen=True)
@@ -191,11 +251,17 @@ class BatchBudget:
     pads: int
 
     @classmethod
-    def like(cls, batch_size: int, longest: int, vocabulary: int, device: str) -> BatchBudget:
+    def like(cls, batch_size: int, longest: int, vocabulary: int, limits: DeviceLimits) -> BatchBudget:
         """The tokens that lm-eval's own first batch would hold, `batch_size` rows of the longest request, or fewer."""
-        positions = LOGITS.get(device, LOGITS_ELSEWHERE) // vocabulary
-        tokens = min(batch_size * longest, TOKENS.get(device, sys.maxsize))
-        return cls(tokens, max(1, positions), PADS.get(device, PADS_ELSEWHERE))
+        positions = max(limits.logits // vocabulary, batch_size * min(longest, POSITIONS_PER_ROW))
+        return cls(min(batch_size * longest, limits.tokens), positions, limits.pads)
+
+    def within(self, other: BatchBudget | None) -> BatchBudget:
+        """What both allow."""
+        if other is None:
+            return self
+        pairs = zip((self.tokens, self.positions, self.pads), (other.tokens, other.positions, other.pads), strict=True)
+        return BatchBudget(*(min(pair) for pair in pairs))
 
     @classmethod
     def unlimited(cls) -> BatchBudget:
@@ -354,7 +420,7 @@ def _padded(lists: Sequence[Sequence[int]], width: int) -> torch.Tensor:
 
 # --- Logits only where they are needed, and log-probabilities of the targets without a softmax over all of them
 
-# Logits of a block in which log-sum-exp is taken: 2 MB of them stay in the CPU's cache.
+# Logits of a block in which log-sum-exp is taken: 2 MB of them stay in the CPU's cache; elsewhere 64 MB at most.
 BLOCK = {"cpu": 2**19}
 BLOCK_ELSEWHERE = 2**24
 
@@ -390,7 +456,7 @@ def head_at(head: nn.Module, nodes: torch.Tensor) -> Iterator[None]:
 
 
 def log_probabilities(
-    logits: torch.Tensor, node: torch.Tensor, targets: torch.Tensor
+    logits: torch.Tensor, node: torch.Tensor, targets: torch.Tensor, block: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target, and whether it is the most likely token.
 
@@ -398,21 +464,22 @@ def log_probabilities(
         logits: (node, vocabulary).
         node: (target,) the node that predicts it.
         targets: (target,) token ids.
+        block: number of logits of which the log-sum-exp is taken at once; by default what suits the device.
 
     Returns:
         (target,) float32 (float64 for logits in float64), by gather and log-sum-exp in that precision; and (target,)
         bool: of equally likely tokens the first counts, as in argmax.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    size = max(1, BLOCK.get(logits.device.type, BLOCK_ELSEWHERE) // logits.shape[1])
+    size = max(1, (block or BLOCK.get(logits.device.type, BLOCK_ELSEWHERE)) // logits.shape[1])
     total = torch.empty(len(logits), dtype=wide, device=logits.device)
     peak = torch.empty_like(total)
     for start in range(0, len(logits), size):
-        block = logits[start : start + size].to(wide)
-        top = block.amax(-1)
-        peak[start : start + size] = top
-        # PyTorch's log-softmax is one pass, its log-sum-exp is several. At the peak no logit is -inf.
-        total[start : start + size] = top - torch.log_softmax(block, -1).amax(-1)
+        part = logits[start : start + size].to(wide)
+        top = part.amax(-1, keepdim=True)
+        peak[start : start + size] = top[:, 0]
+        # At a vocabulary of 262k this is off by 1e-6 in float32; PyTorch's log-softmax is off by 2e-5 and takes longer.
+        total[start : start + size] = (part - top).exp_().sum(-1).log_() + top[:, 0]
     target = logits[node, targets].to(wide)
     greedy = target == peak[node]
     # Ties are rare, and argmax is slow: it is asked only where the target is a maximum.

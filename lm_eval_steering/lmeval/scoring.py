@@ -27,6 +27,7 @@ from lm_eval_steering.lmeval.compat import attention_implementation
 from lm_eval_steering.lmeval.packing import (
     BatchBudget,
     Cost,
+    DeviceLimits,
     Masks,
     Packed,
     PackedRow,
@@ -224,9 +225,11 @@ def difference(context: ScoringContext, requests: Sequence[ScoredRequest], answe
         tokens = torch.tensor([request.tokens], device=context.device)
         logits = context.forward(tokens, None, {})[0, -len(request.targets) :]
         rounding = _ROUNDINGS * torch.finfo(context.dtype).eps * float(logits.abs().max()) * len(request.targets) ** 0.5
-        logits = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = torch.tensor(request.targets, device=logits.device).unsqueeze(1)
-        expected, ours = float(logits.gather(1, targets).sum()), answers[request.number][0]
+        # Not log-softmax, which in float32 is off by 2e-5 a token at a vocabulary of 262k.
+        each = logits.gather(1, targets)[:, 0] - logits.logsumexp(-1)
+        expected, ours = float(each.sum()), answers[request.number][0]
         allowed = max(rounding, _TOLERANCE.get(context.dtype, 0.0) * max(len(request.targets), abs(expected)))
         same = math.isnan(expected) and math.isnan(ours)
         if not same and not abs(expected - ours) <= allowed:
@@ -303,6 +306,8 @@ class Scorer:
         self._baseline = Baseline()
         self._requests: Counter[str] = Counter()
         self._cost: Cost | None = None
+        self._limits: DeviceLimits | None = None  # found once, so that batches do not follow the memory of the moment
+        self._room: BatchBudget | None = None  # what is left since memory ran out
 
     # --- which method -------------------------------------------------------------------------------------------
 
@@ -317,9 +322,15 @@ class Scorer:
         return ScoringMethod("plain", self._failed[method.name]) if method.name in self._failed else method
 
     def report(self, context: ScoringContext) -> dict[str, Any]:
-        """What was used, as plain data: setting, method, why none that does less work, and how many requests."""
+        """What was used, as plain data: setting, method, why none that does less work, and how many requests.
+
+        `precision` says what half precision does to the scores; it is empty in float32 and wider.
+        """
         method = self.method(context)
-        return {"setting": self.setting, "way": method.name, "why": method.why, "requests": dict(self._requests)}
+        return {
+            "setting": self.setting, "way": method.name, "why": method.why, "requests": dict(self._requests),
+            "precision": _precision(context.dtype),
+        }  # fmt: skip
 
     def count_plain(self, number: int) -> None:
         """Note requests that lm-eval's own code scored."""
@@ -351,7 +362,7 @@ class Scorer:
             try:
                 answers: dict[int, LogLikelihood] = {}
                 for batch in batches(self._rows(context, method, sample), BatchBudget.unlimited()):
-                    answers.update(_answers(context, _packed(context, method, batch)))
+                    answers.update(_answers(context, _packed(context, method, batch), self._limits_of(context).block))
                 wrong = difference(context, sample, answers)
             except Exception as error:
                 if should_reduce_batch_size(error):
@@ -387,7 +398,8 @@ class Scorer:
         rows = self._rows(context, method, to_score)
         longest = max((len(request.tokens) for request in to_score), default=1)
         vocabulary = context.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        budget = BatchBudget.like(context.batch_size, longest, vocabulary, context.device.type)
+        limits = self._limits_of(context)
+        budget = BatchBudget.like(context.batch_size, longest, vocabulary, limits).within(self._room)
         steered: dict[int, LogLikelihood] = {}
         unsteered: dict[int, LogLikelihood] = {}
         bar = tqdm(total=len(requests), disable=not progress, desc="Running loglikelihood requests")
@@ -401,6 +413,11 @@ class Scorer:
         self._requests[method.name] += len(requests)
         indices = range(len(requests))
         return Scores([steered[index] for index in indices], [unsteered[index] for index in indices] if twice else None)
+
+    def _limits_of(self, context: ScoringContext) -> DeviceLimits:
+        if self._limits is None:
+            self._limits = DeviceLimits.of(context.device, context.dtype, context.model.config)
+        return self._limits
 
     def forget_baseline(self) -> None:
         """Let go of the unsteered answers that are kept for the next intervention on the same requests."""
@@ -427,13 +444,13 @@ class Scorer:
             batch = todo.pop()
             try:
                 packed = _packed(context, method, batch)
-                steered = _answers(context, packed)
+                steered = _answers(context, packed, self._limits_of(context).block)
                 yield steered, self._without_steering(context, batch, packed, steered) if twice else []
             except RuntimeError as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
                 clear_torch_cache()
-                budget = BatchBudget.half_of(batch)
+                budget = self._room = BatchBudget.half_of(batch)
                 rest = [row for each in (batch, *todo) for row in each]
                 todo = batches(rest, budget)[::-1]
 
@@ -447,9 +464,19 @@ class Scorer:
         answers = self._baseline.get(key)
         if answers is None:
             with context.unsteered():
-                answers = _answers(context, packed)
+                answers = _answers(context, packed, self._limits_of(context).block)
             self._baseline.keep(key, answers)
         return answers
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """What a dtype does to log-likelihoods, where it is a half one."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return ""
+    return (
+        f"{str(dtype).removeprefix('torch.')}: a log-likelihood is rounded, and changes with the batch and the method, "
+        "by tenths of a nat; compare runs of equal settings (docs/half-precision.md)"
+    )
 
 
 def _packed(context: ScoringContext, method: ScoringMethod, batch: list[PackedRow]) -> Packed:
@@ -458,13 +485,14 @@ def _packed(context: ScoringContext, method: ScoringMethod, batch: list[PackedRo
     return pack(batch, method.masks, config, dtype, context.device)  # type: ignore[arg-type]
 
 
-def _answers(context: ScoringContext, packed: Packed) -> list[Numbered]:
+def _answers(context: ScoringContext, packed: Packed, block: int) -> list[Numbered]:
     """One forward pass, and the answers of its requests."""
     head = context.model.get_output_embeddings()  # type: ignore[operator]
     with head_at(head, packed.nodes):
         logits = context.forward(packed.tokens, packed.rows, packed.inputs | {"use_cache": False})
     with torch.no_grad():
-        each, greedy = log_probabilities(logits[0], packed.node.to(logits.device), packed.targets.to(logits.device))
+        node, targets = packed.node.to(logits.device), packed.targets.to(logits.device)
+        each, greedy = log_probabilities(logits[0], node, targets, block)
     log_probability, is_greedy = each.tolist(), greedy.tolist()
     answers, start = [], 0
     for index, length in packed.requests:

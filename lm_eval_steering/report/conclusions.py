@@ -106,6 +106,7 @@ def answer(results: Results) -> Conclusions:
         ]
         sentences += _contradictions(results, headline)
         tiles += _tiles(headline, evidence, null)
+    sentences += _equal_damage(results)
     sentences += _deactivations(results)
     if not sentences:
         sentences = ["No score of a steered run is here yet, so there is nothing to answer."]
@@ -564,3 +565,61 @@ def _random_rise(results: Results, rows: pd.DataFrame) -> dict[int, float]:
         by_cell.append({seed: score - baseline for seed, score in found.items()})
     seeds = set.intersection(*(set(found) for found in by_cell)) if by_cell else set()
     return {seed: float(np.mean([found[seed] for found in by_cell])) for seed in sorted(seeds)}
+
+
+# --- Interventions at equal damage ----------------------------------------------------------------------------------
+
+
+def _equal_damage(results: Results) -> list[str]:
+    """Which intervention does most at each damage that factors were searched for, over the same languages."""
+    table = results.equal
+    for metric in [*SUCCESSES, *dict.fromkeys(table["metric"])] if len(table) else []:
+        rows = table[(table["metric"].map(lambda name: str(name).partition("@")[0]) == metric.partition("@")[0])]
+        rows = rows[rows["higher_is_better"].notna()]
+        if len(rows):
+            family = rows.groupby("family")["n"].sum().idxmax()
+            return _at_equal_damage(_deciding_of_items(rows[rows["family"] == family]))
+    return []
+
+
+def _deciding_of_items(rows: pd.DataFrame) -> pd.DataFrame:
+    relation = next(name for name in (SELF, SEVERAL, CROSS) if (rows["items_in"] == name).any())
+    return rows[rows["items_in"] == relation]
+
+
+def _at_equal_damage(rows: pd.DataFrame) -> list[str]:
+    sign = 1 if bool(rows["higher_is_better"].iloc[0]) else -1
+    metric = readable_metric(str(rows["metric"].iloc[0]))
+    sentences = []
+    for damage, at in rows.groupby("damage", sort=True):
+        most = at["languages"].max()
+        whole = at[at["languages"] == most]
+        whole = whole[whole["steered"] == whole["steered"].iloc[0]]
+        ranked = whole.assign(_rank=-sign * whole["score"]).sort_values("_rank", kind="stable")
+        parts = [_equal_part(row) for row in ranked.to_dict("records")]
+        text = (
+            f"At a damage of {damage:g} nats per token to the steered language's own text, {metric} over "
+            f"{counted(int(most), 'language')} is {'; '.join(parts)}"
+        )
+        fewer = at[~at["kind"].isin(whole["kind"])]
+        if len(fewer):
+            short = [f"{row['kind']} ({counted(row['languages'], 'language')})" for row in fewer.to_dict("records")]
+            text += f"; not compared, because it is of other languages: {listed(short)}"
+        sentences.append(f"{text}.")
+    return sentences
+
+
+def _equal_part(row: dict[str, Any]) -> str:
+    text = f"{number(row['score'])} under {row['kind']}"
+    if not np.isnan(row["low"]):
+        against = not np.isnan(row["baseline"])
+        ends = f"[{number(row['low'], against)}, {number(row['high'], against)}]"
+        text += f" ({ends} against {number(row['baseline'])})" if against else f" ({ends})"
+    if row["sets"]:
+        text += (
+            f", random neurons {number(row['random_lowest'])} to {number(row['random_highest'])} "
+            f"({counted(row['sets'], 'set')} at the same damage)"
+        )
+    if row["off_target"]:
+        text += f", damage reached {number(row['reached_low'])} to {number(row['reached_high'])}"
+    return text

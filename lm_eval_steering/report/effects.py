@@ -37,6 +37,7 @@ ALPHA = 0.05  # after Holm's correction
 _PAIR = 2
 FACTS = (
     "cell", "task", "family", "evaluated", "steered", "relation", "kind", "factor", "items", "stage", "deactivation",
+    "damage_asked", "damage_reached",
 )  # fmt: skip
 COLUMNS = (
     *FACTS, "metric", "higher_is_better", "n", "baseline", "score", "difference", "low", "high", "p", "p_holm", "test",

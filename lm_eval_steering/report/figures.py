@@ -219,6 +219,78 @@ def trade_off(damage: pd.DataFrame, theme: Theme) -> Figure:
     return figure
 
 
+def at_equal_damage(table: pd.DataFrame, theme: Theme) -> Figure:
+    """A score against the damage that factors were searched for: one line an intervention, random neurons beside it.
+
+    Bars are 95 % intervals of the difference over languages and items, put at the score. Random neurons at the same
+    damage are a dotted line between the lowest and the highest set. Only points over the same languages are joined.
+
+    Args:
+        table: rows of one family, metric and relation of `tables.equal_damage`.
+        theme: colours.
+    """
+    figure = new_figure(COLUMN, 2.7)
+    axes = figure.subplots()
+    damages = sorted(table["damage"].unique())
+    kinds = list(dict.fromkeys(table["kind"]))
+    most = table.groupby("kind")["languages"].max().max()
+    for place, kind in enumerate(kinds):
+        own = table[table["kind"] == kind].sort_values("damage")
+        colour, marker = CYCLE[place % len(CYCLE)], MARKERS[place % len(MARKERS)]
+        shift = 1.03 ** (place - (len(kinds) - 1) / 2)  # side by side, where intervals would cover each other
+        whole = own[own["languages"] == most]
+        axes.plot(whole["damage"] * shift, whole["score"], color=colour, linewidth=1.2)
+        below, above = own["difference"] - own["low"], own["high"] - own["difference"]
+        axes.errorbar(
+            own["damage"] * shift, own["score"], yerr=np.maximum([below.fillna(0), above.fillna(0)], 0), color=colour,
+            marker=marker, markersize=4, linestyle="none", elinewidth=0.9, capsize=1.5, label=kind,
+        )  # fmt: skip
+        for row in own[own["languages"] < most].itertuples():
+            axes.annotate(
+                f"{row.languages} of {most}", (row.damage * shift, row.score), xytext=(3, 3),
+                textcoords="offset points", fontsize=5.5, color=colour,
+            )  # fmt: skip
+        random = own[own["sets"] > 0]
+        axes.fill_between(
+            random["damage"] * shift, random["random_lowest"], random["random_highest"], color=colour, alpha=0.15,
+            linewidth=0,
+        )  # fmt: skip
+        axes.plot(random["damage"] * shift, random["random_mean"], color=colour, linewidth=0.9, linestyle=(0, (1, 2)))
+    baseline = table["baseline"].mean()
+    metric = str(table["metric"].iloc[0])
+    if not np.isnan(baseline) and not is_lss(metric):
+        axes.axhline(baseline, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_xscale("log")
+    axes.set_xticks(damages, [f"{damage:g}" for damage in damages])
+    axes.minorticks_off()
+    axes.set_title(f"{readable_metric(metric)} at equal damage")
+    axes.set_xlabel("damage asked for, nats per token")
+    axes.set_ylabel(readable_metric(metric))
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _of_equal_damage(results: Results) -> list[Picture]:
+    table, pictures = results.equal, []
+    drawn = drawn_metrics(results.effects.frame)
+    for (family, metric), rows in table.groupby(["family", "metric"], sort=False):
+        if not any((family, metric) == (name, of) for name, of, _ in drawn):
+            continue
+        relation = next(name for name in (SELF, SEVERAL, CROSS) if (rows["items_in"] == name).any())
+        own = rows[rows["items_in"] == relation]
+        sets = int(own["sets"].max())
+        beside = f"dotted: {counted(sets, 'random set')} at the same damage" if sets else "no random sets"
+        caption = (
+            f"{readable_metric(metric)} on {family} against the damage to the steered language's own text at which "
+            f"factors were searched for; means over {counted(int(own['languages'].max()), 'language')}, 95 % intervals "
+            f"over languages and items; {beside}; n = {int(own['n'].max()):,} items a point at most."
+        )
+        pictures.append(Picture(_file("equal-damage", family, metric), caption, _bind(at_equal_damage, own)))
+    return pictures
+
+
 def price_of(damage: pd.DataFrame) -> str:
     """The column of damage that goes with success: the first that has most points beside it; empty where none has."""
     names = ("perplexity_all", "degenerate", "unknown")
@@ -377,15 +449,24 @@ def drawn_metrics(effects: pd.DataFrame) -> list[tuple[str, str, str]]:
     return drawn
 
 
+def searched_kinds(effects: pd.DataFrame) -> set[str]:
+    """Interventions whose factors were searched for: each language has its own, so that no curve is over factors."""
+    return set(effects.loc[effects["damage_asked"] != "", "kind"]) - set(
+        effects.loc[effects["damage_asked"] == "", "kind"]
+    )
+
+
 def gallery(results: Results) -> list[Picture]:
     """All figures, in the order of the page."""
     effects, sweep = results.effects, results.sweep
-    pictures: list[Picture] = []
+    searched = searched_kinds(effects.frame)
+    pictures = _of_equal_damage(results)
     for family, metric, kind in drawn_metrics(effects.frame):
-        pictures += _of_setting(results, family, metric, kind)
+        if kind not in searched:
+            pictures += _of_setting(results, family, metric, kind)
     kinds = list(dict.fromkeys(effects.frame["kind"]))
     for kind in kinds:
-        counts = language_counts(sweep, kind)
+        counts = {} if kind in searched else language_counts(sweep, kind)
         if counts:
             n = sum(outputs.total() for factors in counts.values() for outputs in factors.values())
             caption = f"Languages of the outputs against the factor, {kind}; n = {n:,} outputs."

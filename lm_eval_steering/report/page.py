@@ -91,6 +91,11 @@ TABLES = {
     ),
     "controls": ("Random controls", "Language steering beside matched random neurons."),
     "damage": ("Damage", "Success beside its price: perplexity, degenerate outputs, outputs in no known language."),
+    "equal-damage": (
+        "Equal damage",
+        "Interventions at factors that were searched for to raise the nats per token of the steered language's text by "
+        "the same amount: means over languages, beside random neurons at the same damage and at the same factors.",
+    ),
     "cost": ("Cost", "Seconds and tokens of each cell."),
     "missing": ("Missing", "Planned cells that are not done, and why."),
 }

@@ -35,6 +35,7 @@ BASELINE = "baseline"
 CELL_COLUMNS = (
     "cell", "model", "task", "family", "evaluated", "steered", "relation", "kind", "factor", "control", "is_baseline",
     "deactivation", "target", "items", "stage", "signature", "fingerprint", "baseline_cell", "model_id", "asked",
+    "damage_asked", "damage_reached",
 )  # fmt: skip
 SCORE_COLUMNS = ("cell", "metric", "value", "text", "n", "higher_is_better")
 MAX_SAMPLES = 100_000
@@ -136,7 +137,8 @@ class Sweep:
         cells: CELL_COLUMNS. `steered` is empty for a baseline; `evaluated` is empty where the items are in several
             languages; `control` is the seed of a random control; `deactivation` says that nothing is amplified;
             `baseline_cell` is what the cell is compared with; `model_id` and `asked` (JSON) are what a pair must have
-            in common, empty where unknown.
+            in common, empty where unknown; `damage_asked` (several joined by `+`, empty where the factor was written
+            in the plan) and `damage_reached` are in nats per token.
         scores: SCORE_COLUMNS, one row per cell and metric.
         items: cell -> items; a cell without items has scores and no intervals.
         timings: cell, seconds, tokens.
@@ -591,6 +593,7 @@ def _from_frame(frame: pd.DataFrame, facts: Facts, evaluated: Mapping[str, str])
         unplanned = frame.loc[~frame["planned"].astype(bool), "cell"].nunique()
         facts.notes.append(f"{unplanned} finished cells are not in the last plan and are left out.")
         frame = frame[frame["planned"].astype(bool)]
+    frame = frame[frame["stage"] != 0]  # evaluations on the way to factors of equal damage
     models = sorted(frame["model"].astype(str).unique())
     if len(models) > 1:
         named = ", ".join(models)
@@ -623,11 +626,12 @@ def _cells_of(rows: pd.DataFrame, evaluated: Mapping[str, str]) -> pd.DataFrame:
     }
     cells["relation"] = [relations[pair] for pair in zip(cells["steered"], cells["evaluated"], strict=True)]
     cells["is_baseline"] = cells["steered"] == ""
-    for name in ("target", "model_id", "asked"):
+    for name in ("target", "model_id", "asked", "damage_asked"):
         cells[name] = cells[name].fillna("").astype(str) if name in cells else ""
     cells["items"] = cells["items"].fillna("all")
     cells["factor"] = cells["factor"].astype(float)
     cells["control"] = cells["control"].astype("Int64")
+    cells["damage_reached"] = cells.get("damage_reached", pd.Series(dtype=float)).astype(float)
     return cells.reindex(columns=list(CELL_COLUMNS))
 
 

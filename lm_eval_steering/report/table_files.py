@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_steering.report import tables
-from lm_eval_steering.report.figures import best_overall, drawn_metrics
+from lm_eval_steering.report.figures import best_overall, drawn_metrics, searched_kinds
 from lm_eval_steering.report.naming import number, readable_metric, with_interval
 from lm_eval_steering.report.tables import Results
 
@@ -43,7 +43,10 @@ def printed(results: Results) -> dict[str, tuple[pd.DataFrame, str]]:
     """Name -> (table of texts, caption) of the tables for a paper."""
     against = results.sweep.against
     texts = {}
+    searched = searched_kinds(results.effects.frame)
     for family, metric, kind in drawn_metrics(results.effects.frame):
+        if kind in searched:
+            continue
         rows = results.summary
         rows = rows[(rows["family"] == family) & (rows["metric"] == metric) & (rows["kind"] == kind)]
         suffix = "".join(c if c.isalnum() else "-" for c in f"{family}-{metric}-{kind}")
@@ -59,6 +62,17 @@ def printed(results: Results) -> dict[str, tuple[pd.DataFrame, str]]:
         n = tables.matrix(results.effects, family, metric, kind, factor, "n").to_numpy(float)
         caption = f"{what}, factor {factor:g}: difference from the {against}, steered language by evaluated language"
         texts[f"matrix-{suffix}"] = (matrix_text(values), f"{caption} (n = {_whole(np.nanmax(n))} items a cell).")
+    drawn = {(family, metric) for family, metric, _ in drawn_metrics(results.effects.frame)}
+    for (family, metric, relation), rows in results.equal.groupby(["family", "metric", "items_in"], sort=False):
+        if (family, metric) in drawn:
+            suffix = "".join(c if c.isalnum() else "-" for c in f"{family}-{metric}-{relation}")
+            caption = (
+                f"{readable_metric(metric)} on {family} (items: {relation}) at equal damage, the rise in nats per "
+                f"token of the steered language's own text: mean over languages, difference from the {against}, its 95 "
+                "% interval (bootstrap of languages and items), random neurons at the same damage (lowest and highest "
+                "of the sets) and at the same factors. An asterisk: damage that is not within 10 % of what was asked."
+            )
+            texts[f"equal-damage-{suffix}"] = (equal_text(rows), caption)
     if len(results.best) and len(results.best) <= PRINTED_ROWS:
         caption = "The best factor of each language: chosen on one half of the items, reported on the other one."
         texts["best-factors"] = (best_text(results.best), caption)
@@ -91,6 +105,30 @@ def summary_text(rows: pd.DataFrame) -> pd.DataFrame:
             texts["self - cross"] = with_interval(row["gap"], row["gap_low"], row["gap_high"])
         lines.append(texts)
     return pd.DataFrame(lines).fillna("")
+
+
+def equal_text(rows: pd.DataFrame) -> pd.DataFrame:
+    """Interventions at equal damage as texts; languages that are missing are named."""
+    import pandas as pd
+
+    found = []
+    for row in rows.to_dict("records"):
+        reached = f"{number(row['reached_low'])} to {number(row['reached_high'])}{'*' if row['off_target'] else ''}"
+        random = ""
+        if row["sets"]:
+            ends = f"{number(row['random_lowest'])} to {number(row['random_highest'])}, {row['sets']} sets"
+            random = f"{number(row['random_mean'])} ({ends})"
+        at_factor = f"{number(row['random_at_factor'])} ({row['sets_at_factor']} sets)" if row["sets_at_factor"] else ""
+        found.append({
+            "damage": number(row["damage"]), "intervention": row["kind"], "reached": reached,
+            "factors": f"{number(row['factor_low'])} to {number(row['factor_high'])}",
+            "languages": str(row["languages"]), "missing": row["missing"], "baseline": number(row["baseline"]),
+            "score": number(row["score"]),
+            "difference": with_interval(row["difference"], row["low"], row["high"]),
+            "random, same damage": random, "random, same factors": at_factor, "n": _whole(row["n"]),
+        })  # fmt: skip
+    table = pd.DataFrame(found).fillna("")
+    return table.drop(columns=[name for name in table if (table[name] == "").all()])
 
 
 def matrix_text(values: pd.DataFrame) -> pd.DataFrame:

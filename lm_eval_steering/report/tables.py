@@ -16,8 +16,9 @@ from lm_eval_steering.languages import family_order
 from lm_eval_steering.metrics.statistics import Array, against_random, interval_of, over_languages
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.report.effects import ALPHA, Effects, arms_of, effects_of, scores_by_cell
-from lm_eval_steering.report.naming import CROSS, DAMAGES, SELF, SEVERAL, SUCCESSES, sign_of
+from lm_eval_steering.report.naming import CROSS, DAMAGES, NATS, SELF, SEVERAL, SUCCESSES, sign_of
 from lm_eval_steering.report.read import CLEAN, FORCED, Sweep, check_pairs
+from lm_eval_steering.sweep.damage_search import TOLERANCE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -275,7 +276,8 @@ def damage(effects: Effects) -> pd.DataFrame:
     `perplexity_cross` and `perplexity_all` are rises of the perplexity of the steered language, of the others and of
     all texts; `perplexity` names the unit. `degenerate` and `unknown` are rises of the share of outputs that repeat
     themselves or are in no known language; a `_score` column is the share itself. `n_outputs` and `n_texts` count what
-    the means are over.
+    the means are over. Where no task is text of the steered language, `perplexity_self` is the damage that was measured
+    when the factor was searched for.
     """
     import pandas as pd
 
@@ -294,6 +296,9 @@ def damage(effects: Effects) -> pd.DataFrame:
         row["perplexity_all"] = texts["difference"].mean()
         for relation in (SELF, CROSS):
             row[f"perplexity_{relation}"] = texts[texts["relation"] == relation]["difference"].mean()
+        reached = group["damage_reached"].dropna()
+        if len(reached) and unit in ("", NATS) and np.isnan(row["perplexity_self"]):
+            row |= {"perplexity": NATS, "perplexity_self": reached.iloc[0]}
         for name, metric in _BROKEN.items():
             own_rows = group[group["metric"] == metric]
             row |= {name: own_rows["difference"].mean(), f"{name}_score": own_rows["score"].mean()}
@@ -302,6 +307,93 @@ def damage(effects: Effects) -> pd.DataFrame:
     measured = [name for name in result if name.startswith(("success", "perplexity_", "degenerate", "unknown"))]
     measured = [name for name in measured if name != "success_metric"]
     return result[result[measured].notna().any(axis=1)].reset_index(drop=True) if len(result) else result
+
+
+# --- Interventions at equal damage, where the plan had factors searched for
+
+_EQUAL_COLUMNS = (
+    "family", "metric", "kind", "items_in", "damage", "languages", "steered", "missing", "off_target", "reached_low",
+    "reached_high", "factor_low", "factor_high", "n", "baseline", "score", "difference", "low", "high", "sets",
+    "random_mean", "random_lowest", "random_highest", "sets_at_factor", "random_at_factor", "higher_is_better",
+)  # fmt: skip
+
+
+def damages_of(asked: str) -> list[float]:
+    """The damages of a cell's `damage_asked`."""
+    return [float(damage) for damage in asked.split("+")] if asked else []
+
+
+def equal_damage(sweep: Sweep, effects: Effects) -> pd.DataFrame:
+    """One row for each score, intervention and damage: the mean over the languages whose factors do that damage.
+
+    Columns: `damage` (asked, in nats per token), `languages` (their number) and `steered` (which), `missing` (languages
+    that another intervention has and this one does not reach), `off_target` (cells whose damage is not within 10 %),
+    the lowest and highest damage reached and factor, the score beside the baseline's with the interval of the
+    difference over languages and items, and the same score of random neurons (mean over the languages; `sets` of
+    them): at factors that do the same damage, and at the same factors (`sets_at_factor`, `random_at_factor`).
+    """
+    import pandas as pd
+
+    frame = single(effects)
+    frame = frame[frame["damage_asked"] != ""]
+    frame = frame.assign(damage=frame["damage_asked"].map(damages_of)).explode("damage")
+    if frame.empty:
+        return pd.DataFrame(columns=list(_EQUAL_COLUMNS))
+    scores, by_place, at_damage = scores_by_cell(sweep), controls_by_place(sweep), _controls_by_damage(sweep)
+    cells = {row["cell"]: row for row in sweep.steered_cells().to_dict("records")}
+    rows = []
+    for (family, metric, relation), of_score in frame.groupby(["family", "metric", "relation"], sort=False):
+        everyone = set(of_score["steered"])
+        for (kind, damage), group in of_score.groupby(["kind", "damage"], sort=False):
+            own = [cells[cell] for cell in group["cell"]]
+            random = _means([
+                _scores_of(sweep, at_damage.get((*_without_factor(cell), damage), []), metric, scores) for cell in own
+            ])  # fmt: skip
+            at_factor = _means([control_scores(sweep, cell, metric, scores, by_place) for cell in own])
+            low, high = intervals(group, effects).get(relation, (np.nan, np.nan))
+            there = sorted(set(group["steered"]))
+            reached = group["damage_reached"]
+            rows.append({
+                "family": family, "metric": metric, "kind": kind, "items_in": relation, "damage": damage,
+                "languages": len(there), "steered": " ".join(there), "missing": " ".join(sorted(everyone - set(there))),
+                "off_target": int((abs(reached - damage) > TOLERANCE * damage).sum()),
+                "reached_low": reached.min(), "reached_high": reached.max(),
+                "factor_low": group["factor"].min(), "factor_high": group["factor"].max(), "n": int(group["n"].sum()),
+                "baseline": group["baseline"].mean(), "score": group["score"].mean(),
+                "difference": group["difference"].mean(), "low": low, "high": high, "sets": len(random),
+                "random_mean": float(np.mean(random)) if random else np.nan,
+                "random_lowest": min(random, default=np.nan), "random_highest": max(random, default=np.nan),
+                "sets_at_factor": len(at_factor),
+                "random_at_factor": float(np.mean(at_factor)) if at_factor else np.nan,
+                "higher_is_better": group["higher_is_better"].iloc[0],
+            })  # fmt: skip
+    order = {name: place for place, name in enumerate(dict.fromkeys(row["kind"] for row in rows))}
+    rows.sort(key=lambda row: (row["family"], row["metric"], row["items_in"], row["damage"], order[row["kind"]]))
+    return pd.DataFrame(rows, columns=list(_EQUAL_COLUMNS))
+
+
+def _without_factor(cell: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(cell[name] for name in ("task", "steered", "kind", "items", "target"))
+
+
+def _controls_by_damage(sweep: Sweep) -> Places:
+    """Cells of random sets whose factors were searched for, by what they share with a cell, and the damage."""
+    places: Places = {}
+    for control in sweep.cells[sweep.cells["control"].notna()].to_dict("records"):
+        for damage in damages_of(control["damage_asked"]):
+            places.setdefault((*_without_factor(control), damage), []).append(control)
+    return places
+
+
+def _scores_of(sweep: Sweep, controls: list[dict[str, Any]], metric: str, scores: dict[str, Any]) -> dict[int, float]:
+    found = {int(control["control"]): score_of(sweep, control, metric, scores, None) for control in controls}
+    return {seed: score for seed, score in found.items() if score is not None}
+
+
+def _means(by_cell: list[dict[int, float]]) -> list[float]:
+    """Of each random set that all cells have: its mean score over them."""
+    seeds = set.intersection(*(set(of_cell) for of_cell in by_cell)) if by_cell else set()
+    return [float(np.mean([of_cell[seed] for of_cell in by_cell])) for seed in sorted(seeds)]
 
 
 # --- The best factor of each language: chosen on one half of the items, reported on the other one
@@ -403,6 +495,7 @@ class Results:
         best: the best factor of each language (`best_factors`).
         controls: LSS and LFS against random neurons (`controls`).
         damage: success and damage (`damage`).
+        equal: interventions at equal damage (`equal_damage`).
         cost: seconds and tokens of each cell.
         neurons: the neuron set of the sweep; None if it cannot be read.
     """
@@ -414,6 +507,7 @@ class Results:
     controls: pd.DataFrame
     damage: pd.DataFrame
     cost: pd.DataFrame
+    equal: pd.DataFrame
     neurons: NeuronSet | None = None
 
     def frames(self) -> dict[str, pd.DataFrame]:
@@ -424,6 +518,7 @@ class Results:
             "best-factors": self.best,
             "controls": self.controls,
             "damage": self.damage,
+            "equal-damage": self.equal,
             "cost": self.cost,
             "missing": self.sweep.missing,
         }
@@ -446,4 +541,5 @@ def compute(sweep: Sweep) -> Results:
         controls(sweep, effects),
         damage(effects),
         cost(sweep),
+        equal_damage(sweep, effects),
     )

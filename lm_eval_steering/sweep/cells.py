@@ -24,6 +24,8 @@ from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.provenance import fingerprint
 from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import Intervention, Step, from_arguments
+from lm_eval_steering.sweep import damage_text
+from lm_eval_steering.sweep.damage_search import LONGEST, Line
 from lm_eval_steering.sweep.halves import ALL, CHOOSE, REPORT, can_be_split, positions_of
 from lm_eval_steering.sweep.plan import STEERED_VLLM, InterventionEntry, PlanError, SweepPlan
 from lm_eval_steering.sweep.plan_tasks import TaskBook
@@ -46,8 +48,10 @@ class PlannedIntervention:
         resolved: the `Intervention` with the neuron set's language codes, as plain data.
         languages: steered ones.
         entry: position in the plan's `interventions`, -1 for the baseline.
-        factor: as written in the plan, None where none was.
+        factor: as written in the plan or searched for, None where there is none.
         control: seed of the matched random set that is used instead of the language's neurons.
+        damage: rises in nats per token that its factor was searched for; empty where it was written in the plan.
+        reached: the damage that was measured at that factor.
     """
 
     name: str
@@ -57,6 +61,8 @@ class PlannedIntervention:
     entry: int = -1
     factor: float | None = None
     control: int | None = None
+    damage: tuple[float, ...] = ()
+    reached: float | None = None
 
     @property
     def is_baseline(self) -> bool:
@@ -69,36 +75,176 @@ class PlannedIntervention:
         return "+".join(self.languages) or None
 
 
-def interventions_of(plan: SweepPlan, neuron_set: NeuronSet) -> tuple[list[PlannedIntervention], list[str]]:
+@dataclass(frozen=True)
+class Search:
+    """A search for the factors of one entry on one language, or on a random control of it.
+
+    Attributes:
+        entry: position in the plan's `interventions`.
+        language: steered one.
+        control: seed of the random set; None for the language's own neurons.
+        line: the factors.
+        targets: damages in nats per token.
+        name: readable, and unique within the plan.
+    """
+
+    entry: int
+    language: str
+    control: int | None
+    line: Line
+    targets: tuple[float, ...]
+    name: str
+
+    @property
+    def key(self) -> tuple[int, str, int | None]:
+        """Entry, language, control."""
+        return self.entry, self.language, self.control
+
+
+@dataclass(frozen=True)
+class FoundFactor:
+    """A factor that was searched for.
+
+    Attributes:
+        factor: of three digits.
+        targets: damages that it was searched for, in nats per token.
+        damage: that was measured at it; None while the factor is a stand-in for one that is not known yet.
+    """
+
+    factor: float
+    targets: tuple[float, ...]
+    damage: float | None = None
+
+
+Found = Mapping[tuple[int, str, int | None], Sequence[FoundFactor]]  # by `Search.key`
+_Single = tuple[str, PlannedIntervention]  # with its signature
+
+
+def searches_of(plan: SweepPlan, neuron_set: NeuronSet) -> list[Search]:
+    """Every search that a plan asks for, in its order.
+
+    Raises:
+        PlanError: for an intervention that does something at every factor.
+    """
+    searches: list[Search] = []
+    seeds = [None, *(range(plan.controls.random) if "damage" in plan.controls.at else ())]
+    for number, entry in enumerate(plan.interventions):
+        if entry.damage is None:
+            continue
+        for language in entry.languages or plan.languages:
+            line = _line(plan, number, entry, language, neuron_set)
+            name = "-".join(
+                part for part in (language, entry.preset or entry.op, str(entry.value or ""), entry.site) if part
+            )
+            for seed in seeds:
+                ending = "" if seed is None else f"-random{seed}"
+                name_ = re.sub(r"[^A-Za-z0-9_.+-]", "_", f"{number}-{name}{ending}")
+                searches.append(Search(number, language, seed, line, tuple(map(float, entry.damage.damage)), name_))
+    return searches
+
+
+def _line(plan: SweepPlan, number: int, entry: InterventionEntry, language: str, neuron_set: NeuronSet) -> Line:
+    """The factors of an entry, from the one that changes nothing."""
+    assert entry.damage is not None
+    _, intervention = _planned(plan, number, entry, language, 2.0, neuron_set)
+    step = intervention.steps[-1]
+    identity = {"scale": 1.0, "add": 0.0}.get(step.op)
+    if identity is None or len(intervention.steps) != 1 or (step.op == "scale" and step.value is not None):
+        raise PlanError(
+            f"interventions.{number}.factors: {entry.preset or entry.op} changes something at every factor, so there "
+            "is none to search from; damage needs scale or add, and other operations a list of factors"
+        )
+    last = entry.damage.max_factor
+    line = Line(identity, identity + LONGEST if last is None else float(last))
+    if line.length == 0:
+        raise PlanError(f"interventions.{number}.factors.max_factor: {last} changes nothing; expected another factor")
+    return line
+
+
+def planned_at(plan: SweepPlan, neuron_set: NeuronSet, search: Search, factor: float) -> PlannedIntervention:
+    """The intervention of a search at one factor."""
+    entry = plan.interventions[search.entry]
+    planned, _ = _planned(plan, search.entry, entry, search.language, factor, neuron_set)
+    return planned if search.control is None else _control(planned, search.control)
+
+
+def _stand_ins(search: Search) -> list[FoundFactor]:
+    """Factors of which only the number is right, for a plan whose factors are not searched for yet."""
+    line, number = search.line, len(search.targets)
+    shrunk = line.length * (1.0 if search.control is None else 1 - (search.control + 1) / 1000)
+    sign = 1 if line.last > line.identity else -1
+    return [
+        FoundFactor(line.identity + sign * shrunk * (place + 1) / (number + 1), (target,))
+        for place, target in enumerate(search.targets)
+    ]
+
+
+def interventions_of(
+    plan: SweepPlan, neuron_set: NeuronSet, searches: Sequence[Search] = (), found: Found | None = None
+) -> tuple[list[PlannedIntervention], list[str]]:
     """The baseline, then every intervention of the plan, then their random controls; and notes on what collapsed.
+
+    Args:
+        plan: as the user wrote it.
+        neuron_set: of the plan.
+        searches: of the plan.
+        found: what they found; None where they were not made yet.
 
     Raises:
         SteeringError: if an intervention is not defined for this neuron set; nothing was loaded.
     """
-    by_signature: dict[str, PlannedIntervention] = {}
     notes: list[str] = []
+    factors = {search.key: _stand_ins(search) if found is None else found.get(search.key, ()) for search in searches}
+    own: dict[str, PlannedIntervention] = {}
     for number, entry in enumerate(plan.interventions):
-        for planned, intervention in _from_entry(plan, number, entry, neuron_set):
+        for planned, intervention in _from_entry(plan, number, entry, neuron_set, factors):
             if _changes_nothing(intervention):
                 notes.append(f"{planned.name} changes nothing: it is the baseline")
-                continue
-            # Two entries that mean the same are one intervention.
-            by_signature.setdefault(intervention.signature(), planned)
-    interventions = _with_unique_names(by_signature)
+            else:  # two entries that mean the same are one intervention
+                _merge(own, intervention.signature(), planned)
+    at_damage = [
+        (seed, *_at(plan, number, language, each, neuron_set))
+        for (number, language, seed), of_search in factors.items() if seed is not None for each in of_search
+    ]  # fmt: skip
+    named = _with_unique_names([*own.items(), *((signature, planned) for _, signature, planned in at_damage)])
+    interventions = [replace(planned, name=named[signature, planned.name]) for signature, planned in own.items()]
     if plan.controls.random and plan.controls.calibration is None:
         for planned in interventions:
             _refuse_unmeasured(planned)
-    controls = [_control(planned, seed) for planned in interventions for seed in range(plan.controls.random)]
-    return [PlannedIntervention(BASELINE), *interventions, *controls], notes
+    controls: dict[tuple[str, int], PlannedIntervention] = {}
+    for signature, planned in zip(own, interventions, strict=True):
+        searched = plan.interventions[planned.entry].damage is not None
+        for seed in range(plan.controls.random if "factor" in plan.controls.at or not searched else 0):
+            controls[signature, seed] = _control(planned, seed)
+    for seed, signature, planned in at_damage:
+        _merge(
+            controls, (signature, seed), _control(replace(planned, name=named[signature, planned.name]), seed, planned)
+        )
+    return [PlannedIntervention(BASELINE), *interventions, *controls.values()], notes
 
 
-def _with_unique_names(by_signature: Mapping[str, PlannedIntervention]) -> list[PlannedIntervention]:
-    """Interventions by signature; where short names leave out how two of them differ, a hash is appended."""
-    count = Counter(planned.name for planned in by_signature.values())
-    return [
-        planned if count[planned.name] == 1 else replace(planned, name=f"{planned.name}-{_short_hash(signature)}")
-        for signature, planned in by_signature.items()
-    ]
+def _merge(known: dict[Any, PlannedIntervention], key: Any, planned: PlannedIntervention) -> None:
+    """Add an intervention; one that is known already serves the new one's damages too."""
+    before = known.setdefault(key, planned)
+    if before is not planned and planned.damage:
+        damages = tuple(sorted({*before.damage, *planned.damage}))
+        known[key] = replace(before, damage=damages, reached=planned.reached)
+
+
+def _at(
+    plan: SweepPlan, number: int, language: str, found: FoundFactor, neuron_set: NeuronSet
+) -> tuple[str, PlannedIntervention]:
+    planned, intervention = _planned(plan, number, plan.interventions[number], language, found.factor, neuron_set)
+    return intervention.signature(), replace(planned, damage=found.targets, reached=found.damage)
+
+
+def _with_unique_names(planned: Sequence[_Single]) -> dict[tuple[str, str], str]:
+    """(signature, short name) -> name; where short names leave out how two of them differ, a hash is appended."""
+    pairs = {(signature, each.name) for signature, each in planned}
+    count = Counter(name for _, name in pairs)
+    return {
+        (signature, name): name if count[name] == 1 else f"{name}-{_short_hash(signature)}" for signature, name in pairs
+    }
 
 
 def _short_hash(text: str) -> str:
@@ -106,31 +252,46 @@ def _short_hash(text: str) -> str:
 
 
 def _from_entry(
-    plan: SweepPlan, number: int, entry: InterventionEntry, neuron_set: NeuronSet
+    plan: SweepPlan, number: int, entry: InterventionEntry, neuron_set: NeuronSet, searched: Found
 ) -> Iterator[tuple[PlannedIntervention, Intervention]]:
-    given = entry.model_dump(exclude={"factors", "factor", "languages"}, exclude_none=True)
     steers = entry.op is not None or entry.preset is not None
     targets = (entry.languages or plan.languages) if steers else (None,)
-    factors = entry.factors if entry.factors is not None else (entry.factor,)
     for language in targets:
-        for factor in factors:
-            arguments = dict(given)
-            if language is not None:
-                arguments["language"] = language
-            if factor is not None:
-                arguments["factor"] = float(factor)
-            try:
-                compiled = compile_intervention(from_arguments(arguments), neuron_set, plan.allow_empty)
-                if plan.engine.name == STEERED_VLLM:
-                    refuse_what_hooks_do(compiled)
-            except SteeringError as error:
-                raise PlanError(f"interventions.{number}: {error}") from None
-            intervention = compiled.intervention
-            planned = PlannedIntervention(
-                _name(intervention, entry, factor), arguments, intervention.model_dump(mode="json"),
-                intervention.steered, number, None if factor is None else float(factor),
-            )  # fmt: skip
-            yield planned, intervention
+        if entry.damage is not None:
+            for found in searched.get((number, str(language), None), ()):
+                planned, intervention = _planned(plan, number, entry, language, found.factor, neuron_set)
+                yield replace(planned, damage=found.targets, reached=found.damage), intervention
+            continue
+        for factor in entry.factors if isinstance(entry.factors, tuple) else (entry.factor,):
+            yield _planned(plan, number, entry, language, factor, neuron_set)
+
+
+def _planned(
+    plan: SweepPlan,
+    number: int,
+    entry: InterventionEntry,
+    language: str | None,
+    factor: float | None,
+    neuron_set: NeuronSet,
+) -> tuple[PlannedIntervention, Intervention]:
+    """One intervention of an entry."""
+    arguments = entry.model_dump(exclude={"factors", "factor", "languages"}, exclude_none=True)
+    if language is not None:
+        arguments["language"] = language
+    if factor is not None:
+        arguments["factor"] = float(factor)
+    try:
+        compiled = compile_intervention(from_arguments(arguments), neuron_set, plan.allow_empty)
+        if plan.engine.name == STEERED_VLLM:
+            refuse_what_hooks_do(compiled)
+    except SteeringError as error:
+        raise PlanError(f"interventions.{number}: {error}") from None
+    intervention = compiled.intervention
+    planned = PlannedIntervention(
+        _name(intervention, entry, factor), arguments, intervention.model_dump(mode="json"),
+        intervention.steered, number, None if factor is None else float(factor),
+    )  # fmt: skip
+    return planned, intervention
 
 
 def _changes_nothing(intervention: Intervention) -> bool:
@@ -155,8 +316,12 @@ def _refuse_unmeasured(planned: PlannedIntervention) -> None:
             )
 
 
-def _control(planned: PlannedIntervention, seed: int) -> PlannedIntervention:
-    return replace(planned, name=f"{planned.name}-random{seed}", control=seed)
+def _control(
+    planned: PlannedIntervention, seed: int, searched: PlannedIntervention | None = None
+) -> PlannedIntervention:
+    """The same with random neurons, whose damage is not known unless its factor was searched for."""
+    damage, reached = (searched.damage, searched.reached) if searched else ((), None)
+    return replace(planned, name=f"{planned.name}-random{seed}", control=seed, damage=damage, reached=reached)
 
 
 def _deactivated(intervention: Intervention, entry: InterventionEntry) -> str:
@@ -201,7 +366,7 @@ class Cell:
         task: one task of lm-eval.
         target: the steered languages that the documents or `lfs` are for; None where none is.
         items: `all`, or `report` for the half that nothing was chosen on.
-        stage: 1, or 2 for cells of `then`.
+        stage: 1, 2 for cells of `then`, or 0 for those that measure damage while factors are searched for.
         evaluated: language of the task's items; None where neither the task nor the plan says it.
     """
 
@@ -227,7 +392,8 @@ class Cell:
     def read(cls, described: Mapping[str, Any]) -> Cell:
         """A cell from what `describe` gave."""
         fields = dict(described["intervention"])
-        planned = PlannedIntervention(**fields | {"languages": tuple(fields["languages"])})
+        lists = {name: tuple(fields.get(name, ())) for name in ("languages", "damage")}
+        planned = PlannedIntervention(**fields | lists)
         return cls(
             intervention=planned,
             **{key: described[key] for key in ("key", "task", "target", "items", "stage", "evaluated")},
@@ -243,6 +409,9 @@ class Grid:
         book: its tasks.
         neuron_set: as loaded.
         interventions: baseline, interventions, controls.
+        searches: for factors of equal damage, before the first stage.
+        found: what they found; None before, when `interventions` and `cells` hold stand-ins for what they will find.
+        searched: cells of the searches that found it.
         cells: of the first stage, in the order in which they are run.
         notes: what a user should know: factors that collapsed, cells that are not defined.
     """
@@ -251,6 +420,9 @@ class Grid:
     book: TaskBook
     neuron_set: NeuronSet
     interventions: list[PlannedIntervention]
+    searches: list[Search] = field(default_factory=list)
+    found: Found | None = None
+    searched: list[Cell] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _documents_of: dict[tuple[str, str | None, str], dict[str, Any]] = field(default_factory=dict, repr=False)
@@ -280,6 +452,36 @@ class Grid:
         texts = {code: corpus.identity(code) for code in self.neuron_set.languages}
         return {"texts": texts, "sentences": controls.sentences}
 
+    @property
+    def is_open(self) -> bool:
+        """Whether factors are still to be searched for."""
+        return bool(self.searches) and self.found is None
+
+    def with_factors(self, found: Found, searched: Iterable[Cell], notes: Iterable[str]) -> Grid:
+        """The grid at the factors that were searched for."""
+        interventions, collapsed = interventions_of(self.plan, self.neuron_set, self.searches, found)
+        grid = replace(
+            self,
+            interventions=interventions,
+            found=found,
+            searched=list(searched),
+            cells=[],
+            notes=[*collapsed, *notes],
+        )
+        grid.cells = grid._product(interventions, self.plan.tasks, 1, grid._codes())
+        return grid
+
+    def damage_cell(self, search: Search, factor: float | None) -> Cell:
+        """The cell that measures a search's damage at one factor; of the unsteered model where that is None."""
+        planned = PlannedIntervention(BASELINE)
+        if factor is not None:
+            planned = planned_at(self.plan, self.neuron_set, search, factor)
+        return self._cell(planned, damage_text.TASK, search.language, 0)
+
+    def _codes(self) -> set[str]:
+        steered = {code for planned in self.interventions for code in planned.languages}
+        return steered | {search.language for search in self.searches}
+
     def then_cells(self, chosen: Iterable[PlannedIntervention], languages: Iterable[str] = ()) -> list[Cell]:
         """Cells of `then` for some chosen interventions: those, their random controls, and the baseline.
 
@@ -289,8 +491,15 @@ class Grid:
         """
         if self.plan.then is None:
             return []
+        chosen = list(chosen)
         names = {planned.name for planned in chosen}
-        evaluated = [v for v in self.interventions if v.is_baseline or _name_without_control(v) in names]
+        evaluated = [
+            planned
+            for planned in self.interventions
+            if planned.is_baseline
+            or _name_without_control(planned) in names
+            or any(_is_control_at_damage_of(planned, other) for other in chosen)
+        ]
         steered = {code for planned in evaluated for code in planned.languages} | set(languages)
         return self._product(evaluated, self.plan.then.tasks, 2, steered)
 
@@ -313,6 +522,8 @@ class Grid:
         With `limit` and `split: half`, the first `limit` documents of each half.
         """
         choose, limit = self.plan.choose, self.plan.limit
+        if task == damage_text.TASK:
+            return None
         if choose is None or choose.split != "half" or (items == ALL and limit is None):
             return None
         built = self.book.task(task, target)
@@ -382,7 +593,7 @@ class Grid:
                 "task": task,
                 "task_is": self.book.digest(task, target),
                 "items": items,
-                "options": options_of(plan),
+                "options": options_of(plan, stage),
                 **documents,
             }
         )
@@ -400,7 +611,7 @@ class Grid:
             chosen = None
             if positions is not None and plan.limit is not None:
                 chosen = fingerprint({"documents": [built.eval_docs[position] for position in positions]})
-            examples = fewshot_source(built, plan.num_fewshot)
+            examples = fewshot_source(built, 0 if task == damage_text.TASK else plan.num_fewshot)
             self._documents_of[documents] = {
                 "split": split,
                 "documents": chosen,
@@ -430,6 +641,12 @@ def _name_without_control(planned: PlannedIntervention) -> str:
     return planned.name if planned.control is None else planned.name.removesuffix(f"-random{planned.control}")
 
 
+def _is_control_at_damage_of(control: PlannedIntervention, planned: PlannedIntervention) -> bool:
+    """Whether a control's factor was searched for to do the damage that an intervention's was."""
+    same = (control.entry, control.languages) == (planned.entry, planned.languages)
+    return control.control is not None and same and not set(control.damage).isdisjoint(planned.damage)
+
+
 def group_of(planned: PlannedIntervention, plan: SweepPlan) -> str:
     """What one intervention is chosen for."""
     assert plan.choose is not None
@@ -444,12 +661,28 @@ def spell_out(plan: SweepPlan) -> Grid:
         SteeringError: for anything that would make a cell fail later and can be known now.
     """
     neuron_set = NeuronSet.load(resources.find_neuron_set(plan.neurons))
-    interventions, notes = interventions_of(plan, neuron_set)
-    grid = Grid(plan, TaskBook(plan), neuron_set, interventions, notes=notes)
-    codes = {code for planned in interventions for code in planned.languages}
+    searches = searches_of(plan, neuron_set)
+    interventions, notes = interventions_of(plan, neuron_set, searches)
+    grid = Grid(plan, TaskBook(plan), neuron_set, interventions, searches, notes=notes)
     _check_evaluated(grid)
-    grid.cells = grid._product(interventions, plan.tasks, 1, codes)
+    grid.cells = grid._product(interventions, plan.tasks, 1, grid._codes())
+    if searches:
+        _add_damage_tasks(grid)
     return grid
+
+
+def _add_damage_tasks(grid: Grid) -> None:
+    """The text that damage is measured on, as a task of lm-eval for each language whose factors are searched for."""
+    plan, model = grid.plan, model_arguments(grid.plan)
+    cells = [*grid.cells, *grid.then_cells(grid.candidates(), grid._codes())]
+    tasks = dict.fromkeys((cell.task, cell.target if grid.book.is_targeted(cell.task) else None) for cell in cells)
+    items = {text for name in tasks for text in damage_text.texts_of(grid.book.task(*name).eval_docs)}
+    text = damage_text.DamageText(
+        plan.damage, grid.neuron_set, plan.controls.calibration, plan.controls.sentences, model
+    )
+    for language in dict.fromkeys(search.language for search in grid.searches):
+        task = damage_text.task_of(text.lines(language, items), language, model)
+        grid.book.add(damage_text.TASK, language, task)
 
 
 def _check_evaluated(grid: Grid) -> None:
@@ -460,10 +693,14 @@ def _check_evaluated(grid: Grid) -> None:
         raise PlanError(f"evaluated: {unknown[0]} is not among the plan's tasks{did_you_mean(unknown[0], names)}")
 
 
-def options_of(plan: SweepPlan) -> dict[str, Any]:
-    """How lm-eval is asked to evaluate."""
+def options_of(plan: SweepPlan, stage: int = 1) -> dict[str, Any]:
+    """How lm-eval is asked to evaluate; damage is measured on bare text, whatever the plan's prompts are."""
     names = {"limit", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "bootstrap_iters"}
-    return plan.model_dump(mode="json", include=names | {"metadata"})
+    options = plan.model_dump(mode="json", include=names | {"metadata"})
+    if stage == 0:
+        bare = {"limit": None, "num_fewshot": None, "apply_chat_template": False, "system_instruction": None}
+        options |= bare | {"gen_kwargs": None, "metadata": {}}
+    return options
 
 
 def calibration_source(plan: SweepPlan) -> str:

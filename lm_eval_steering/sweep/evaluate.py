@@ -51,7 +51,7 @@ def evaluate(lm: SweepLM, grid: Grid, cell: Cell, neuron_set: NeuronSet) -> dict
     release_requests(task)  # an earlier cell's answers are none of this one
     manager = grid.book.manager(cell.task, cell.target)
     positions = grid.positions(cell.task, cell.target, cell.items)
-    options = {key: value for key, value in options_of(plan).items() if key != "metadata"}
+    options = {key: value for key, value in options_of(plan, cell.stage).items() if key != "metadata"}
     if positions is not None:
         options["limit"] = None  # lm-eval takes one of the two
     draw_per_document(task, positions, options["limit"], lm.rank, lm.world_size)

@@ -8,9 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lm_eval_steering import languages as codes
 from lm_eval_steering.errors import SteeringError, did_you_mean
@@ -58,13 +67,50 @@ class ModelPart(BaseModel):
         return expand_home(path)
 
 
+class DamageFactors(_Part):
+    """Factors that are searched for: those that do a certain damage to the steered language's own text."""
+
+    damage: tuple[Number, ...] = Field(
+        min_length=1, description="Instead of factors: the rises in nats per token that they are searched for."
+    )
+    max_factor: Number | None = Field(
+        None,
+        description="End of the search, which goes towards it from the factor that changes nothing; by default 64 "
+        "above that.",
+    )
+
+    @field_validator("damage")
+    @classmethod
+    def _rises(cls, damage: tuple[Number, ...]) -> tuple[Number, ...]:
+        for rise in damage:
+            if not (math.isfinite(rise) and rise > 0):
+                raise ValueError(f"{rise}: expected a finite rise in nats per token, above 0")
+        return tuple(sorted(set(damage)))
+
+    @field_validator("max_factor")
+    @classmethod
+    def _finite(cls, factor: Number | None) -> Number | None:
+        if factor is not None and not math.isfinite(factor):
+            raise ValueError(f"{factor}: expected a finite factor")
+        return factor
+
+
+_LISTED, _SEARCHED = "<listed>", "<searched>"  # kinds of `factors`; error messages leave them out
+Factors = Annotated[
+    Annotated[tuple[Number, ...], Tag(_LISTED)] | Annotated[DamageFactors, Tag(_SEARCHED)],
+    Discriminator(lambda factors: _SEARCHED if isinstance(factors, Mapping | DamageFactors) else _LISTED),
+]
+
+
 class InterventionEntry(_Part):
     """One kind of intervention, for every language of the plan and every factor."""
 
     op: str | None = Field(None, description="`scale`, `add` or `set`.")
     value: Number | str | None = Field(None, description="A number or a statistic, for `add` and `set`.")
     preset: str | None = Field(None, description="A paper's name for op, value and scope, such as p_max.")
-    factors: tuple[Number, ...] | None = Field(None, min_length=1, description="Factors to sweep over.")
+    factors: Factors | None = Field(
+        None, description="Factors to sweep over; or `{damage: [0.1, 0.3, 1.0]}`, which searches for them."
+    )
     factor: Number | None = Field(None, description="One factor; 1 by default.")
     languages: tuple[str, ...] | None = Field(None, min_length=1, description="Instead of the plan's.")
     deactivate: str | None = Field(None, description="Languages to silence, joined by +, or others.")
@@ -80,9 +126,21 @@ class InterventionEntry(_Part):
     def _consistent(self) -> InterventionEntry:
         if self.factor is not None and self.factors is not None:
             raise ValueError("factor conflicts with factors: write one of the two")
+        if self.factors == ():
+            raise ValueError("factors: expected one at least, got none")
+        if self.damage is not None and self.deactivate is not None:
+            raise ValueError(
+                "factors: {damage: ...} conflicts with deactivate, which does damage at every factor; "
+                "write the factors, or leave deactivate out"
+            )
         if self.op is None and self.preset is None and self.deactivate is None:
             raise ValueError("expected op, preset or deactivate: it would do nothing")
         return self
+
+    @property
+    def damage(self) -> DamageFactors | None:
+        """The damage that its factors are searched for; None where they are written in the plan."""
+        return self.factors if isinstance(self.factors, DamageFactors) else None
 
     @field_validator("languages")
     @classmethod
@@ -105,8 +163,30 @@ class ControlsPart(_Part):
         "where an intervention's value is a calibrated statistic.",
     )
     sentences: int = Field(100, gt=0, description="Calibration sentences per language.")
+    at: tuple[Literal["factor", "damage"], ...] = Field(
+        ("factor",),
+        min_length=1,
+        description="Where an intervention's factors are searched for: `factor` repeats them, `damage` searches for "
+        "factors at which the random neurons do the same damage; or both.",
+    )
 
     @field_validator("calibration")
+    @classmethod
+    def _expand(cls, path: str | None) -> str | None:
+        return expand_home(path)
+
+
+class DamagePart(_Part):
+    """The text on which `factors: {damage: ...}` is measured: of the steered language, and in no task of the plan."""
+
+    text: str | None = Field(
+        None,
+        description="Where it is (docs/corpora.md; `demo` is the text that ships); by default the text that the neuron "
+        "set was calibrated on, beyond its calibration sentences, where `controls.calibration` or `demo` is that text.",
+    )
+    sentences: int = Field(100, gt=0, description="Number of its lines per language.")
+
+    @field_validator("text")
     @classmethod
     def _expand(cls, path: str | None) -> str | None:
         return expand_home(path)
@@ -195,6 +275,9 @@ class SweepPlan(_Part):
     controls: ControlsPart = Field(
         default_factory=lambda: ControlsPart.model_validate({}), description="Random controls."
     )
+    damage: DamagePart = Field(
+        default_factory=lambda: DamagePart.model_validate({}), description="What damage is measured on."
+    )
     choose: Choose | None = Field(None, description="Choose a factor.")
     then: Then | None = Field(None, description="Evaluate the chosen ones elsewhere.")
     engine: Engine = Field(
@@ -272,7 +355,14 @@ class SweepPlan(_Part):
     def _consistent(self) -> SweepPlan:
         if self.then is not None and self.choose is None:
             raise ValueError("then without choose: say how the interventions for it are chosen")
+        if "damage" in self.controls.at and not self.searches:
+            raise ValueError("controls.at: damage needs an intervention with factors: {damage: [...]}")
         return self
+
+    @property
+    def searches(self) -> bool:
+        """Whether factors of any intervention are searched for."""
+        return any(entry.damage is not None for entry in self.interventions)
 
 
 def _refuse_false(languages: Any) -> Any:
@@ -326,9 +416,10 @@ def build_plan(data: Mapping[str, Any], where: str = "plan") -> SweepPlan:
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, SteeringError):
         raise PlanError(f"{where}: {cause}")
-    key = ".".join(str(part) for part in error["loc"])
+    location = tuple(part for part in error["loc"] if part not in (_LISTED, _SEARCHED))
+    key = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
-        hint = did_you_mean(str(error["loc"][-1]), _keys_at(error["loc"][:-1]))
+        hint = did_you_mean(str(location[-1]), _keys_at(location[:-1]))
         raise PlanError(f"{where}: unknown key {key!r}{hint}")
     if error["type"] == "missing":
         raise PlanError(f"{where}: {key} is missing")
@@ -342,12 +433,14 @@ def _keys_at(location: Sequence[Any]) -> list[str]:
         "model": ModelPart,
         "interventions": InterventionEntry,
         "controls": ControlsPart,
+        "damage": DamagePart,
         "choose": Choose,
         "then": Then,
         "engine": Engine,
         "slurm": Slurm,
     }
-    return list((parts[str(location[0])] if location else SweepPlan).model_fields)
+    part = parts[str(location[0])] if location else SweepPlan
+    return list((DamageFactors if location[-1:] == ("factors",) else part).model_fields)
 
 
 def _set(plan: dict[str, Any], override: str) -> None:

@@ -82,6 +82,7 @@ class TaskBook:
         self._digests: dict[tuple[str, str | None], str] = {}
         self._targeted: dict[str, bool] = {}
         self._undefined: dict[tuple[str, str | None], str] = {}
+        self._added: set[str] = set()
 
     # --- names --------------------------------------------------------------------------------------------------
 
@@ -128,6 +129,8 @@ class TaskBook:
 
         It knows the folder of the task alone: an index of all tasks takes seconds, and the languages are many.
         """
+        if name in self._added:
+            return _indexed((str(tasks_folder() / "demo"),))
         place = (self._everything.task_index[name].yaml_path.parent, target)
         if place not in self._managers:
             from lm_eval.tasks import TaskManager
@@ -137,6 +140,14 @@ class TaskBook:
                 include_path=[str(place[0])], include_defaults=False, metadata=metadata or None
             )
         return self._managers[place]
+
+    def add(self, name: str, target: str, task: Any) -> None:
+        """A task that no file describes, whose documents are made for a steered language."""
+        self._tasks[name, target], self._targeted[name] = task, True
+        settings, documents = settings_digest(task), documents_digest(task, None)
+        self._settings[name, target] = settings
+        self._digests[name, target] = fingerprint({"settings": settings, "documents": documents})
+        self._added.add(name)
 
     def is_targeted(self, name: str) -> bool:
         """Whether the task's documents depend on the steered language.

@@ -23,6 +23,7 @@ from lm_eval_steering.neurons.running import launched
 from lm_eval_steering.sweep.cells import Cell, Grid, engine_arguments, model_arguments
 from lm_eval_steering.sweep.choice import check_choice, choose, groups_of, keep_halves, why_baseline
 from lm_eval_steering.sweep.controls import ControlSets
+from lm_eval_steering.sweep.damage import bound, forget_others, keep_factors, next_cell, overflowed, resolved, summary
 from lm_eval_steering.sweep.estimate import CellLog, Estimate
 from lm_eval_steering.sweep.evaluate import StorageFullError, evaluate, store_cell
 from lm_eval_steering.sweep.locks import locked, why_unsafe
@@ -124,6 +125,7 @@ class SweepRunner:
         self._controls = ControlSets(grid, store, self.ranks)
         self._estimate = Estimate()
         self._rest: list[Cell] = []
+        self._said: set[str] = set()
         self._last_task: tuple[str, str | None] | None = None
         self._total = 0
 
@@ -139,6 +141,9 @@ class SweepRunner:
         describe_machine_once()
         check_choice(self.grid)
         try:
+            if self.grid.is_open:
+                self._begin([])
+                self._find_factors()
             cells = self.shard.of(self.grid.cells)
             self._begin(cells)
             self._drain(cells)
@@ -156,10 +161,54 @@ class SweepRunner:
             self._lm.close()
             self._lm = None
 
+    def _find_factors(self) -> None:
+        """Search for factors of equal damage, and go on with the grid at those.
+
+        Every runner goes through all searches, a shard from another one on, since all of them need all factors.
+        """
+        searches, failed = list(self.grid.searches), []
+        tidied: set[str] = set()
+
+        def tidy(cell: Cell) -> None:
+            if cell.key not in tidied:
+                tidied.add(cell.key)
+                self._tidy([cell])
+
+        first = len(searches) * self.shard.index // self.shard.number
+        waiting = searches[first:] + searches[:first]
+        self._total = bound(self.grid)
+        while waiting:
+            waited = True
+            for search in list(waiting):
+                step = next_cell(self.grid, self.store, search, tidy) if self.ranks.first else None
+                curve, cell = self._same(step)
+                if cell is None:
+                    self.ranks.after_first(partial(keep_factors, self.grid, self.store, search, curve))
+                    self.progress.say(summary(curve, search))
+                    waiting.remove(search)
+                    continue
+                self._rest = [cell]
+                state = self._attempt(cell)
+                waited = waited and state == BUSY
+                if state == FAILED and not self._same(overflowed(self.store, cell)):
+                    self.outcome.failed.append(cell)
+                    failed.append(search)
+                    waiting.remove(search)
+                elif state != BUSY:
+                    self.outcome.done += 1
+            if waiting and waited:
+                time.sleep(_PATIENCE)
+        self.ranks.after_first(lambda: forget_others(self.grid, self.store))
+        grid = resolved(self.grid, self.store, failed)
+        assert grid is not None, "every search is finished or failed"
+        self.grid = grid
+        self._total = self.outcome.done + len(self.outcome.failed)
+
     def _begin(self, cells: Sequence[Cell]) -> None:
         def begin() -> None:
             self.store.begin(self.grid)
-            for note in self.grid.notes:
+            for note in [note for note in self.grid.notes if note not in self._said]:
+                self._said.add(note)
                 self.progress.say(note)
             if reason := why_unsafe(self.store.path):
                 self.progress.say(f"warning: {reason}; run one runner at a time, or one folder per shard")

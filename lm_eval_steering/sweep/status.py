@@ -11,6 +11,7 @@ from lm_eval_steering.progress import readable_seconds
 from lm_eval_steering.sweep import locks
 from lm_eval_steering.sweep.cells import Cell, Grid
 from lm_eval_steering.sweep.choice import check_choice
+from lm_eval_steering.sweep.damage import described, resolved
 from lm_eval_steering.sweep.estimate import Estimate
 from lm_eval_steering.sweep.store import DONE, FAILED, MISSING, RUNNING, Store
 
@@ -37,6 +38,8 @@ def status(out: Path) -> str:
     lines += [f"failed   {cell.name}  {store.why(cell)}" for cell in cells if states[cell.key] == FAILED]
     left = [cell for cell in cells if states[cell.key] in (MISSING, RUNNING)]
     lines += _cells_left(store, left)
+    if number := store.json("plan.json").get("searches"):
+        lines.append(f"factors of equal damage are being searched for: {number} searches")
     if not any(cell.stage == 2 for cell in cells) and (bound := _then_bound(store)):
         lines.append(f"then: at most {bound} more cells, known when the choosing cells are done")
     other = len(store.folders()) - sum(state == DONE for state in states.values())
@@ -56,6 +59,9 @@ def describe(grid: Grid, out: Path) -> str:
     store = Store(out)
     store.check(grid)
     check_choice(grid)
+    searches = described(grid, store) if grid.searches else []
+    if searches:
+        grid = resolved(grid, store) or grid
     folders, held = store.folders(), locks.owners(out / "locks")
     states = {cell.key: store.state(cell.key, folders, held) for cell in grid.cells}
     controls = sum(planned.control is not None for planned in grid.interventions)
@@ -63,6 +69,12 @@ def describe(grid: Grid, out: Path) -> str:
     lines = [
         f"{len(grid.cells)} cells: baseline, {interventions} interventions and {controls} random controls, "
         f"on {len({cell.task for cell in grid.cells})} tasks",
+        *searches,
+        *(
+            ["the cells below are as many as there can be; their factors are known when the searches are done"]
+            if grid.is_open
+            else []
+        ),
         *grid.notes,
         _table(grid.cells, states),
         *_cells_left(store, [cell for cell in grid.cells if states[cell.key] in (MISSING, RUNNING)]),

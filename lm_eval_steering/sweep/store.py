@@ -2,6 +2,7 @@
 
 runs/x/sweep.json            which model the folder is for
        plan.json             the cells of the plan that was run last
+       factors/SEARCH.json   factors of equal damage: what was found, and every evaluation
        then/GROUP.json       what was chosen, and the cells that follow from it
        cells/NAME/           a finished cell: cell.json, results_DATE.json, samples_TASK_DATE.jsonl
        halves/KEY.json       its metrics on each half of the items, under the last plan's rule
@@ -141,9 +142,11 @@ _STEP = {
 
 
 def metric_rows(
-    stored: StoredCell, planned: bool = True, halves: Mapping[str, Any] | None = None
+    stored: StoredCell, planned: Cell | None = None, halves: Mapping[str, Any] | None = None
 ) -> Iterator[dict[str, Any]]:
     """One row per metric of a finished cell.
+
+    `planned` is the last plan's cell of the same key, which says what damage its factor was searched for.
 
     `value` is lm-eval's, over the items of the cell (`items`: all, or the half to report on); `value_choose` and
     `value_report` are over the `halves` where there are any; what is no number stands in `text`. `n`, `n_choose` and
@@ -156,6 +159,7 @@ def metric_rows(
         by_half = {half: halves.get(half, {}) for half in (CHOOSE, REPORT)}
         yield {
             **identity(facts),
+            **_damage(stored, planned),
             "metric": metric,
             "filter": filter_,
             "value": _number(value),
@@ -165,8 +169,18 @@ def metric_rows(
             **{f"value_{half}": _number(part.get("metrics", {}).get(key)) for half, part in by_half.items()},
             **{f"n_{half}": part["n"].get(key, 0) if part else None for half, part in by_half.items()},
             "higher_is_better": facts["higher_is_better"].get(metric),
-            "planned": planned,
+            "planned": planned is not None,
         }
+
+
+def _damage(stored: StoredCell, planned: Cell | None) -> dict[str, Any]:
+    """Damage that the factor was searched for (several joined by `+`) and that was measured at it, in nats per token.
+
+    A cell serves every plan that has its factor, so it is the last plan that says what it was searched for.
+    """
+    described = stored.cell["intervention"] if planned is None else planned.describe()["intervention"]
+    asked = "+".join(f"{damage:g}" for damage in described.get("damage") or ())
+    return {"damage_asked": asked or None, "damage_reached": described.get("reached")}
 
 
 def item_rows(
@@ -251,7 +265,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 3
 # Files that other runners may have written already, before this one begins the sweep.
 _KNOWN_FILES = {
-    "plan.json", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs",
+    "plan.json", "factors", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs",
     "missing.csv",
 }  # fmt: skip
 DONE, RUNNING, FAILED, MISSING = "done", "running", "failed", "missing"
@@ -277,12 +291,12 @@ class Store:
         """
 
         self._refuse_no_sweep()
-        planned = {cell.key for cell in self.planned()}
+        planned = {cell.key: cell for cell in self.planned()}
         rule = self.rule()
         rows = [
             row
             for stored in self.stored()
-            for row in metric_rows(stored, stored.cell["key"] in planned, self.halves(stored, rule))
+            for row in metric_rows(stored, planned.get(stored.cell["key"]), self.halves(stored, rule))
         ]
         return table(rows, ("cell", "metric", "filter"))
 
@@ -498,7 +512,8 @@ class Store:
             {
                 "plan_hash": grid.plan_hash,
                 "plan": grid.plan.model_dump(mode="json"),
-                "cells": [cell.describe() for cell in grid.cells],
+                "cells": [cell.describe() for cell in (*grid.searched, *(() if grid.is_open else grid.cells))],
+                "searches": len(grid.searches) if grid.is_open else 0,
                 "then_bound": grid.then_bound(),
                 "notes": grid.notes,
             },

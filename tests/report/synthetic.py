@@ -41,7 +41,7 @@ class FolderOfCells:
     def add(
         self, task: str, metrics: dict[str, list[Any]], steered: str = "", factor: float = 0, control: int | None = None,  # noqa: E501
         texts: list[str] | None = None, target: str | None = None, op: str = "scale", documents: str = "document",
-        stage: int = 1, prompts: str = "prompt",
+        stage: int = 1, prompts: str = "prompt", damage: tuple[float, ...] = (), reached: float | None = None,
     ) -> str:  # fmt: skip
         """One cell; the values of its items by metric. Its name is returned."""
         name = f"{steered}-{op}-x{factor:g}" if steered else "baseline"
@@ -58,7 +58,7 @@ class FolderOfCells:
             "name": name, "arguments": {"op": op} if steered else {},
             "languages": [steered] if steered and not off else [],
             "resolved": {"steps": [step] if steered else []}, "entry": 0, "factor": factor or None,
-            "control": control,
+            "control": control, "damage": damage, "reached": reached,
         }  # fmt: skip
         folder = self.path / "cells" / f"{name}--{task}--{key[:10]}"
         samples = [

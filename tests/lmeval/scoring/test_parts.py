@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.packing import (
     BLOCK,
+    LOGITS,
+    POSITIONS_PER_ROW,
     BatchBudget,
     Cost,
+    DeviceLimits,
     Masks,
     PackedRow,
     attention,
@@ -23,6 +26,9 @@ from lm_eval_steering.lmeval.packing import (
     pack,
     rows_of,
     scored_requests,
+)
+from lm_eval_steering.lmeval.packing import (
+    TOKENS as MOST_TOKENS,
 )
 
 CHEAP = Cost(token=1.0, pair=0.0)  # every common token pays
@@ -138,3 +144,63 @@ def test_log_probabilities_are_those_of_a_softmax(dtype: torch.dtype, monkeypatc
     assert torch.allclose(found, expected, atol=1e-5, equal_nan=True)
     assert greedy.tolist() == (logits.argmax(-1)[place] == targets).tolist()
     assert greedy[3] and not greedy[4] and greedy[6]
+
+
+def test_log_probabilities_at_a_vocabulary_of_262k() -> None:
+    """PyTorch's log-softmax in float32 is off by ten times as much."""
+    torch.manual_seed(0)
+    logits = torch.randn(24, 262_144) * 5
+    place = torch.arange(24)
+    targets = torch.randint(0, logits.shape[1], (24,))
+    expected = logits.double().log_softmax(-1)[place, targets]
+    found, _ = log_probabilities(logits, place, targets)
+    theirs = logits.log_softmax(-1)[place, targets]
+    ours = (found - expected).abs().max()
+    assert ours < 3e-6 and ours < (theirs - expected).abs().max() / 3
+
+
+# --- limits by device -----------------------------------------------------------------------------------------------
+
+GEMMA = SimpleNamespace(hidden_size=640, intermediate_size=2048)
+LARGE = SimpleNamespace(hidden_size=4096, intermediate_size=14336)
+
+
+@pytest.mark.parametrize("vocabulary", [100, 8_192, 128_256, 262_144])
+@pytest.mark.parametrize("batch_size", [1, 4, 16, 64])
+def test_the_batch_size_counts_at_every_vocabulary(vocabulary: int, batch_size: int) -> None:
+    limits = DeviceLimits.of(torch.device("cpu"), torch.float32, None)
+    budget = BatchBudget.like(batch_size, 40, vocabulary, limits)
+    assert budget.tokens == min(batch_size * 40, MOST_TOKENS)
+    assert budget.positions == max(LOGITS // vocabulary, batch_size * POSITIONS_PER_ROW)
+    # So many rows of an LSS or XCOPA shape, 20 tokens of which 6 are scored, make one batch.
+    rows = rows_of(
+        scored_requests([(("", ""), [n + 1] * 14, [n + 1] * 6) for n in range(batch_size)], 64), CHEAP
+    )  # fmt: skip
+    made = batches(rows, budget)
+    assert max(map(len, made)) == min(batch_size, budget.tokens // 19)
+    # Never more logits than `hf` makes in its batch of the same size, beyond what the cache holds.
+    assert budget.positions <= max(LOGITS // vocabulary, batch_size * 40)
+
+
+@given(free=st.integers(2**28, 2**38), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_on_an_accelerator_limits_follow_the_free_memory_and_the_models_sizes(free: int, dtype: torch.dtype) -> None:
+    small, large = (DeviceLimits.of_memory(free, dtype, config) for config in (GEMMA, LARGE))
+    assert small.logits == large.logits and free / 16 < small.logits * dtype.itemsize <= free / 8
+    assert small.tokens >= 4 * large.tokens
+    for limits, config in ((small, GEMMA), (large, LARGE)):
+        activations = limits.tokens * dtype.itemsize * (8 * config.hidden_size + 4 * config.intermediate_size)
+        assert activations <= free / 4
+        assert limits.block <= limits.logits
+        assert all(number & (number - 1) == 0 for number in (limits.logits, limits.tokens, limits.block))
+    more = DeviceLimits.of_memory(2 * free, dtype, LARGE)
+    assert more.tokens == 2 * large.tokens and more.logits == 2 * large.logits
+    assert BatchBudget.like(16, 100, 262_144, large).tokens == min(1600, large.tokens)
+
+
+def test_where_the_free_memory_is_not_known_the_batch_size_decides() -> None:
+    limits = DeviceLimits.of_memory(None, torch.bfloat16, GEMMA)
+    assert BatchBudget.like(8, 50, 32_000, limits).tokens == 400
+    widths = SimpleNamespace(hidden_size=64, intermediate_size=[64, 4096])
+    assert DeviceLimits.of_memory(2**30, torch.float32, widths).tokens < 2**30 / 4096
+    assert BatchBudget(10, 20, 30).within(BatchBudget(20, 5, 30)) == BatchBudget(10, 5, 30)
+    assert BatchBudget(10, 20, 30).within(None) == BatchBudget(10, 20, 30)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.packing import Cost
 from lm_eval_steering.lmeval.scoring import method_of
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
+from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN, preference_shift
 from tests.conftest import CONFIGS, tiny_model
 from tests.lmeval.scoring.conftest import FRENCH, PAIRS, instances, loaded, neurons
 
@@ -240,3 +242,34 @@ def test_logits_are_made_where_a_token_is_scored_and_nowhere_else(monkeypatch: p
     lm.model.lm_head.register_forward_hook(lambda _module, _inputs, output: made.append(output.shape))
     lm.loglikelihood(instances([("w1 w2 w3 w4", " w5 w6"), ("w1 w2 w3 w4", " w5 w7"), ("w1 w2 w3 w4", " w8")]))
     assert [tuple(shape[:2]) for shape in made] == [(1, 2)]
+
+
+# --- half precision -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scoring", ["auto", "plain"])
+@pytest.mark.parametrize("identity", [{"op": "scale", "factor": 1.0}, {"op": "add", "value": 2.0, "factor": 0.0}])
+def test_lss_under_identity_is_exactly_0_in_half_precision(
+    dtype: torch.dtype, scoring: str, identity: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(AutoConfig.for_model("llama", **CONFIGS["llama"])).eval().to(dtype)
+    for batch_size in (1, 3, 16):
+        lm = loaded(model, batch_size=batch_size, scoring=scoring)
+        lm.intervene(neurons(), language="fra_Latn", **identity)
+        scores = lm.loglikelihood(instances(doc=TWICE), disable_tqdm=True)
+        shifts = [preference_shift(*pair) for pair in itertools.pairwise(scores)]
+        assert set(shifts) == {0.0}
+        assert lm.scoring_report()["way"] == ("plain" if scoring == "plain" else "packed")
+        lm.intervene(neurons(), **FRENCH)
+        steered = lm.loglikelihood(instances(doc=TWICE), disable_tqdm=True)
+        assert [score.unsteered for score in steered] == [score.unsteered for score in scores]
+        assert any(preference_shift(*pair) for pair in itertools.pairwise(steered))
+        lm.intervene(None)
+
+
+def test_the_results_say_what_half_precision_does() -> None:
+    assert loaded().scoring_report()["precision"] == ""
+    half = loaded(LlamaForCausalLM(AutoConfig.for_model("llama", **CONFIGS["llama"])).to(torch.bfloat16))
+    assert re.match("bfloat16: .*docs/half-precision.md", half.scoring_report()["precision"])
