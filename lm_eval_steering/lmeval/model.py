@@ -22,7 +22,6 @@ from lm_eval_steering.lmeval.arguments import (
     split,
     take_quantization,
 )
-from lm_eval_steering.lmeval.chat_template import TemplateNotes
 from lm_eval_steering.lmeval.compat import describe_machine_once
 from lm_eval_steering.lmeval.generation import (
     GenerationContext,
@@ -72,7 +71,6 @@ class SteeredHFLM(SteeredLM, HFLM):
             refuse_other_name(neuron_set, pretrained)
         self.identifier = ours.identifier()
         self._quantization = take_quantization(rest, config)
-        self.template_notes = TemplateNotes()
         # `hf` asks for CUDA by default and fails where there is none.
         rest.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, **rest)
@@ -132,12 +130,6 @@ class SteeredHFLM(SteeredLM, HFLM):
         """As lm-eval's, of which many are known ahead."""
         known = None if args or kwargs else self._known_tokens.get(string)
         return super().tok_encode(string, *args, **kwargs) if known is None else list(known)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As lm-eval's; an instruction that the template leaves out is noted."""
-        prompt = super().apply_chat_template(chat_history, add_generation_prompt)
-        self.template_notes.rendered(chat_history, prompt)
-        return prompt
 
     # --- forward passes -----------------------------------------------------------------------------------------
 
@@ -267,9 +259,7 @@ class SteeredHFLM(SteeredLM, HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """A `Score` of each request; where its document asks for it, with the one of the same row without steering."""
-        whole = [whole_text(request) for request in requests]
-        self.template_notes.scored(request.args[0] for request in whole)
-        with self._encoded_ahead(whole):
+        with self._encoded_ahead([whole_text(request) for request in requests]):
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     @contextmanager
@@ -363,9 +353,7 @@ class SteeredHFLM(SteeredLM, HFLM):
         report = self.steered.report(self.scoring_report(), self.generator.report(), self.steering, rank)
         if self.world_size > 1 and self.draws_per_rank:
             report["few_shot"] = f"per rank, of {self.world_size} processes"
-        if notes := self.template_notes.notes():
-            report["notes"] = notes
-        return report
+        return self._noted(report)
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's record of the model, with ours under `steering`."""

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -14,6 +15,7 @@ from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval_steering.errors import InterventionError, SteeringError
 from lm_eval_steering.lmeval.arguments import SteeringArguments
 from lm_eval_steering.lmeval.cache import CompletingCacheHook, salt
+from lm_eval_steering.lmeval.chat_template import TemplateNotes
 from lm_eval_steering.lmeval.generation import Identifying
 from lm_eval_steering.lmeval.identity import Steered
 from lm_eval_steering.lmeval.long_texts import in_windows, joined, of_whole_text, whole_text
@@ -150,6 +152,7 @@ class SteeredLM(TemplateLM):
         """A `Score` of each request; where its document asks for it, with the one of the same row without steering."""
         refuse_stale(requests, self.targets)
         requests = [whole_text(request) for request in requests]
+        self.template_notes.scored(request.args[0] for request in requests)
         twice = [index for index, request in enumerate(requests) if needs_unsteered_score(request)]
         once = sorted(set(range(len(requests))) - set(twice))
         scores: dict[int, Any] = {}
@@ -236,6 +239,24 @@ class SteeredLM(TemplateLM):
                 "factor or a wider dtype"
             )
         return list(answers)
+
+    # --- what a chat template makes of prompts ------------------------------------------------------------------
+
+    @cached_property
+    def template_notes(self) -> TemplateNotes:
+        """What the chat template did to the prompts of the evaluation in hand."""
+        return TemplateNotes()
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As lm-eval's; an instruction that the template leaves out is noted."""
+        prompt = str(super().apply_chat_template(chat_history, add_generation_prompt))
+        self.template_notes.rendered(chat_history, prompt)
+        return prompt
+
+    def _noted(self, report: dict[str, Any]) -> dict[str, Any]:
+        """A report with what the chat template did, where it did anything."""
+        notes = self.template_notes.notes()
+        return {**report, "notes": notes} if notes else report
 
     # --- the request cache --------------------------------------------------------------------------------------
 

@@ -102,6 +102,7 @@ class SweepLM(SteeredLM):
     def together(self) -> Iterator[None]:
         """One evaluation."""
         self.calls = 0
+        self.template_notes.clear()
         yield
 
     @property

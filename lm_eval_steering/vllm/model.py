@@ -22,6 +22,7 @@ from lm_eval_steering.lmeval.arguments import (
     read_config,
     refuse_other_name,
 )
+from lm_eval_steering.lmeval.generation import Identifying
 from lm_eval_steering.lmeval.requests import Request
 from lm_eval_steering.lmeval.steered_lm import Answers, SteeredLM
 from lm_eval_steering.neurons.neuron_set import NeuronSet
@@ -117,6 +118,8 @@ class SteeredVLLM(SteeredLM, VLLM):
             lora_request=self.lora_request,
         )
         self.steering.prove(outputs)
+        if generate and self.think_end_token is not None and isinstance(self.cache_hook, Identifying):
+            self.cache_hook.unfinished(self.think_end_token not in output.outputs[0].text for output in outputs)
         return outputs
 
     def _seed(self, tokens: tuple[int, ...]) -> int:
@@ -187,7 +190,7 @@ class SteeredVLLM(SteeredLM, VLLM):
         Raises:
             DidNotHappenError: if forward passes ran and nothing was edited in them.
         """
-        return report_of(self, self.steered)
+        return self._noted(report_of(self, self.steered))
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's record of the model, with ours under `steering`."""
