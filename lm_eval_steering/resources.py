@@ -50,6 +50,11 @@ def demo_plan_all() -> Path:
     return _PACKAGE / "demo" / "plan-all.yaml"
 
 
+def real_plan() -> Path:
+    """The sweep of a pretrained model on the demo's sentences, which `make real` runs."""
+    return _PACKAGE / "demo" / "plan-real.yaml"
+
+
 def find_neuron_set(name: str | Path) -> Path:
     """Path of a neuron-set file: a path as it is, or the name of one that ships (`demo`)."""
     path = Path(name).expanduser()

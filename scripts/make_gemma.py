@@ -39,6 +39,7 @@ def main(out: Path) -> None:
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(partial)
     AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
     partial.rename(out)

@@ -3,13 +3,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import pytest
 import torch
 
 from lm_eval_steering.architectures.loading import tokenizer_sha256
-from lm_eval_steering.architectures.weights import same_weights, weights_digest, weights_sketch
+from lm_eval_steering.architectures.weights import difference, same_weights, weights_digest, weights_sketch
+from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.provenance import fingerprint
-from tests.conftest import tiny_model, tiny_tokenizer
+from tests.conftest import make_set, tiny_model, tiny_tokenizer
 
 
 def test_the_digest_knows_the_weights_and_nothing_else(family: str) -> None:
@@ -45,6 +48,33 @@ def test_a_sketch_of_many_tensors_does_not_look_at_their_first_values_alone() ->
 
     assert same_weights(weights_sketch(many(0.0)), weights_sketch(many(0.0)))
     assert not same_weights(weights_sketch(many(0.0)), weights_sketch(many(0.5)))
+
+
+def test_the_refusal_of_a_quantised_copy_says_that_force_is_reasonable_and_of_another_model_does_not() -> None:
+    model = tiny_model("llama")
+    original = weights_sketch(model)
+    neurons = make_set({"fra_Latn": [(0, 1)]})
+    neurons = replace(neurons, provenance=replace(neurons.provenance, weights=original))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:  # sixteen values, spaced evenly over a row
+                step = (parameter.amax(1, keepdim=True) - parameter.amin(1, keepdim=True)) / 15
+                parameter.copy_((parameter / step).round() * step)
+    copy = weights_sketch(model)
+    share, apart = difference(original, copy)
+    assert share > 0.3 and apart < 0.2
+    with pytest.raises(NeuronSetError, match=rf"{share:.0%} of {len(copy)}.*quantised copy.*force=true is reasonable"):
+        neurons.check_weights(copy, "the copy")
+
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    stranger = weights_sketch(model)
+    assert difference(original, stranger)[1] > 0.9
+    with pytest.raises(NeuronSetError, match="force=true") as refused:
+        neurons.check_weights(stranger, "the stranger")
+    assert "reasonable" not in str(refused.value)
 
 
 def test_a_set_of_names_has_one_fingerprint_in_every_process() -> None:

@@ -66,6 +66,7 @@ class WhereName(StrEnum):
     DEMO_TASK = "demo-task"
     DEMO_PLAN = "demo-plan"
     DEMO_PLAN_ALL = "demo-plan-all"
+    REAL_PLAN = "real-plan"
     TASKS = "tasks"
     NEURON_SETS = "neuron-sets"
 
@@ -102,6 +103,7 @@ def where(name: Annotated[WhereName, typer.Argument(help="What to look up.")]) -
         WhereName.DEMO_TASK: lambda: "steering_demo_continuation_fra_Latn",
         WhereName.DEMO_PLAN: resources.demo_plan,
         WhereName.DEMO_PLAN_ALL: resources.demo_plan_all,
+        WhereName.REAL_PLAN: resources.real_plan,
         WhereName.TASKS: resources.tasks_folder,
         WhereName.NEURON_SETS: resources.neuron_sets_folder,
     }
