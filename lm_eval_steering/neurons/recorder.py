@@ -19,6 +19,8 @@ from lm_eval_steering.neurons.rows import SENTENCES, TokenRows, calibration_rows
 from lm_eval_steering.neurons.running import CONTEXT, ModelRunner, count_active, sentence_means, tokens_per_second
 from lm_eval_steering.progress import readable_seconds
 
+_BATCHES_PER_CHECKPOINT = 16  # of each process: a batch takes seconds, on CPU and on an accelerator alike
+
 
 @dataclass(frozen=True)
 class Search:
@@ -256,8 +258,23 @@ class Recorder:
                 bar.update(tokens * self.ranks.size)
 
         rows = self.folder.text(language).rows
-        counts = count_active(self.model.sites, self.runner.batches(rows), self.ranks, progress)
-        if self.ranks.first:
+        # Another batch size may count an activation next to 0 otherwise, so what it began is not gone on with.
+        made_of = {
+            "sha256": rows.sha256(),
+            "weights": list(self.model.sketch),
+            "batch_size": self.runner.fitting_batch_size,
+            "processes": self.ranks.size,
+        }
+        counts, done = self.folder.partial_counts(language, made_of)
+        stretches = self.runner.batches(rows).stretches(_BATCHES_PER_CHECKPOINT)
+        for bar in bars:
+            bar.update(sum(stretch.tokens for stretch in stretches[:done]))
+        for number, stretch in enumerate(stretches[done:], done + 1):
+            counted = count_active(self.model.sites, stretch, self.ranks, progress)
+            counts = counted if counts is None else counts + counted
+            if self.ranks.first and number < len(stretches):
+                self.folder.write_partial_counts(language, counts, number, made_of)
+        if self.ranks.first and counts is not None:
             self.folder.write_counts(language, counts, rows.tokens, rows.sha256(), self.model.sketch)
 
     def _average(self, languages: Sequence[str]) -> None:

@@ -3,9 +3,11 @@
     recording.json                   the settings that every file in the folder was made with
     tokens/fra_Latn.safetensors      the rows of tokens that the model reads
     counts/fra_Latn.safetensors      how often each unit was active
+    partial/fra_Latn.safetensors     the same of the first batches, while a language is recorded
     sentences/fra_Latn.safetensors   means over calibration sentences, where they were asked for
 
-Each file is written when its language is done, so that nothing is lost when a run is killed.
+Each file is written when its language is done, and the first batches' counts every 16 batches, so that little is lost
+when a run is killed.
 """
 
 from __future__ import annotations
@@ -163,6 +165,31 @@ class RecordingFolder:
         """Keep the (layer, unit) counts of a language, over how many tokens, of which text, by which weights."""
         metadata = {"tokens": tokens, "sha256": text_sha256, "weights": list(weights)}
         files.write_tensors(self._file("counts", language), "counts", metadata, {"counts": counts})
+        self._file("partial", language).unlink(missing_ok=True)
+
+    def write_partial_counts(
+        self, language: str, counts: NDArray[np.int64], stretches: int, made_of: Mapping[str, Any]
+    ) -> None:
+        """Keep the (layer, unit) counts of a language's first stretches of batches."""
+        metadata = {"stretches": stretches, "made_of": made_of}
+        files.write_tensors(self._file("partial", language), "partial counts", metadata, {"counts": counts})
+
+    def partial_counts(self, language: str, made_of: Mapping[str, Any]) -> tuple[NDArray[np.int64] | None, int]:
+        """(layer, unit) counts and the number of stretches that they are of; None and 0 where nothing fits `made_of`.
+
+        Args:
+            language: its code.
+            made_of: what decides the counts; those of other weights, text or batches are left alone.
+        """
+        if not self.has("partial", language):
+            return None, 0
+        try:
+            metadata, tensors = self._read("partial", language, "partial counts")
+        except RecordingError:  # damaged: counted anew
+            return None, 0
+        if metadata["made_of"] != json.loads(files.canonical(made_of)):
+            return None, 0
+        return tensors["counts"], int(metadata["stretches"])
 
     def write_sentence_means(self, language: str, means: NDArray[np.float32]) -> None:
         """Keep the (sentence, layer, unit) means of a language."""

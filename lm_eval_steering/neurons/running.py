@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -156,7 +157,8 @@ class Batches:
         self.side = side
         order = np.argsort(-rows.lengths, kind="stable")
         self.plan = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        self.share = (ranks or Ranks()).deal(self.plan)
+        self.ranks = ranks or Ranks()
+        self.share = self.ranks.deal(self.plan)
         self.takes_positions = "position_ids" in inspect.signature(sites.decoder.forward).parameters
 
     def __len__(self) -> int:
@@ -164,6 +166,22 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         return (self.build(numbers) for numbers in self.share)
+
+    def stretches(self, batches: int) -> list[Batches]:
+        """The plan cut into parts of so many batches per process, the same parts in every process."""
+        length = batches * self.ranks.size
+        parts = []
+        for start in range(0, len(self.plan), length):
+            part = copy(self)
+            part.plan = self.plan[start : start + length]
+            part.share = self.ranks.deal(part.plan)
+            parts.append(part)
+        return parts
+
+    @property
+    def tokens(self) -> int:
+        """Counted tokens of the plan, of all processes."""
+        return sum(len(self.rows[number]) for numbers in self.plan for number in numbers)
 
     def build(self, numbers: NDArray[np.intp]) -> Batch:
         """One batch, moved to the device."""

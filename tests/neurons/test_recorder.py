@@ -247,6 +247,45 @@ def in_this_process(*arguments: str | Path) -> int:
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_language_that_was_begun_goes_on_where_it_was(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval_steering.neurons.recorder._BATCHES_PER_CHECKPOINT", 1)
+    whole = recorder_of(text, tmp_path / "whole", rows="sentences").record()
+    assert not list((tmp_path / "whole" / "partial").iterdir())
+
+    passes = []
+
+    def dying_after(number: int) -> torch.nn.Module:
+        model = tiny_model("llama")
+
+        def count(*_: Any) -> None:
+            passes.append(1)
+            if len(passes) > number:
+                raise KeyboardInterrupt
+
+        model.model.register_forward_pre_hook(count)
+        return model
+
+    # One pass to measure the speed, twice; of the first language's three batches two.
+    with pytest.raises(KeyboardInterrupt):
+        recorder_of(text, tmp_path / "killed", dying_after(4), rows="sentences").record()
+    assert [file.stem for file in (tmp_path / "killed" / "partial").iterdir()] == [LANGUAGES[0]]
+    passes.clear()
+    again = recorder_of(text, tmp_path / "killed", dying_after(1000), rows="sentences").record()
+    assert np.array_equal(again.counts, whole.counts)
+    assert len(passes) == 2 + 1 + 3 + 3
+
+    # Batches of another size are another computation: nothing of it is taken over.
+    passes.clear()
+    with pytest.raises(KeyboardInterrupt):
+        recorder_of(text, tmp_path / "other", dying_after(4), rows="sentences").record()
+    passes.clear()
+    other = recorder_of(text, tmp_path / "other", dying_after(1000), rows="sentences")
+    other.runner.batch_size = 6
+    assert np.array_equal(other.record().counts, whole.counts) and len(passes) == 2 + 2 + 2 + 2
+
+
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole" / "m.safetensors", tmp_path / "killed" / "m.safetensors"
     in_this_process("find", *find_arguments(whole))
