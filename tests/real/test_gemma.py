@@ -30,7 +30,13 @@ from lm_eval_steering.resources import demo_sentences, find_neuron_set
 FOLDER = Path(os.environ.get("GEMMA_3_270M") or Path.home() / ".cache" / "lm-eval-steering" / "gemma-3-270m-q4km")
 MISSING = f"{FOLDER} holds no checkpoint of google/gemma-3-270m; `make test-real` writes it (GEMMA_3_270M=FOLDER)"
 FRENCH, ENGLISH = "fra_Latn", "eng_Latn"
-PROMPTS = (3, 8, 14, 17)  # sentences of the demo, given in German
+# Of the twelve questions of `steering_forcing_eng_Latn`, which ends after 24 tokens.
+QUESTIONS = (
+    "Which season do you like best?",
+    "Which animals do you like?",
+    "Where can I buy fresh bread?",
+    "What time do you get up in the morning?",
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +61,12 @@ def steered(loaded: tuple[Any, Any]) -> SteeredHFLM:
 # --- fifty items ----------------------------------------------------------------------------------------------------
 
 
+SENTENCES = [row["sentence"] for row in read_json_lines(demo_sentences())]
+
+
 def clauses(number: int, language: str) -> tuple[str, str]:
     """The two clauses of one of the demo's sentences."""
-    first, second = read_json_lines(demo_sentences())[number]["sentence"][language]
+    first, second = SENTENCES[number][language]
     return first, second
 
 
@@ -156,31 +165,39 @@ def head(loaded: tuple[Any, Any]) -> torch.Tensor:
     return loaded[0].lm_head.weight.detach().double().T
 
 
+@pytest.fixture(scope="module")
+def unsteered(steered: SteeredHFLM) -> list[float]:
+    """Scores of the fifty items."""
+    steered.intervene()
+    return [score[0] for score in steered.loglikelihood(items(), disable_tqdm=True)]
+
+
 @pytest.mark.parametrize("site", ["activation", "product"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_scores_equal_an_oracle(
-    name: str, site: str, loaded: tuple[Any, Any], steered: SteeredHFLM, neurons: NeuronSet, head: torch.Tensor
+    name: str,
+    site: str,
+    loaded: tuple[Any, Any],
+    steered: SteeredHFLM,
+    unsteered: list[float],
+    neurons: NeuronSet,
+    head: torch.Tensor,
 ) -> None:
     (model, tokenizer), (arguments, edit) = loaded, OPERATIONS[name]
     requests = items()
     assert len(requests) == 50
     rows = [tokens_of(request, tokenizer) for request in requests]
-    steered.intervene()
-    unsteered = [score[0] for score in steered.loglikelihood(requests, disable_tqdm=True)]
     steered.intervene(neurons, site=site, **arguments)
     scores = steered.loglikelihood(requests, disable_tqdm=True)
     steered.intervene()
 
     with edited(model, neurons, site, edit):
         alone = [log_probability(hidden_states(model, [ids])[0], head, ids, context) for ids, context in rows]
-        states = [
-            part
-            for start in range(0, 50, 25)
-            for part in hidden_states(model, [r[0] for r in rows[start : start + 25]])
-        ]
+        some = range(0, len(rows), 3)
+        states = hidden_states(model, [rows[number][0] for number in some])
     # The float32 model's own noise: the same oracle with rows in a batch, where only the order of sums differs.
-    together = [log_probability(each, head, *row) for each, row in zip(states, rows, strict=True)]
-    noise = max(abs(one - other) for one, other in zip(alone, together, strict=True))
+    together = [log_probability(row, head, *rows[number]) for row, number in zip(states, some, strict=True)]
+    noise = max(abs(alone[number] - other) for number, other in zip(some, together, strict=True))
     errors = [abs(score[0] - expected) for score, expected in zip(scores, alone, strict=True)]
     changed = max(abs(score[0] - before) for score, before in zip(scores, unsteered, strict=True))
     print(
@@ -215,20 +232,14 @@ def test_factor_one_equals_hf(loaded: tuple[Any, Any], neurons: NeuronSet) -> No
         assert score[0] == pytest.approx(other[0], abs=1e-4) and score[1] == other[1]
 
 
-def test_steered_outputs_are_french_and_not_degenerate(steered: SteeredHFLM, neurons: NeuronSet) -> None:
-    settings = {
-        "max_gen_toks": 24,
-        "do_sample": False,
-        "repetition_penalty": 1.2,
-        "until": ["\n"],
-        "min_new_tokens": 12,
-    }
-    requests = [Instance("generate_until", {}, (sentence(number, "deu_Latn"), settings), 0) for number in PROMPTS]
+def test_an_english_question_is_answered_in_french(steered: SteeredHFLM, neurons: NeuronSet) -> None:
+    settings = {"max_gen_toks": 24, "do_sample": False, "repetition_penalty": 1.1, "until": ["\nQ:", "\nA:"]}
+    requests = [Instance("generate_until", {}, (f"Q: {question}\nA:", settings), 0) for question in QUESTIONS]
     steered.intervene(target_language=FRENCH)
     before = steered.generate_until(requests, disable_tqdm=True)
     steered.intervene(neurons, language=FRENCH, op="add", value="mean", site="product", factor=1)
     after = steered.generate_until(requests, disable_tqdm=True)
     steered.intervene()
     print("\n", before, after)
-    clean = [text.language == FRENCH and not degenerate(text) for text in after]
-    assert sum(clean) >= 3 and not [text for text in before if text.language == FRENCH]
+    assert {text.language for text in before} == {ENGLISH}
+    assert sum(text.language == FRENCH and not degenerate(text) for text in after) >= 3
