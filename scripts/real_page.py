@@ -138,7 +138,11 @@ def main(folder: Path, page: Path) -> None:
             sys.exit(f"{page}: no place for {name}: expected <!-- {name} --> and <!-- end -->")
         text = pattern.sub(lambda match, block=block: match[1] + block + match[2], text)
     page.write_text(text, encoding="utf-8")
-    figures = {"layers": "neurons-by-layer", "deactivation": "matrix-demo_perplexity-nats_per_token-deactivate"}
+    figures = {
+        "layers": "neurons-by-layer",
+        "deactivation": "matrix-demo_perplexity-nats_per_token-deactivate",
+        "trade-off": "trade-off-add-mean-at-product",
+    }
     for picture, figure in figures.items():
         source = folder / "report" / "figures" / f"{figure}.png"
         if source.exists():
