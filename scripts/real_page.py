@@ -24,6 +24,28 @@ from lm_eval_steering.sweep import Store
 
 NATS, DEACTIVATE = "nats_per_token", "deactivate"
 OPEN = "steering_forcing_eng_Latn"  # the task that a factor is chosen on
+ANSWER = """
+## The report's answer
+"""
+DEACTIVATION = """
+## Deactivation
+
+Rise of nats per token when the row's neurons are set to 0, on 20 sentences of the column's language; *random*: as many
+random neurons of each layer set to 0, on the row's own language, one set.
+
+![Rise of nats per token; row deactivated, column evaluated](real-model-deactivation.png)
+"""
+AMPLIFICATION = """
+Questions in English, n = 12; share of answers that are French and not degenerate (clean LFS), that are French (LFS),
+and that are degenerate; rise of nats per token on 20 French sentences and on 60 of the other three languages; the same
+with one matched random set.
+
+![Clean LFS against the rise of nats per token of French text](real-model-trade-off.png)
+"""
+CHOSEN = """
+The factor is chosen on one half of the questions. On the other half, asked in languages that nothing was chosen on, and
+LSS from English on ten sentences:
+"""
 
 
 class Page:
@@ -37,10 +59,10 @@ class Page:
     def blocks(self) -> dict[str, str]:
         """Name of a block -> its text."""
         return {
-            "answer": "\n".join(f"> - {sentence}" for sentence in answer(self.results).sentences),
-            "deactivation": self.deactivation(),
-            "amplification": self.amplification(),
-            "chosen": self.chosen(),
+            "answer": f"{ANSWER}\n" + "\n".join(f"- {sentence}" for sentence in answer(self.results).sentences),
+            "deactivation": f"{DEACTIVATION}\n{self.deactivation()}",
+            "amplification": f"{AMPLIFICATION}\n{self.amplification()}",
+            "chosen": f"{CHOSEN}\n{self.chosen()}",
             "outputs": self.outputs(),
         }
 
@@ -116,8 +138,8 @@ class Page:
             lines.append(f"    {sample['doc']['question']}")
             for name in shown:
                 text = str(samples[name][number]["filtered_resps"][0]).strip()
-                label = "unsteered" if name == "baseline" else name.removesuffix("-product")
-                lines.append(f"      {label:<24} {text!r}")
+                label = "unsteered" if name == "baseline" else name.removesuffix("-product").rpartition("-")[2]
+                lines.append(f"      {label:<10} {text!r}")
         return "\n".join(lines)
 
 
