@@ -33,7 +33,7 @@ real: $(if $(MODEL),$(VENV)/installed,$(VENV)/installed-real)
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# On google/gemma-3-270m, in about four minutes. Without a test that is left out.
+# On google/gemma-3-270m. Without a test that is left out.
 test-real: $(VENV)/installed-real
 	$(BIN)/python scripts/make_gemma.py "$(GEMMA_3_270M)"
 	CI_REAL=1 GEMMA_3_270M="$(GEMMA_3_270M)" OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/real -s
