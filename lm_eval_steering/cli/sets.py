@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,14 @@ def import_(
     out: Annotated[Path, typer.Option(help="Neuron set to write, or the folder of a recording.")],
     dictionary: Annotated[Path | None, typer.Option(help="Language dictionary of lang-task-neuron, to check.")] = None,
     revision: options.Revision = "main",
+    source: Annotated[str | None, typer.Option(help="Where the file is from; kept in the set.")] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Of the file; kept in the set.")] = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="A quarter of the bytes, in format version 3 (docs/neuron-sets.md).")
+    ] = False,
+    model_name: Annotated[
+        str | None, typer.Option(help="Hub id of the model, where --model is a folder with its config.")
+    ] = None,
 ) -> None:
     """Turn other people's files into ours. Only the model's config is read; nothing in a file is executed."""
     from lm_eval_steering.architectures.loading import LazyModel
@@ -36,7 +45,7 @@ def import_(
 
     options.check_out(out)
     codes = languages.split(",")
-    maker = LazyModel(model, revision).maker()
+    maker = LazyModel(model, revision).maker() | ({"model": model_name} if model_name else {})
     if holds_recording(files[0]):
         if dictionary is not None:
             raise SteeringError("--dictionary belongs to lists of neurons; a recording names its languages itself")
@@ -45,10 +54,16 @@ def import_(
         return
     if len(files) > 1:
         raise SteeringError("one file holds the lists of all languages; several are for recordings alone")
-    selection = {"method": "imported", "file": files[0].name}
+    given = {"source": source, "license": license_}
+    selection = {
+        "method": "imported",
+        "file": files[0].name,
+        "sha256": hashlib.sha256(files[0].read_bytes()).hexdigest() if files[0].is_file() else "",
+        **{name: value for name, value in given.items() if value},
+    }
     provenance = Provenance(**maker, selection=selection, versions=versions(evaluation=False))
     imported = import_lists(files[0], codes, provenance, dictionary)
-    imported.save(out)
+    imported.save(out, compact)
     for code in imported.languages:
         typer.echo(f"{code}  {len(imported.neurons(code))} neurons")
     typer.echo(f"wrote {out}; it holds no statistics, so value= takes numbers only until `calibrate` adds them")

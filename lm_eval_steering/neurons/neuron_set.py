@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ _KIND = "neuron set"
 # Median relative difference of the sampled weights that differ: 0.06 to 0.07 for weights of 4 to 8 bits (Q4_K_M of
 # Gemma-3-270m) against values drawn within their rounding error; above 0.9 for two unrelated models.
 _QUANTISED = 0.25
-_NEWEST = 2  # format version; 1 has neither widths by layer nor a residual stream
+_NEWEST = 3  # format version; 1 has neither widths by layer nor a residual stream, 3 keeps neurons as uint16 or uint32
+_log = logging.getLogger("lm_eval.steering")
 
 Neurons = NDArray[np.int64]  # (neuron, 2): sorted rows of (layer, unit)
 
@@ -229,10 +231,15 @@ class NeuronSet:
                 tensors |= {f"statistics/{site}/{name}": table for name, table in tables.items()}
         return tensors | {f"residual/{name}": table for name, table in self.residual.items()}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, compact: bool = False) -> None:
         """Write the file in one step: whole, or the file of that name stays as it was.
 
         Format version 1 wherever it can hold the set, so that older releases read it too.
+
+        Args:
+            path: of the file.
+            compact: neurons as uint16 (uint32 for layers of more units), a quarter of the bytes, in format version 3.
+                The content and its checksum are the same.
         """
         provenance = asdict(self.provenance)
         if not self.provenance.widths:
@@ -243,8 +250,11 @@ class NeuronSet:
             "statistics_languages": list(self.calibrated.languages) if self.calibrated else None,
             "content_sha256": self.content_hash(),
         }
-        version = 2 if self.provenance.widths or self.residual else 1
-        files.write_tensors(Path(path), _KIND, metadata, self._tensors(), version)
+        version = 3 if compact else 2 if self.provenance.widths or self.residual else 1
+        tensors = self._tensors()
+        if compact:
+            tensors = {name: _narrowed(tensor) for name, tensor in tensors.items()}
+        files.write_tensors(Path(path), _KIND, metadata, tensors, version)
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronSet:
@@ -254,6 +264,11 @@ class NeuronSet:
             NeuronSetError: if it is missing, cut short, not a neuron set, or its content is not what it says.
         """
         metadata, tensors = files.read_tensors(Path(path), _KIND, NeuronSetError, _NEWEST)
+        if metadata["format_version"] == _NEWEST:
+            tensors = {
+                name: tensor.astype(np.int64) if tensor.dtype in _COMPACT else tensor
+                for name, tensor in tensors.items()
+            }
         try:
             sequences = {name: tuple(metadata["provenance"].get(name, ())) for name in ("weights", "widths")}
             provenance = Provenance(**metadata["provenance"] | sequences)
@@ -318,6 +333,8 @@ class NeuronSet:
             NeuronSetError: naming both.
         """
         weights = self.provenance.weights
+        if not weights:
+            _warn_of_unknown_weights(self.provenance.model, shape_text(*self.shape, self.provenance.widths))
         if not weights or not sketch or same_weights(weights, sketch):
             return
         message = f"the neuron set was found in {self.provenance.model}, whose weights are not those of {name}"
@@ -334,6 +351,27 @@ class NeuronSet:
             f"{message}; an adapter, a fine-tuned or a quantised model has other weights; force=true uses the set all "
             "the same"
         )
+
+
+@cache
+def _warn_of_unknown_weights(model: str, shape: str) -> None:
+    """Once for each model in a process: a sweep attaches a set many times."""
+    _log.warning(
+        "the neuron set of %s holds no sketch of the weights it was found in, as imported sets do not: another "
+        "checkpoint of %s would not be noticed; check that this one is meant (`calibrate` and `find` store the sketch)",
+        model,
+        shape,
+    )
+
+
+_COMPACT = (np.uint16, np.uint32)
+
+
+def _narrowed(tensor: NDArray[Any]) -> NDArray[Any]:
+    """Neurons in the smallest of the compact types; statistics as they are."""
+    if tensor.dtype != np.int64:
+        return tensor
+    return tensor.astype(_COMPACT[int(tensor.size > 0 and tensor.max() >= 2**16)])
 
 
 def union_of(lists: Sequence[Neurons]) -> Neurons:

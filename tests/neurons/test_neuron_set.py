@@ -165,8 +165,40 @@ def test_widths_by_layer_and_a_residual_stream_are_version_2(tmp_path: Path) -> 
         replace(wide, residual={"mean": means[:2]})
 
 
+def test_a_compact_file_holds_the_same_set_in_version_3(tmp_path: Path) -> None:
+    plain = make_set(PAIRS)
+    large = replace(
+        plain,
+        provenance=replace(plain.provenance, units=100_000),
+        assignments={**plain.assignments, "fra_Latn": np.array([[0, 1], [2, 70_000]])},
+        calibrated=None,
+    )
+    for number, neuron_set in enumerate((plain, large)):
+        paths = [tmp_path / f"{number}-{compact}.safetensors" for compact in (False, True)]
+        for path, compact in zip(paths, (False, True), strict=True):
+            neuron_set.save(path, compact)
+        first, second = map(NeuronSet.load, paths)
+        assert [version_of(path) for path in paths] == [1, 3]
+        assert first.content_hash() == second.content_hash() == neuron_set.content_hash()
+        assert second.neurons("fra_Latn").dtype == np.int64
+        assert np.array_equal(first.neurons("fra_Latn"), second.neurons("fra_Latn"))
+        assert paths[1].stat().st_size < paths[0].stat().st_size
+        second.save(tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == paths[0].read_bytes()
+
+
+def test_compact_neurons_in_an_older_version_are_refused(tmp_path: Path) -> None:
+    plain = make_set(PAIRS, calibrated=False)
+    plain.save(tmp_path / "compact.safetensors", compact=True)
+    metadata, tensors = files.read_tensors(tmp_path / "compact.safetensors", "neuron set", NeuronSetError, 3)
+    del metadata["format_version"], metadata["kind"]
+    files.write_tensors(tmp_path / "old.safetensors", "neuron set", metadata, tensors, version=1)
+    with pytest.raises(NeuronSetError, match="does not match its own checksum"):
+        NeuronSet.load(tmp_path / "old.safetensors")
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "newer.safetensors"
-    files.write_tensors(path, "neuron set", {}, {}, version=3)
-    with pytest.raises(NeuronSetError, match="format version 3, this release reads 1 to 2"):
+    files.write_tensors(path, "neuron set", {}, {}, version=4)
+    with pytest.raises(NeuronSetError, match="format version 4, this release reads 1 to 3"):
         NeuronSet.load(path)
