@@ -21,6 +21,7 @@ LAYERS = [
     {"vllm"},
     {"analysis"},
     {"sweep"},
+    {"plans"},
     {"report"},
     {"cli"},
     {"__main__", "__init__"},

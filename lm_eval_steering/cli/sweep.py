@@ -1,4 +1,4 @@
-"""Commands of sweeps: sweep, status, merge."""
+"""Commands of sweeps: sweep, plans, status, merge."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class Launcher(StrEnum):
 
 
 def sweep(
-    plan: Annotated[Path, typer.Argument(help="YAML file of the plan (docs/sweep.md).")],
+    plan: Annotated[str, typer.Argument(help="YAML file of the plan (docs/sweep.md), or the name of one that ships.")],
     out: Annotated[Path, typer.Option(help="Folder for the cells; run again, it goes on where it was.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override of the plan, such as controls.random=5; repeatable.")
     ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The same as --set limit=N.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the cells, what is done, and an estimate.")] = False,
     shard: Annotated[str | None, typer.Option(help="Run a part of the plan, such as 2/8.")] = None,
     launcher: Annotated[Launcher, typer.Option(help="Divide the plan among jobs.")] = Launcher.NONE,
@@ -39,11 +40,13 @@ def sweep(
     os.environ["TQDM_DISABLE"] = "1"  # read by tqdm once, when it is imported
     from lm_eval_steering.lmeval.compat import be_quiet
     from lm_eval_steering.neurons.running import launched
+    from lm_eval_steering.plans.shipped import find_plan
     from lm_eval_steering.sweep.plan import read_plan
     from lm_eval_steering.sweep.run import run_sweep
     from lm_eval_steering.sweep.runner import Shard
 
-    spec = read_plan(plan, set_ or ())
+    overrides = [*(set_ or ()), *([f"limit={limit}"] if limit else ())]
+    spec = read_plan(find_plan(plan), overrides)
     part = Shard.parse(shard) if shard else None
     from lm_eval_steering.sweep.cells import spell_out
 
@@ -70,6 +73,15 @@ def sweep(
         _report(outcome, out)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
+
+
+def plans(
+    name: Annotated[str | None, typer.Argument(help="Print this plan's file, to read or to change.")] = None,
+) -> None:
+    """List the plans of the papers' experiments that `sweep` takes by name, with what each needs."""
+    from lm_eval_steering.plans.shipped import describe, find_plan
+
+    typer.echo(find_plan(name).read_text(encoding="utf-8") if name else describe(), nl=not name)
 
 
 def status(out: Folder) -> None:
@@ -136,4 +148,4 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-COMMANDS: dict[str, Any] = {"sweep": sweep, "status": status, "merge": merge}
+COMMANDS: dict[str, Any] = {"sweep": sweep, "plans": plans, "status": status, "merge": merge}

@@ -43,6 +43,10 @@ _MMLU_PROX = "af ar bn cs de en es fr hi hu id it ja ko mr ne pt ru sr sw te th 
 # AfriXNLI, AfriMMLU and AfriMGSM.
 _IROKO = "amh eng ewe fra hau ibo kin lin lug orm sna sot swa twi wol xho yor zul"
 _MGSM = "bn de en es fr ja ru sw te th zh"
+_CATALAN = (
+    "cabreu_abstractive cabreu_extractive cabreu_extreme catalanqa catcola cieacova_choice cieacova_word cocoteros_va "
+    "coqcat parafraseja teca terretaqa truthfulqa_va xnli_va"
+)
 _INCLUDE = {name.lower().replace(" ", "_"): code for code, name in include.CODES.items()}
 
 
@@ -92,7 +96,11 @@ def _families() -> tuple[tuple[str, dict[str, str], str] | tuple[str, dict[str, 
         ("turkishmmlu", {"": "tur_Latn"}, r"(?:_[a-z_]+)?"),
         ("copal_id_", {"": "ind_Latn"}, "(?:standard|colloquial)"),
         ("icelandic_winogrande", {"": "isl_Latn"}, ""),
-        ("french_bench_", {"": "fra_Latn"}, "[A-Za-z_]+"),
+        ("french_bench_", {"": "fra_Latn"}, "[A-Za-z0-9_]+"),
+        # Tests that the Iberian benches have in one language alone; Valencian, `va`, is Catalan.
+        ("", dict.fromkeys(_CATALAN.split(), "cat_Latn"), ""),
+        ("", dict.fromkeys(("galcola", "parafrases_gl", "summarization_gl"), "glg_Latn"), ""),
+        ("", dict.fromkeys(("cocoteros_es", "escola", "xlsum_es"), "spa_Latn"), ""),
         ("mmlu_prox_", _two_letters(_MMLU_PROX), r"(?:_[a-z_]+)?", "(?:lite_)?"),
         ("mmmlu_", _two_letters("ar bn de es fr hi id it ja ko pt sw yo zh"), r"_[a-z]{2}(?:_[a-z_]+)?"),
         # Translated into English for the test (`..._translate_...`): not in the language of the name.
@@ -107,7 +115,7 @@ def _families() -> tuple[tuple[str, dict[str, str], str] | tuple[str, dict[str, 
 
 def family_prefixes() -> tuple[str, ...]:
     """How the names of the families in the table begin."""
-    return (*(family[0] for family in _families()), "mlqa_", "global_piqa_", "multiblimp_")
+    return (*filter(None, (family[0] for family in _families())), "mlqa_", "global_piqa_", "multiblimp_")
 
 
 @cache

@@ -271,6 +271,17 @@ def unfinished_thoughts(
 
 
 @contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Inside, random numbers of a seed of their own, if there is one; outside they go on as if nothing had been."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def random_numbers_of_rank(rank: int, world_size: int) -> Iterator[None]:
     """Inside, each rank has random numbers of its own.
 
@@ -337,11 +348,23 @@ class Generator:
             prompts: (row, position) token ids, padded on the left.
             max_length: of prompt and continuation, in tokens.
             stop: the strings.
-            **arguments: of `model.generate`.
+            **arguments: of `model.generate`, and `seed`, of the batch's random numbers.
 
         Returns:
             (row, position) token ids.
         """
+        with seeded(arguments.pop("seed", None)):
+            return self._generated(context, plain, prompts, max_length, stop, **arguments)
+
+    def _generated(
+        self,
+        context: GenerationContext,
+        plain: Generate,
+        prompts: torch.Tensor,
+        max_length: int,
+        stop: list[str],
+        **arguments: Any,
+    ) -> torch.Tensor:
         method, self._why = self._method(context, stop, arguments)
         self._prompts[method] += len(prompts)
         if method == "plain":

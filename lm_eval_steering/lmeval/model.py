@@ -37,6 +37,7 @@ from lm_eval_steering.lmeval.requests import (
     ExpectedRows,
     Request,
     ScoringRows,
+    begun,
     encode_ahead,
     rounds_of,
 )
@@ -218,6 +219,10 @@ class SteeredHFLM(SteeredLM, HFLM):
         rows = self._expected_rows.take(inps)
         with self._steered(rows.real, rows.prompt):
             return super()._model_call(inps, attn_mask, labels)
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """lm-eval's; an empty prompt, for which a tokenizer may have no token, is the prefix that evaluation shows."""
+        return begun(*super().tok_batch_encode(strings, *args, **kwargs), self.prefix_token_id)
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any

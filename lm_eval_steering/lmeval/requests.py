@@ -129,6 +129,22 @@ def encode_ahead(
     return dict(zip(strings, tokenizer(strings, **special)["input_ids"], strict=True))
 
 
+def begun(tokens: torch.Tensor, mask: torch.Tensor, prefix_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch padded on the left, with the prefix token in rows that have no token: an empty prompt, to be continued.
+
+    Args:
+        tokens: (row, position) ids.
+        mask: (row, position), 0 for pads.
+        prefix_token_id: of the model.
+    """
+    if tokens.shape[1] == 0:
+        tokens, mask = tokens.new_zeros(len(tokens), 1).long(), mask.new_zeros(len(mask), 1).long()
+    empty = mask.sum(dim=1) == 0
+    if empty.any():
+        tokens[empty, -1], mask[empty, -1] = prefix_token_id, 1
+    return tokens, mask
+
+
 def windows_of(tokens: list[int], prefix_token_id: int, max_length: int) -> list[Request]:
     """lm-eval's windows of a text: each token is predicted once, from at most `max_length` tokens before it."""
     windows = get_rolling_token_windows(

@@ -20,7 +20,7 @@ from lm_eval_steering.errors import UnknownLanguageError
 from lm_eval_steering.lmeval.sources import DataError, RowsSource
 
 # Metrics that not every document has.
-OF_SOME_ITEMS = {"clas_relevance", "clas_score"}
+OF_SOME_ITEMS = {"clas_relevance", "clas_score", "lpr", "wpr", "lcpr"}
 
 # Templates whose scores changed since version 1.0: the language of the output (marks that fastText cannot read, guesses
 # of another script, `degenerate`, `lfs_clean`), and the interval of the shift of LSS.

@@ -59,10 +59,15 @@ RAHMANISA = (
 )  # fmt: skip
 # The 15 of those 18 that MLAMA-dod-185 has.
 MLAMA = tuple(code for code in RAHMANISA if code not in ("hat_Latn", "quy_Latn", "swh_Latn"))
+# Andrylie et al. 2025 (SAE-LAPE), 15 languages.
+ANDRYLIE = (
+    "eng_Latn", "deu_Latn", "fra_Latn", "ita_Latn", "por_Latn", "hin_Deva", "spa_Latn", "tha_Thai", "bul_Cyrl",
+    "rus_Cyrl", "tur_Latn", "vie_Latn", "jpn_Jpan", "kor_Hang", "zho_Hans",
+)  # fmt: skip
 # Tang et al. 2024, the 7 of mVicuna.
 MVICUNA = ("eng_Latn", "spa_Latn", "fra_Latn", "ind_Latn", "jpn_Jpan", "vie_Latn", "zho_Hans")
 
-ALL = tuple(sorted({*GURGUROV, *CLAS_BENCH, *RAHMANISA}))
+ALL = tuple(sorted({*GURGUROV, *CLAS_BENCH, *RAHMANISA, *ANDRYLIE}))
 
 
 # --- Metrics of the language of generated text, the same for every family that generates

@@ -16,12 +16,12 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.lmeval.model import SteeredHFLM
-from lm_eval_steering.lmeval.task_families import clas_bench, flores, forcing, lss, open_generation
+from lm_eval_steering.lmeval.task_families import clas_bench, flores, forcing, language_confusion, lss, open_generation
 from lm_eval_steering.metrics.output_language import METRICS
 from lm_eval_steering.resources import demo_model, tasks_folder
 from tests.lmeval.task_families.conftest import Evaluate, write_rows
 
-MODULES = (clas_bench, flores, forcing, lss, open_generation)
+MODULES = (clas_bench, flores, forcing, language_confusion, lss, open_generation)
 
 
 def named(module: Any) -> dict[str, dict[str, Any]]:
@@ -95,7 +95,7 @@ def test_every_task_scores_on_the_excerpts(
 
 
 def test_every_template_lists_every_metric_that_it_can_give() -> None:
-    for folder in ("clas_bench", "flores", "forcing", "open_generation", "demo"):
+    for folder in ("clas_bench", "flores", "forcing", "language_confusion", "open_generation", "demo"):
         text = "".join(path.read_text(encoding="utf-8") for path in (tasks_folder() / folder).glob("_*.yaml"))
         listed = {name for name in METRICS if f"metric: {name}," in text}
         assert listed == set(METRICS) - ({"lang_expected"} if folder == "demo" else set()), folder

@@ -204,10 +204,32 @@ def test_every_multilingual_folder_of_lm_eval_is_known_or_left_out_by_name() -> 
     assert set(folders) >= set(LEFT_OUT), "lm-eval has no such folder any more"
 
 
+# Tasks of known folders that have no evaluated language, by what their names hold: two languages, a translation into
+# English, or a language that has no code of ours (Vai; the Classical Sanskrit of `cls_deva`).
+WITHOUT_LANGUAGE = re.compile(r"mlqa_|_flores_|_translate_|phrases_|_vai(_|$)|_cls_deva")
+
+
+def test_in_a_known_folder_every_task_has_its_language_or_a_reason() -> None:
+    root = Path(lm_eval.tasks.__file__).parent
+    name_line = re.compile(r"""^task:\s*["']?([\w.-]+)["']?\s*$""", re.MULTILINE)
+    folders: dict[str, set[str]] = {}
+    for path in root.rglob("*.yaml"):
+        names = name_line.findall(path.read_text(encoding="utf-8", errors="ignore"))
+        folders.setdefault(path.relative_to(root).parts[0], set()).update(names)
+    known = {folder: names for folder, names in folders.items() if any(map(evaluated_language, names))}
+    assert set(known) >= {
+        "global_piqa", "multiblimp", "mmlu_prox", "afrixnli", "afrimmlu", "afrimgsm", "arc_mt", "xnli_eu", "turblimp",
+        "basque_bench", "catalan_bench", "galician_bench", "spanish_bench",
+    }  # fmt: skip
+    lost = {name for names in known.values() for name in names if not evaluated_language(name)}
+    assert {name for name in lost if not WITHOUT_LANGUAGE.search(name)} == set()
+
+
 @pytest.mark.parametrize(
     ("task", "code"),
     [
-        ("xcopa_id", "ind_Latn"), ("xwinograd_jp", "jpn_Jpan"), ("include_base_44_north_macedonian_stem", "mkd_Cyrl"),
+        ("teca", "cat_Latn"), ("xnli_va", "cat_Latn"), ("galcola", "glg_Latn"), ("escola", "spa_Latn"),
+        ("phrases_ca-va", None), ("french_bench_fquadv2", "fra_Latn"), ("xcopa_id", "ind_Latn"), ("xwinograd_jp", "jpn_Jpan"), ("include_base_44_north_macedonian_stem", "mkd_Cyrl"),
         ("mgsm_en_cot_sw", "swh_Latn"), ("global_mmlu_full_ms_anatomy", "zsm_Latn"), ("m_mmlu_nb", "nob_Latn"),
         ("truthfulqa_fr_mc2", "fra_Latn"), ("mlqa_de_de", "deu_Latn"), ("belebele_zho_Hant", "zho_Hant"),
         ("steering_demo_continuation_fra_Latn", "fra_Latn"), ("steering_flores_eng_Latn_deu_Latn", None),

@@ -1,0 +1,1 @@
+"""Plans of the papers' experiments, spelled for the papers' models."""
