@@ -229,7 +229,8 @@ def test_in_a_known_folder_every_task_has_its_language_or_a_reason() -> None:
     ("task", "code"),
     [
         ("teca", "cat_Latn"), ("xnli_va", "cat_Latn"), ("galcola", "glg_Latn"), ("escola", "spa_Latn"),
-        ("phrases_ca-va", None), ("french_bench_fquadv2", "fra_Latn"), ("xcopa_id", "ind_Latn"), ("xwinograd_jp", "jpn_Jpan"), ("include_base_44_north_macedonian_stem", "mkd_Cyrl"),
+        ("phrases_ca-va", None), ("french_bench_fquadv2", "fra_Latn"),
+        ("xcopa_id", "ind_Latn"), ("xwinograd_jp", "jpn_Jpan"), ("include_base_44_north_macedonian_stem", "mkd_Cyrl"),
         ("mgsm_en_cot_sw", "swh_Latn"), ("global_mmlu_full_ms_anatomy", "zsm_Latn"), ("m_mmlu_nb", "nob_Latn"),
         ("truthfulqa_fr_mc2", "fra_Latn"), ("mlqa_de_de", "deu_Latn"), ("belebele_zho_Hant", "zho_Hant"),
         ("steering_demo_continuation_fra_Latn", "fra_Latn"), ("steering_flores_eng_Latn_deu_Latn", None),
