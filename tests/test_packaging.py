@@ -30,6 +30,8 @@ def test_tasks_neuron_sets_demo_and_start_up_files_travel(wheel: zipfile.ZipFile
         assert own and own <= names
     assert {"_lm_eval_steering_startup.py", "lm_eval_steering_startup.pth", "lm_eval_steering_startup.start"} <= names
     assert {"lm_eval_steering/demo/demo-model/model.safetensors", "lm_eval_steering/py.typed"} <= names
+    plans = {f"lm_eval_steering/plans/{path.name}" for path in (ROOT / "lm_eval_steering" / "plans").glob("*.yaml")}
+    assert len(plans) > 15 and plans <= names
     assert not [name for name in names if "lmeval/startup" in name or name.startswith("tests/")]
 
 
