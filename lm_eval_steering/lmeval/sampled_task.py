@@ -8,7 +8,7 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 
 
-class SampledTask(ConfigurableTask):  # type: ignore[misc]
+class SampledTask(ConfigurableTask):
     """A task whose documents name the seed of their sample: an argument of their generation, as vLLM takes it too.
 
     Requests of different arguments share no batch and no entry of the request cache.
@@ -18,7 +18,7 @@ class SampledTask(ConfigurableTask):  # type: ignore[misc]
         """Args: config: of the task's file; lm-eval leaves the name of this class in it."""
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
-    def construct_requests(self, doc: Mapping[str, Any], ctx: str, **kwargs: Any) -> Any:
+    def construct_requests(self, doc: dict[str, Any], ctx: str | list[str], **kwargs: Any) -> Any:
         """lm-eval's requests, each with the document's seed."""
         requests = super().construct_requests(doc, ctx, **kwargs)
         for request in requests if isinstance(requests, list) else [requests]:
