@@ -23,7 +23,7 @@ class SweepEngine(SweepLM, SteeredVLLM):
     @property
     def weights_hash(self) -> str:
         """Of the checkpoint's files; where they cannot be read so, of what each worker holds."""
-        return self.weights.digest or "+".join(self.model.collective_rpc("steering_weights"))
+        return self.weights.digest or "+".join(compat.call_workers(self.model, "steering_weights"))
 
     @property
     def device_name(self) -> str:

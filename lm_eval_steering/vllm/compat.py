@@ -8,6 +8,9 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
+import threading
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,6 +24,7 @@ from lm_eval_steering.errors import SteeringError
 
 # Releases against whose source and behaviour everything here was written and tested.
 OLDEST, NEWEST = "0.32.0", "0.32"
+_LOOK = 1.0  # seconds between two looks at an engine that has not answered
 _log = logging.getLogger("lm_eval.steering")
 
 
@@ -225,17 +229,67 @@ def cache_keys(llm: Any) -> tuple[str, str]:
     return config.compute_hash(), plain.compute_hash()
 
 
+def call_workers(llm: Any, method: str, args: tuple[Any, ...] = (), seconds: float = math.inf) -> list[Any]:
+    """What a method of each worker gives.
+
+    Args:
+        llm: of vLLM.
+        method: of the worker.
+        args: plain data.
+        seconds: that the workers have.
+
+    Raises:
+        RuntimeError: if the engine's process has ended, or the time is over.
+    """
+    return list(_answer(llm, lambda: llm.collective_rpc(method, args=args), method, seconds))
+
+
+def reset_prefix_cache(llm: Any) -> bool:
+    """Empty an engine's prefix cache; False where vLLM did not.
+
+    Raises:
+        RuntimeError: if the engine's process has ended.
+    """
+    return _answer(llm, llm.reset_prefix_cache, "reset_prefix_cache", math.inf) is not False
+
+
+def _answer(llm: Any, call: Callable[[], Any], name: str, seconds: float) -> Any:
+    """What a call to an engine gives: vLLM waits for ever where the engine dies meanwhile."""
+    resources = getattr(llm.llm_engine.engine_core, "resources", None)
+    if resources is None:  # the engine runs in this process
+        return call()
+    outcome: list[Any] = []
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    end = time.monotonic() + seconds
+    while thread.is_alive():
+        thread.join(_LOOK)
+        if thread.is_alive() and (resources.engine_dead or time.monotonic() > end):
+            raise RuntimeError(f"{name}: no answer; the engine's process has ended, or hangs")
+    if errors:
+        raise errors[0]
+    return outcome[0]
+
+
 def is_idle(llm: Any, seconds: float = 60.0) -> bool:
     """Whether an engine's workers answer, and no request is on its way.
 
     Args:
         llm: of vLLM.
-        seconds: that a worker has for its answer.
+        seconds: that the workers have.
     """
     try:
         if llm.llm_engine.has_unfinished_requests():
             return False
-        llm.collective_rpc("steering_layout", timeout=seconds)
+        call_workers(llm, "steering_layout", seconds=seconds)
     except Exception:  # vLLM's own errors differ by what died and when it was noticed
         return False
     return True

@@ -72,7 +72,9 @@ class SteeredEngine:
         self._llm = llm
         self.plan: CompiledIntervention | None = None
         self._suspended, self._tally = False, _Tally()
-        self._layouts: list[dict[str, Any]] = sorted(llm.collective_rpc("steering_layout"), key=lambda one: one["rank"])
+        self._layouts: list[dict[str, Any]] = sorted(
+            compat.call_workers(llm, "steering_layout"), key=lambda one: one["rank"]
+        )
         try:
             self._check(shape)
         except Exception:
@@ -129,11 +131,11 @@ class SteeredEngine:
     def _send(self, plan: CompiledIntervention | None) -> None:
         edits = plan.edits if plan else ()
         expected = sum(map(self._held, edits))
-        written = sum(self._llm.collective_rpc("steering_write", args=([message_of(edit) for edit in edits],)))
+        written = sum(compat.call_workers(self._llm, "steering_write", ([message_of(edit) for edit in edits],)))
         if written != expected:
             raise DidNotHappenError(f"the workers edit {written} units, {expected} were sent to them")
         # The cache of keys and values knows requests by their tokens alone.
-        if self._llm.reset_prefix_cache() is False:
+        if not compat.reset_prefix_cache(self._llm):
             raise DidNotHappenError(
                 "vLLM did not empty its prefix cache, so another intervention would be read from it"
             )
@@ -158,7 +160,7 @@ class SteeredEngine:
     # --- evidence -----------------------------------------------------------------------------------------------
 
     def _read(self) -> list[dict[str, Any]]:
-        return sorted(self._llm.collective_rpc("steering_evidence"), key=lambda one: one["rank"])
+        return sorted(compat.call_workers(self._llm, "steering_evidence"), key=lambda one: one["rank"])
 
     def prove(self, outputs: Sequence[Any]) -> None:
         """Compare what was edited for some requests with what they needed; called after they are done.
@@ -222,7 +224,7 @@ class SteeredEngine:
 
     def compilations(self) -> list[dict[str, int]]:
         """vLLM's counters of compiling and capturing, of each worker."""
-        return self._llm.collective_rpc("steering_compilations")
+        return compat.call_workers(self._llm, "steering_compilations")
 
 
 def message_of(edit: Edit) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def identity_of(lm: Any) -> dict[str, Any]:
     return {
         "engine": "vllm",
         # Where the files cannot be read, what the workers hold: then it depends on how they share it.
-        "weights": lm.weights.digest or lm.model.collective_rpc("steering_weights"),
+        "weights": lm.weights.digest or compat.call_workers(lm.model, "steering_weights"),
         "config": without_names(config.hf_config.to_dict()),
         "generation_config": without_names(compat.generation_config(lm.model)),
         "adapters": files_digest(lm.adapter),
