@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +89,36 @@ def test_batches_matter_on_gpus_without_batch_invariant_kernels(monkeypatch: pyt
     assert compat.batches_matter()
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert not compat.batches_matter()
+
+
+def test_a_client_knows_that_its_engine_is_dead() -> None:
+    from vllm.v1.engine.core_client import BackgroundResources, MPClient
+
+    assert "engine_dead" in {field.name for field in dataclasses.fields(BackgroundResources)}
+    assert "self.resources = BackgroundResources(" in inspect.getsource(MPClient.__init__)
+
+
+def test_no_call_waits_for_a_dead_engine() -> None:
+    resources = SimpleNamespace(engine_dead=False)
+    never = threading.Event()
+
+    def asked(*_: Any, **__: Any) -> list[Any]:
+        resources.engine_dead = True
+        never.wait(30)
+        return []
+
+    llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(
+            engine_core=SimpleNamespace(resources=resources), has_unfinished_requests=lambda: False
+        ),
+        collective_rpc=asked, reset_prefix_cache=asked,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="steering_layout: no answer; the engine's process has ended, or hangs"):
+        compat.call_workers(llm, "steering_layout")
+    with pytest.raises(RuntimeError, match="reset_prefix_cache: no answer"):
+        compat.reset_prefix_cache(llm)
+    assert not compat.is_idle(llm)
+    never.set()
 
 
 def test_layers_elsewhere_in_the_pipeline() -> None:
