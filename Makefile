@@ -47,7 +47,7 @@ check-vllm: $(VLLM_VENV)/installed
 	CI_VLLM=1 CHECK_VLLM=1 GEMMA_3_270M="$(GEMMA_3_270M)" $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_families.py tests/vllm/test_tasks.py -s
 # The site, in site/: fails on a warning, such as a link that leads nowhere.
 docs: $(VENV)/installed-docs
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 
 # Every process that a test starts is measured too. The page is coverage/index.html.
 coverage: $(VENV)/installed
