@@ -9,13 +9,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_steering.metrics.statistics import CORPUS_TEST, MCNEMAR, T_TEST
 from lm_eval_steering.report.effects import ALPHA
 from lm_eval_steering.report.naming import counted, is_lss, language_name, listed, readable_metric
 from lm_eval_steering.report.table_files import escaped_for_latex
-from lm_eval_steering.report.tables import Results
+from lm_eval_steering.report.tables import Results, damages_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LAPE, KOJIMA = "tang-etal-2024-language", "kojima-etal-2024-multilingual"
 AMPLIFICATION, ARITHMETICS = "rahmanisa-etal-2025-unveiling", "gurgurov-etal-2025-arithmetics"
@@ -154,10 +157,8 @@ def _interventions(results: Results) -> str:
         return ""
     kinds = []
     for kind, rows in cells[cells["kind"] != ""].groupby("kind", sort=False):
-        factors = sorted(rows["factor"].dropna().unique())
         cited = f" [@{_SOURCE_OF_PRESET[kind]}]" if kind in _SOURCE_OF_PRESET else ""
-        at = f" at {'factor' if len(factors) == 1 else 'factors'} {listed([f'{f:g}' for f in factors])}"
-        kinds.append(f"{kind}{cited}{at if factors else ''}")
+        kinds.append(f"{kind}{cited}{_at(rows)}")
     text = (
         f"Interventions on the neurons of {listed([language_name(code) for code in languages])}, one language at a "
         f"time: {'; '.join(kinds)}."
@@ -169,6 +170,20 @@ def _interventions(results: Results) -> str:
             "in the number of neurons of each layer and drawn from neurons that belong to no language."
         )
     return text
+
+
+def _at(rows: pd.DataFrame) -> str:
+    """At which factors one kind of intervention was run, or at which damages where factors were searched for."""
+    parts = []
+    if damages := sorted({damage for asked in rows["damage_asked"] for damage in damages_of(asked)}):
+        raised = listed([f"{damage:g}" for damage in damages])
+        parts.append(
+            "at the factors that raise the nats per token of held-out text in the steered language by "
+            f"{raised} (found for each language by search)"
+        )
+    if factors := sorted(rows.loc[rows["damage_asked"] == "", "factor"].dropna().unique()):
+        parts.append(f"at {'factor' if len(factors) == 1 else 'factors'} {listed([f'{f:g}' for f in factors])}")
+    return f" {' and '.join(parts)}" if parts else ""
 
 
 def _tasks(results: Results) -> str:

@@ -10,6 +10,7 @@ import pytest
 from lm_eval_steering.analysis.style import LIGHT
 from lm_eval_steering.report.conclusions import answer
 from lm_eval_steering.report.figures import at_equal_damage, gallery
+from lm_eval_steering.report.methods import methods
 from lm_eval_steering.report.page import write_report
 from lm_eval_steering.report.read import read_results
 from lm_eval_steering.report.table_files import printed
@@ -77,6 +78,12 @@ def test_the_sentence_names_the_damage_and_compares_the_same_languages(results: 
     assert (
         "0.45 under scale" in second and "not compared, because it is of other languages: add 1 (1 language)" in second
     )
+
+
+def test_the_methods_paragraph_names_damages_and_no_factors(results: Results) -> None:
+    text = methods(results).plain
+    assert "nats per token of held-out text in the steered language by 0.1 and 1 (found" in text
+    assert " at factor" not in text
 
 
 def test_printed_and_drawn(results: Results, tmp_path: Path) -> None:
