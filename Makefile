@@ -31,7 +31,7 @@ real: $(if $(MODEL),$(VENV)/installed,$(VENV)/installed-real)
 
 # In the order of the files: those with the fewest tests, which would come last, take the longest.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/real
 
 # On google/gemma-3-270m. Without a test that is left out.
 test-real: $(VENV)/installed-real

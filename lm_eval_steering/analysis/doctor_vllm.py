@@ -121,9 +121,7 @@ class _EngineBench:
 
     def scores(self) -> _Scores:
         """Log-likelihood of each row after its first token, in nats."""
-        return [
-            score[0] for score in self.lm._loglikelihood_tokens([(None, row[:1], row[1:]) for row in self.rows], True)
-        ]
+        return [score[0] for score in self.lm.log_likelihoods([(None, row[:1], row[1:]) for row in self.rows])]
 
     def steered_scores(self) -> _Scores:
         """The same under an intervention at both sites."""
@@ -135,7 +133,7 @@ class _EngineBench:
         from vllm import SamplingParams
 
         sampling = [SamplingParams(temperature=0.0, max_tokens=_TOKENS, ignore_eos=True) for _ in self.rows]
-        outputs = self.lm._model_generate(self.rows, generate=True, sampling_params=sampling)
+        outputs = self.lm.outputs(self.rows, sampling)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
 

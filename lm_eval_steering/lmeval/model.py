@@ -204,7 +204,7 @@ class SteeredHFLM(SteeredLM, HFLM):
                 override_bs = min(self.batch_sizes.values())  # the search needs many requests, and these are few
             self._expected_rows = ExpectedRows(chosen, self.max_length, self.logits_cache) if self.steering else None
             try:
-                found = HFLM._loglikelihood_tokens(self, chosen, disable_tqdm, override_bs)
+                found = super(SteeredLM, self)._loglikelihood_tokens(chosen, disable_tqdm, override_bs)
             finally:
                 self._expected_rows = None
             answers |= dict(zip(indices, found, strict=True))

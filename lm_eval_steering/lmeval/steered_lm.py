@@ -191,6 +191,10 @@ class SteeredLM(TemplateLM):
             for answer, request in zip(answers, requests, strict=True)
         ]
 
+    def log_likelihoods(self, requests: Sequence[Request]) -> list[Any]:
+        """A `Score` of each request that is tokenised already."""
+        return self._loglikelihood_tokens(list(requests), disable_tqdm=True)
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """A `RollingScore` of each whole text after one prefix token; every token is prompt."""
         with self._proven():

@@ -122,6 +122,10 @@ class SteeredVLLM(SteeredLM, VLLM):
             self.cache_hook.unfinished(self.think_end_token not in output.outputs[0].text for output in outputs)
         return outputs
 
+    def outputs(self, prompts: list[list[int]], sampling: list[Any]) -> Any:
+        """vLLM's outputs of some prompts, of which it is proven that they were steered."""
+        return self._model_generate(prompts, generate=True, sampling_params=sampling)
+
     def _seed(self, tokens: tuple[int, ...]) -> int:
         """Of a prompt's random numbers: another one each time that it is drawn from, the same ones in each run."""
         number = self._drawn[tokens]
@@ -146,7 +150,7 @@ class SteeredVLLM(SteeredLM, VLLM):
 
     def _log_likelihoods(self, requests: list[Request], disable_tqdm: bool, override_bs: int | None) -> Answers:
         self.scored += len(requests)
-        return VLLM._loglikelihood_tokens(self, requests, disable_tqdm)
+        return super(SteeredLM, self)._loglikelihood_tokens(requests, disable_tqdm)
 
     def _with_and_without(self, score: Callable[[], Answers]) -> tuple[Answers, Answers]:
         if self.steering.plan is None:

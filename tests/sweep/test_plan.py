@@ -44,10 +44,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"controls": {"random": -1}}, r"controls.random: .*got -1"),
     ({"neurons": None}, "neurons is missing"),
     ({"model": PLAIN["model"] | {"enable_thinking": True}}, "model: enable_thinking without think_end_token"),
-    (
-        {"engine": "vllm", "model": {"pretrained": "demo", "think_end_token": "</think>"}},
-        "model.think_end_token: vllm does not get it; write what it takes into engine.arguments",
-    ),
 ]
 
 

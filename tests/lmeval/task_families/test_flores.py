@@ -298,6 +298,6 @@ def test_perplexity_by_token_where_the_model_counts_them() -> None:
 
 def test_every_file_of_a_direction_is_there_once() -> None:
     files = flores.generated_files()
-    assert len(flores.directions()) == len(set(flores.directions())) == 74
+    assert len(flores.directions()) == len(set(flores.directions())) == 76
     assert Path("flores/flores_fra_Latn_eng_Latn_gurgurov.yaml") in files
     assert "evaluated: fra_Latn-eng_Latn" in files[Path("flores/flores_fra_Latn_eng_Latn.yaml")]
