@@ -94,13 +94,16 @@ def test_few_shot_examples_and_chat_templates_are_those_of_steered_hf(
 def with_template(lm: Any, manager: Any) -> list[tuple[Any, Any]]:
     """(prompts, scores) of each item of a task, with two examples and a chat template."""
     import lm_eval
+    from lm_eval.tasks import get_task_dict
 
     lm.intervene(demo_set(), **FRENCH)
     lm.tokenizer.chat_template = TEMPLATE
-    task = "steering_demo_continuation_fra_Latn"
+    name = "steering_demo_continuation_fra_Latn"
+    task = get_task_dict([name], manager)[name]
+    task.set_config("num_fewshot", 2)  # its file says 0, which lm-eval lets no argument override
     results = lm_eval.simple_evaluate(
-        lm, tasks=[task], task_manager=manager, limit=3, num_fewshot=2, apply_chat_template=True,
-        fewshot_as_multiturn=True, bootstrap_iters=0,
+        lm, tasks=[task], task_manager=manager, limit=3, apply_chat_template=True, fewshot_as_multiturn=True,
+        bootstrap_iters=0,
     )  # fmt: skip
     lm.tokenizer.chat_template = None
-    return [(sample["arguments"][0], [answer[0] for answer in sample["resps"]]) for sample in results["samples"][task]]
+    return [(sample["arguments"][0], [answer[0] for answer in sample["resps"]]) for sample in results["samples"][name]]
