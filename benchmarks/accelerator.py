@@ -28,8 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.generation import SETTINGS
 from benchmarks.items import SHAPES, requests_of, rivals, texts
 from benchmarks.measure import interleaved, options_of, ratio, report, synchronize
-from benchmarks.overhead import INTERVENTIONS, neurons_of, tasks
-from lm_eval_steering import steer
+from benchmarks.overhead import neurons_of, tasks, with_each_intervention
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.lmeval.packing import DeviceLimits
 from lm_eval_steering.neurons.rows import TokenRows
@@ -149,17 +148,7 @@ def hooks(model: Any, most: float, seconds: float) -> dict[str, Any]:
     neurons = neurons_of(model)
     found: dict[str, Any] = {}
     for name, task in zip(("prefill", "decode"), tasks(model).values(), strict=True):
-
-        def under(arguments: dict[str, Any], task: Callable[[], Any] = task) -> Callable[[], Any]:
-            steering = steer(model, neurons, "fra_Latn", **arguments)
-
-            def work() -> None:
-                with steering:
-                    task()
-
-            return work
-
-        works = {"none": task, "again": task} | {kind: under(each) for kind, each in INTERVENTIONS.items()}
+        works = with_each_intervention(model, neurons, task)
         found[name] = compare(works, {"none": model}, "none", most, seconds / 2)
     return found
 

@@ -82,21 +82,26 @@ def tasks(model: Any) -> dict[str, Callable[[], Any]]:
     return {"forward": forward, "generate": generate}
 
 
+def with_each_intervention(model: Any, neurons: NeuronSet, task: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """The task unsteered, twice, and under each intervention."""
+
+    def under(arguments: dict[str, Any]) -> Callable[[], Any]:
+        steering = steer(model, neurons, "fra_Latn", **arguments)
+
+        def work() -> None:
+            with steering:
+                task()
+
+        return work
+
+    return {"none": task, "again": task} | {kind: under(each) for kind, each in INTERVENTIONS.items()}
+
+
 def timed(model: Any, neurons: NeuronSet, rounds: int) -> dict[str, Any]:
     """Milliseconds and ratios of both tasks, unsteered and under each intervention."""
     results: dict[str, Any] = {}
     for name, task in tasks(model).items():
-
-        def under(arguments: dict[str, Any], task: Callable[[], Any] = task) -> Callable[[], Any]:
-            steering = steer(model, neurons, "fra_Latn", **arguments)
-
-            def work() -> None:
-                with steering:
-                    task()
-
-            return work
-
-        works = {"none": task, "again": task} | {kind: under(each) for kind, each in INTERVENTIONS.items()}
+        works = with_each_intervention(model, neurons, task)
         seconds = interleaved(works, rounds)
         results[name] = {
             "milliseconds": {kind: round(1000 * statistics.median(times), 2) for kind, times in seconds.items()},
