@@ -353,32 +353,22 @@ class Generator:
         Returns:
             (row, position) token ids.
         """
-        with seeded(arguments.pop("seed", None)):
-            return self._generated(context, plain, prompts, max_length, stop, **arguments)
-
-    def _generated(
-        self,
-        context: GenerationContext,
-        plain: Generate,
-        prompts: torch.Tensor,
-        max_length: int,
-        stop: list[str],
-        **arguments: Any,
-    ) -> torch.Tensor:
+        seed = arguments.pop("seed", None)
         method, self._why = self._method(context, stop, arguments)
         self._prompts[method] += len(prompts)
-        if method == "plain":
-            return plain(prompts, max_length, stop, **arguments)
-        criterion = StopStrings(context.tokenizer, stop, *prompts.shape)
-        if not arguments.get("temperature"):
-            arguments.pop("temperature", None)  # transformers warns of it
-        mixed = context.mixed_precision_dtype
-        with torch.autocast(device_type=context.device.type, dtype=mixed, enabled=mixed is not None):
-            return context.model.generate(
-                input_ids=prompts, max_length=max_length, stopping_criteria=StoppingCriteriaList([criterion]),
-                pad_token_id=context.tokenizer.pad_token_id, use_cache=True, **_cache(method, context.device.type),
-                **arguments,
-            )  # fmt: skip
+        with seeded(seed):
+            if method == "plain":
+                return plain(prompts, max_length, stop, **arguments)
+            if not arguments.get("temperature"):
+                arguments.pop("temperature", None)  # transformers warns of it
+            criterion = StopStrings(context.tokenizer, stop, *prompts.shape)
+            mixed = context.mixed_precision_dtype
+            with torch.autocast(device_type=context.device.type, dtype=mixed, enabled=mixed is not None):
+                return context.model.generate(
+                    input_ids=prompts, max_length=max_length, stopping_criteria=StoppingCriteriaList([criterion]),
+                    pad_token_id=context.tokenizer.pad_token_id, use_cache=True, **_cache(method, context.device.type),
+                    **arguments,
+                )  # fmt: skip
 
     def _method(self, context: GenerationContext, stop: list[str], arguments: dict[str, Any]) -> tuple[str, str]:
         """Name of the method for a batch, and why not one that does less work."""
