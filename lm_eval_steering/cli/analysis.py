@@ -190,9 +190,8 @@ def logit_lens(
 
 def _load(path: Path) -> NeuronSet:
     from lm_eval_steering.neurons.neuron_set import NeuronSet
-    from lm_eval_steering.resources import find_neuron_set
 
-    return NeuronSet.load(find_neuron_set(path))
+    return NeuronSet.load(path)
 
 
 def _neurons(path: Path | None) -> NeuronSet | None:

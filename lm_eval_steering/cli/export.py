@@ -65,7 +65,6 @@ def export(
     from lm_eval_steering.export.job import Job, export_checkpoint, export_lora
     from lm_eval_steering.export.verify import Loader, read_prompts
     from lm_eval_steering.neurons.neuron_set import NeuronSet
-    from lm_eval_steering.resources import find_neuron_set
 
     options.check_folder(out)
     if factors is not None and as_ is not Form.LORA:
@@ -80,7 +79,7 @@ def export(
     loading = options.read_model_arguments(model_args)
     job = Job(
         Loader(model, revision, dtype, device, device_map, trust_remote_code, loading),
-        NeuronSet.load(find_neuron_set(neurons)), arguments, out, allow_empty, force,
+        NeuronSet.load(neurons), arguments, out, allow_empty, force,
         read_prompts(text, verify) if verify else (),
     )  # fmt: skip
     if as_ is Form.CHECKPOINT:

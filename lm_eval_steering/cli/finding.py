@@ -107,10 +107,9 @@ def calibrate(
     from lm_eval_steering.neurons.calibrate import calibrated
     from lm_eval_steering.neurons.neuron_set import NeuronSet
     from lm_eval_steering.neurons.recorder import Search
-    from lm_eval_steering.resources import find_neuron_set
 
     options.check_out(out, ".safetensors")
-    neuron_set = NeuronSet.load(find_neuron_set(neurons))
+    neuron_set = NeuronSet.load(neurons)
     kept = options.read_percentiles(percentiles)
     search = Search(corpus, neuron_set.languages, context=context, sentences=sentences, percentiles=kept)
     runner = options.runner_of(model, batch_size, context, bos)

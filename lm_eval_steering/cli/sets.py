@@ -77,9 +77,8 @@ def inspect(
     from lm_eval_steering.analysis.inspect import describe
     from lm_eval_steering.analysis.neuron_figures import draw
     from lm_eval_steering.neurons.neuron_set import NeuronSet
-    from lm_eval_steering.resources import find_neuron_set
 
-    loaded = NeuronSet.load(find_neuron_set(neuron_set))
+    loaded = NeuronSet.load(neuron_set)
     typer.echo(describe(loaded), nl=False)
     for path in draw(loaded, out) if out is not None else []:
         typer.echo(f"wrote {path}")
@@ -135,9 +134,8 @@ def random(
 
 def _load(path: Path) -> NeuronSet:
     from lm_eval_steering.neurons.neuron_set import NeuronSet
-    from lm_eval_steering.resources import find_neuron_set
 
-    return NeuronSet.load(find_neuron_set(path))
+    return NeuronSet.load(path)
 
 
 def _save(result: NeuronSet, out: Path) -> None:

@@ -17,7 +17,6 @@ from lm_eval_steering.errors import ArchitectureError, InterventionError, Neuron
 from lm_eval_steering.lmeval.compat import from_pretrained_arguments
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.resources import find_neuron_set
 from lm_eval_steering.steering.compiled import CompiledIntervention, compile_intervention
 from lm_eval_steering.steering.intervention import ARGUMENTS, from_arguments
 
@@ -202,7 +201,7 @@ def plan_before_loading(
     arguments.targets()
     if arguments.neurons is None:
         return None, None
-    neuron_set = NeuronSet.load(find_neuron_set(arguments.neurons))
+    neuron_set = NeuronSet.load(arguments.neurons)
     shape = shape_of(config)
     neuron_set.check_model(shape.layers, shape.units, model_type_of(config), arguments.force, shape.widths)
     return neuron_set, compile_intervention(intervention, neuron_set, arguments.allow_empty)

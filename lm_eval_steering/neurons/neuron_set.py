@@ -18,6 +18,7 @@ from lm_eval_steering import files, languages
 from lm_eval_steering.architectures import shape_text
 from lm_eval_steering.architectures.weights import difference, same_weights
 from lm_eval_steering.errors import NeuronSetError, did_you_mean
+from lm_eval_steering.resources import find_neuron_set
 
 SITES = ("activation", "product")
 _KIND = "neuron set"
@@ -257,13 +258,14 @@ class NeuronSet:
         files.write_tensors(Path(path), _KIND, metadata, tensors, version)
 
     @classmethod
-    def load(cls, path: str | Path) -> NeuronSet:
-        """Read and check a file.
+    def load(cls, name: str | Path) -> NeuronSet:
+        """Read and check a file: its path, or the name of one that ships (`demo`).
 
         Raises:
             NeuronSetError: if it is missing, cut short, not a neuron set, or its content is not what it says.
         """
-        metadata, tensors = files.read_tensors(Path(path), _KIND, NeuronSetError, _NEWEST)
+        path = find_neuron_set(name)
+        metadata, tensors = files.read_tensors(path, _KIND, NeuronSetError, _NEWEST)
         if metadata["format_version"] == _NEWEST:
             tensors = {
                 name: tensor.astype(np.int64) if tensor.dtype in _COMPACT else tensor

@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from lm_eval_steering import resources
 from lm_eval_steering.analysis.neuron_figures import by_layer
 from lm_eval_steering.analysis.style import (
     BLUE,
@@ -553,7 +552,7 @@ def best_overall(rows: pd.DataFrame) -> float:
 def neuron_set_of(neurons: str) -> NeuronSet | None:
     """The neuron set that a plan names, None if it cannot be read."""
     try:
-        return NeuronSet.load(resources.find_neuron_set(neurons)) if neurons else None
+        return NeuronSet.load(neurons) if neurons else None
     except (SteeringError, OSError):
         return None
 

@@ -660,7 +660,7 @@ def spell_out(plan: SweepPlan) -> Grid:
     Raises:
         SteeringError: for anything that would make a cell fail later and can be known now.
     """
-    neuron_set = NeuronSet.load(resources.find_neuron_set(plan.neurons))
+    neuron_set = NeuronSet.load(plan.neurons)
     searches = searches_of(plan, neuron_set)
     interventions, notes = interventions_of(plan, neuron_set, searches)
     grid = Grid(plan, TaskBook(plan), neuron_set, interventions, searches, notes=notes)

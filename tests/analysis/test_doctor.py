@@ -244,7 +244,7 @@ def test_the_command_passes_on_the_demo_model(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert "checks passed" in found.stdout and "FAIL" not in found.stdout and "\x1b" not in found.stdout
     content = json.loads((tmp_path / "d.json").read_text())
-    assert content["passed"] and content["neurons"] == NeuronSet.load(resources.find_neuron_set("demo")).content_hash()
+    assert content["passed"] and content["neurons"] == NeuronSet.load("demo").content_hash()
 
 
 def test_the_command_exits_with_1_and_names_the_bypassed_module(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def demo() -> LazyModel:
 
 @pytest.fixture(scope="module")
 def demo_set() -> NeuronSet:
-    return NeuronSet.load(resources.find_neuron_set("demo"))
+    return NeuronSet.load("demo")
 
 
 def test_special_tokens_pieces_and_ids_beyond_the_vocabulary_are_unknown(demo: LazyModel) -> None:

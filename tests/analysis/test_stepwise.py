@@ -39,7 +39,7 @@ def demo() -> LazyModel:
 
 @pytest.fixture(scope="module")
 def demo_set() -> NeuronSet:
-    return NeuronSet.load(resources.find_neuron_set("demo"))
+    return NeuronSet.load("demo")
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ def neuron_set(tmp_path_factory: pytest.TempPathFactory) -> NeuronSet:
 
 
 def test_the_set_that_ships_is_the_one_that_find_finds(neuron_set: NeuronSet) -> None:
-    shipped = NeuronSet.load(resources.find_neuron_set("demo"))
+    shipped = NeuronSet.load("demo")
     numbers = {"method": "lape", "rate": RATE, "filter_rate": 0.95, "bar_rate": 0.95}
     assert {name: shipped.provenance.selection[name] for name in numbers} == numbers
     assert shipped.provenance.corpus["sha256"] == neuron_set.provenance.corpus["sha256"]

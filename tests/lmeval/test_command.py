@@ -101,7 +101,7 @@ def test_bare_lm_eval_steers_and_proves_it_and_a_second_run_comes_from_the_cache
     assert report["signature"].startswith("op:add|value:mean|factor:4|lang:fra_Latn|site:product|layers:all|neurons:")
     assert report["neuron_set"]["model"] == "demo-model"
     sketch = tuple(map(float, report["neuron_set"]["weights"].split()))  # on one line of the file
-    assert sketch == tuple(NeuronSet.load(find_neuron_set("demo")).provenance.weights) and len(sketch) == 256
+    assert sketch == tuple(NeuronSet.load("demo").provenance.weights) and len(sketch) == 256
     assert all(report["evidence"][name] > 0 for name in ("forwards", "fired", "positions", "neurons", "largest_change"))
     assert report["evidence"]["fired"] == report["evidence"]["forwards"] * report["evidence"]["modules"]
     assert again["config"]["steering"]["evidence"]["forwards"] == 0

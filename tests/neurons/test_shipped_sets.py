@@ -62,7 +62,7 @@ def test_a_shipped_set_is_small_and_says_what_it_is(name: str, command: Command)
 @pytest.mark.parametrize("name", SHIPPED)
 def test_it_holds_what_its_authors_published(name: str, shared_data: Path) -> None:
     theirs = torch.load(shared_data / "published_neuron_sets" / "clas-bench" / SHIPPED[name][0], weights_only=True)
-    ours = NeuronSet.load(find_neuron_set(name))
+    ours = NeuronSet.load(name)
     for code, layers in zip(ours.languages, theirs, strict=True):
         rows = [(layer, int(unit)) for layer, units in enumerate(layers) for unit in sorted(units.tolist())]
         assert np.array_equal(ours.neurons(code), np.array(rows))
@@ -86,7 +86,7 @@ def test_another_hub_id_is_refused_by_name() -> None:
     with pytest.raises(SteeringError, match="the neuron set is for CohereLabs/aya-expanse-8b, the model is"):
         from lm_eval_steering.lmeval.arguments import refuse_other_name
 
-        refuse_other_name(NeuronSet.load(find_neuron_set("aya-expanse-8b-lape-1")), "CohereLabs/aya-23-8B")
+        refuse_other_name(NeuronSet.load("aya-expanse-8b-lape-1"), "CohereLabs/aya-23-8B")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_model_of_that_shape_is_steered_with_a_warning(
     plain = SteeredHFLM(pretrained=str(same_shape), batch_size=1)
     (unsteered,) = plain.loglikelihood([request])
     assert steered[0] != unsteered[0]
-    neurons = NeuronSet.load(find_neuron_set(name)).neurons("fra_Latn")
+    neurons = NeuronSet.load(name).neurons("fra_Latn")
     assert model.get_model_info()["steering"]["evidence"]["neurons"] == len(neurons)
 
 
@@ -119,7 +119,7 @@ def test_a_statistic_is_refused_until_calibrate_adds_it_and_the_sketch(
         SteeredHFLM(neurons=name, **steer)  # type: ignore[arg-type]
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    for number, code in enumerate(NeuronSet.load(find_neuron_set(name)).languages):
+    for number, code in enumerate(NeuronSet.load(name).languages):
         lines = [" ".join(f"w{(number + word * step) % 50}" for word in range(8)) for step in (1, 3)]
         (corpus / f"{code}.txt").write_text("\n".join(lines) + "\n")
     out = tmp_path / "calibrated.safetensors"

@@ -25,7 +25,7 @@ from lm_eval_steering.lmeval.task_families.parallel import joint
 from lm_eval_steering.metrics.degenerate import degenerate
 from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.resources import demo_sentences, find_neuron_set
+from lm_eval_steering.resources import demo_sentences
 
 FOLDER = Path(os.environ.get("GEMMA_3_270M") or Path.home() / ".cache" / "lm-eval-steering" / "gemma-3-270m-q4km")
 MISSING = f"{FOLDER} holds no checkpoint of google/gemma-3-270m; `make test-real` writes it (GEMMA_3_270M=FOLDER)"
@@ -50,7 +50,7 @@ def loaded() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def neurons() -> NeuronSet:
-    return NeuronSet.load(find_neuron_set("gemma-3-270m-q4km-lape-1"))
+    return NeuronSet.load("gemma-3-270m-q4km-lape-1")
 
 
 @pytest.fixture(scope="module")

@@ -236,9 +236,8 @@ def test_a_set_of_another_text_needs_one_to_be_named(spell: Spell, tmp_path: Pat
     from dataclasses import replace
 
     from lm_eval_steering.neurons.neuron_set import NeuronSet
-    from lm_eval_steering.resources import find_neuron_set
 
-    demo = NeuronSet.load(find_neuron_set("demo"))
+    demo = NeuronSet.load("demo")
     corpus = {**demo.provenance.corpus, "calibration": {"source": "elsewhere", "sentences": {}, "sha256": {}}}
     replace(demo, provenance=replace(demo.provenance, corpus=corpus)).save(tmp_path / "other.safetensors")
     plan = {"neurons": str(tmp_path / "other.safetensors"), "interventions": ENTRIES[:1]}

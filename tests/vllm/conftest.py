@@ -22,7 +22,7 @@ from lm_eval_steering.architectures import shape_of
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families import demo as tasks
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics, union_of
-from lm_eval_steering.resources import demo_model, find_neuron_set
+from lm_eval_steering.resources import demo_model
 from tests.conftest import TOKENS, tiny_tokenizer
 from tests.sweep.conftest import spell, task_files  # noqa: F401  fixtures
 
@@ -140,7 +140,7 @@ def answers(lm: Any) -> tuple[list[tuple[float, bool]], list[str]]:
 
 @cache
 def demo_set() -> NeuronSet:
-    return NeuronSet.load(find_neuron_set("demo"))
+    return NeuronSet.load("demo")
 
 
 @cache

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval_steering.lmeval import registration
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from lm_eval_steering.resources import demo_model, find_neuron_set, tasks_folder
+from lm_eval_steering.resources import demo_model, tasks_folder
 from tests.conftest import SHARED
 from tests.lmeval.task_families.items import INCLUDE, MLQA, write, write_everywhere
 
@@ -38,7 +38,7 @@ def described_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def demo_set() -> NeuronSet:
-    return NeuronSet.load(find_neuron_set("demo"))
+    return NeuronSet.load("demo")
 
 
 @pytest.fixture(scope="session")
