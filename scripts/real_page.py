@@ -155,10 +155,10 @@ def _row(cells: list[Any]) -> str:
 def main(folder: Path, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for name, block in Page(compute(read_results(folder / "sweep")), Store(folder / "sweep")).blocks().items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             sys.exit(f"{page}: no place for {name}: expected <!-- {name} --> and <!-- end -->")
-        text = pattern.sub(lambda match, block=block: match[1] + block + match[2], text)
+        text = pattern.sub(lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text)
     page.write_text(text, encoding="utf-8")
     figures = {
         "layers": "neurons-by-layer",

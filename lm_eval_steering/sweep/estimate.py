@@ -11,25 +11,38 @@ from lm_eval_steering.sweep.cells import Cell
 
 
 class Estimate:
-    """Seconds that cells take, from those already run: of the same task where there are some, else of any task."""
+    """Seconds that cells take, from those already run: of the same task where there are some, else of any task.
+
+    Runners on one folder share its cells as they did so far.
+    """
 
     def __init__(self, timings: Iterable[Mapping[str, Any]] = ()) -> None:
         self._seconds: dict[str, list[float]] = {}
+        self._here, self._elsewhere = 0, 0
         for timing in timings:
-            self.add(str(timing["task"]), float(timing["seconds"]))
+            self._take(str(timing["task"]), float(timing["seconds"]))
 
     def add(self, task: str, seconds: float) -> None:
-        """Take one more cell into account."""
+        """Take one more cell into account, which was run here."""
+        self._here += 1
+        self._take(task, seconds)
+
+    def add_elsewhere(self) -> None:
+        """Another runner has, or had, a cell that was missing when this one began."""
+        self._elsewhere += 1
+
+    def _take(self, task: str, seconds: float) -> None:
         self._seconds.setdefault(task, []).append(seconds)
 
     def of(self, cells: Iterable[Cell]) -> float | None:
-        """Seconds for some cells, one after the other; None where nothing was run yet."""
+        """Seconds until some cells are done; None where nothing was run yet."""
         everything = [seconds for of_task in self._seconds.values() for seconds in of_task]
         if not everything:
             return None
         means = {task: sum(of_task) / len(of_task) for task, of_task in self._seconds.items()}
         rest = sum(everything) / len(everything)
-        return sum(means.get(cell.task, rest) for cell in cells)
+        share = self._here / (self._here + self._elsewhere) if self._here else 1.0
+        return share * sum(means.get(cell.task, rest) for cell in cells)
 
 
 class CellLog:

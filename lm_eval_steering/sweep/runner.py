@@ -124,7 +124,7 @@ class SweepRunner:
         self._lost: set[str] = set()  # keys of cells at which the engine died
         self._controls = ControlSets(grid, store, self.ranks)
         self._estimate = Estimate()
-        self._rest: list[Cell] = []
+        self._ahead: list[Cell] = []
         self._said: set[str] = set()
         self._last_task: tuple[str, str | None] | None = None
         self._total = 0
@@ -187,7 +187,7 @@ class SweepRunner:
                     self.progress.say(summary(curve, search))
                     waiting.remove(search)
                     continue
-                self._rest = [cell]
+                self._ahead = [cell]
                 state = self._attempt(cell)
                 waited = waited and state == BUSY
                 if state == FAILED and not self._same(overflowed(self.store, cell)):
@@ -249,16 +249,22 @@ class SweepRunner:
 
     def _drain(self, cells: Sequence[Cell]) -> None:
         """Until each cell is done, here or elsewhere; cells that other runners hold are waited for, or taken over."""
-        self._rest = list(cells)
+        rest = list(cells)
         self._total += len(cells)
-        while self._rest:
+        missing = {cell.key for cell in cells if not self.store.is_done(cell.key)}  # not seen at another runner yet
+        while rest:
             waited = True
-            for cell in list(self._rest):
+            for position, cell in enumerate(before := list(rest)):
+                self._ahead = before[position:]
+                ran = self.outcome.ran
                 state = self._attempt(cell)
+                if state in (BUSY, DONE) and self.outcome.ran == ran and cell.key in missing:
+                    self._estimate.add_elsewhere()
+                missing.discard(cell.key)
                 if state == BUSY:
                     continue
                 waited = False
-                self._rest.remove(cell)
+                rest.remove(cell)
                 if state == FAILED:
                     self.outcome.failed.append(cell)
                 else:
@@ -289,7 +295,7 @@ class SweepRunner:
 
     def _run(self, cell: Cell) -> str:
         done = self.outcome.done + len(self.outcome.failed)
-        self.progress.begin(cell, done, self._total, self._estimate.of(self._rest))
+        self.progress.begin(cell, done, self._total, self._estimate.of(self._ahead))
         lm = self._model()  # outside: a model that cannot be loaded is no failure of a cell
         begun, tokens = time.monotonic(), lm.tokens
         try:

@@ -20,7 +20,7 @@ import torch
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.steering.intervention import Intervention
 from lm_eval_steering.sweep.cells import Grid
-from lm_eval_steering.sweep.estimate import CellLog
+from lm_eval_steering.sweep.estimate import CellLog, Estimate
 from lm_eval_steering.sweep.locks import locked, owners, why_unsafe
 from lm_eval_steering.sweep.runner import Shard
 from lm_eval_steering.sweep.status import status
@@ -375,3 +375,17 @@ def test_an_engine_that_dies_is_started_anew_and_costs_no_other_cell(
         assert (outcome.exit_code, outcome.ran) == (1, len(grid.cells) - 1)
         assert [cell.key for cell in outcome.failed] == [planned.key]
         assert Store(out).missing().why.tolist() == ["RuntimeError: the engine's process is gone"]
+
+
+def test_the_time_that_is_left_is_shared_with_other_runners(grid: Grid) -> None:
+    """Two runners that do every other cell need half the time that one needs."""
+    cells = [cell for cell in grid.cells if cell.task == grid.cells[0].task]
+    alone, shared = Estimate(), Estimate()
+    for _ in range(3):
+        alone.add(cells[0].task, 10.0)
+        shared.add(cells[0].task, 10.0)
+        shared.add_elsewhere()
+    assert alone.of(cells) == 10 * len(cells)
+    assert shared.of(cells) == 5 * len(cells)
+    earlier = Estimate([{"task": cells[0].task, "seconds": 10.0}])  # of an earlier run, whoever did it
+    assert earlier.of(cells) == 10 * len(cells)
