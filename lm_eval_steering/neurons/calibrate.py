@@ -74,8 +74,9 @@ def calibrate(
 ) -> Statistics:
     """Statistics of the given neurons at both sites, one row per sentence.
 
-    `mean` is over all tokens (Gurgurov et al. 2025); `sentence_mean`, `median` (the lower of two middle values),
-    `max` and `pNN` (linear interpolation) are over the sentences' token means (Rahmanisa et al. 2025).
+    `mean` and `token_max` are over all tokens (Gurgurov et al. 2025; the M of SAE-LAPE, Andrylie et al. 2025);
+    `sentence_mean`, `median` (the lower of two middle values), `max` and `pNN` (linear interpolation) are over the
+    sentences' token means (Rahmanisa et al. 2025).
 
     Args:
         runner: the model and how it is run.
@@ -92,11 +93,12 @@ def calibrate(
         for language, rows in sentences.items():
             if not len(rows):
                 raise CorpusError(f"{language}: no sentence of at least {SHORTEST} tokens to calibrate with")
-            sums = _sentence_sums(runner.model.sites, runner.batches(rows), neurons, runner.ranks)
+            sums, highest = _observed(runner.model.sites, runner.batches(rows), neurons, runner.ranks)
             if not all(np.isfinite(table).all() for table in sums.values()):
                 raise DidNotHappenError(f"{language}: activations hold infinities or NaN; load the model in bfloat16")
             for site in SITES:
-                for name, column in _summaries(sums[site], rows.lengths, percentiles).items():
+                columns = {**_summaries(sums[site], rows.lengths, percentiles), "token_max": highest[site]}
+                for name, column in columns.items():
                     values[site].setdefault(name, []).append(column.astype(np.float32))
             bar.update(1)
     stacked = {
@@ -105,15 +107,21 @@ def calibrate(
     return Statistics(neurons, tuple(sentences), stacked)
 
 
-def _sentence_sums(
+def _observed(
     sites: ModelSites, batches: Batches, neurons: Neurons, ranks: Ranks
-) -> dict[str, NDArray[np.float64]]:
-    """site -> (sentence, neuron) sums over the sentence's tokens, accumulated in float64."""
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
+    """What the counted tokens show of the neurons at each site.
+
+    Returns:
+        site -> (sentence, neuron) sums over the sentence's tokens, accumulated in float64.
+        site -> (neuron,) maximum over the tokens of all sentences.
+    """
     wanted = {
         int(layer): torch.from_numpy(neurons[neurons[:, 0] == layer, 1]).to(batches.device)
         for layer in np.unique(neurons[:, 0])
     }
-    pieces: dict[str, dict[int, torch.Tensor]] = {site: {} for site in SITES}
+    sums: dict[str, dict[int, torch.Tensor]] = {site: {} for site in SITES}
+    maxima: dict[str, dict[int, torch.Tensor]] = {site: {} for site in SITES}
     counted = torch.zeros(0, 0, dtype=torch.bool)
 
     def keep(site: str) -> Observer:
@@ -121,20 +129,29 @@ def _sentence_sums(
             if layer in wanted:
                 # float64 on CPU: not every accelerator has it.
                 chosen = units.index_select(-1, wanted[layer].to(units.device)).cpu().double()
-                pieces[site][layer] = torch.where(counted.unsqueeze(-1), chosen.reshape(*counted.shape, -1), 0).sum(1)
+                chosen, real = chosen.reshape(*counted.shape, -1), counted.unsqueeze(-1)
+                sums[site][layer] = torch.where(real, chosen, 0).sum(1)
+                maxima[site][layer] = torch.where(real, chosen, -torch.inf).amax((0, 1))
 
         return observer
 
+    def joined(parts: dict[int, torch.Tensor], *rows: int) -> NDArray[np.float64]:
+        return np.concatenate([np.zeros((*rows, 0)), *(parts[layer].numpy() for layer in wanted)], axis=-1)
+
     sums_by_row: dict[str, dict[int, NDArray[np.float64]]] = {site: {} for site in SITES}
+    highest = {site: np.full(len(neurons), -np.inf) for site in SITES}
     with observing(sites, at_activation=keep("activation"), at_product=keep("product")) as run:
         for batch in batches:
             counted = batch.counted.cpu()
             run(batch)
             for site in SITES:
-                empty = np.zeros((len(batch.rows), 0))
-                sums = np.concatenate([empty, *(pieces[site][layer].numpy() for layer in wanted)], axis=1)
-                sums_by_row[site] |= dict(zip(batch.rows.tolist(), sums, strict=True))
-    return {site: in_order(ranks.gather(sums_by_row[site])) for site in SITES}
+                of_rows = joined(sums[site], len(batch.rows))
+                sums_by_row[site] |= dict(zip(batch.rows.tolist(), of_rows, strict=True))
+                highest[site] = np.maximum(highest[site], joined(maxima[site]))
+    return (
+        {site: in_order(ranks.gather(sums_by_row[site])) for site in SITES},
+        {site: np.max(ranks.gather(highest[site]), axis=0) for site in SITES},
+    )
 
 
 def _summaries(

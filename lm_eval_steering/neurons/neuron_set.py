@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lm_eval_steering import files, languages
 from lm_eval_steering.architectures import shape_text
 from lm_eval_steering.architectures.weights import difference, same_weights
-from lm_eval_steering.errors import NeuronSetError, did_you_mean
+from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.resources import find_neuron_set
 
 SITES = ("activation", "product")
@@ -93,8 +93,11 @@ class Statistics:
         table = self.values.get(site, {})
         source = "mean" if name == "diffmean" else name
         if source not in table:
-            hint = did_you_mean(name, [*table, *(["diffmean"] if "mean" in table else [])])
-            raise NeuronSetError(f"statistic {name!r} at site {site!r} is not in the neuron set{hint}")
+            known = [*table, *(["diffmean"] if "mean" in table else [])]
+            raise NeuronSetError(
+                f"statistic {name!r} at site {site!r} is not in the neuron set; known: {', '.join(known) or 'none'}; "
+                "`lm-eval-steering calibrate` measures it"
+            )
         if language not in self.languages:
             raise NeuronSetError(f"the neuron set has statistics of {'+'.join(self.languages)}, not of {language}")
         values = table[source][self._rows(neurons)].astype(np.float64)
@@ -182,8 +185,8 @@ class NeuronSet:
 
         Args:
             language: any code that names it.
-            name: `mean` (over all tokens), `sentence_mean`, `median`, `max`, `p10` ... (over the sentences' means), or
-                `diffmean`.
+            name: `mean`, `token_max` (over all tokens), `sentence_mean`, `median`, `max`, `p10` ... (over the
+                sentences' means), or `diffmean`.
             site: `activation` or `product`.
 
         Raises:

@@ -326,7 +326,10 @@ def _values(step: Step, neurons: Neurons, language: str, neuron_set: NeuronSet) 
     if not isinstance(step.amount, str):
         return np.full(len(neurons), step.amount)
     if neuron_set.calibrated is None:
-        raise InterventionError(f"value={step.amount}: the neuron set holds no calibrated statistics")
+        raise InterventionError(
+            f"value={step.amount}: the neuron set holds no calibrated statistics; `lm-eval-steering calibrate` adds "
+            "them"
+        )
     return neuron_set.calibrated.lookup(neurons, language, step.site, step.amount).astype(np.float64)
 
 

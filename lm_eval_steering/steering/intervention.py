@@ -24,7 +24,7 @@ from lm_eval_steering.steering.positions import ALL, FORMS, parse_positions
 OPERATIONS = ("scale", "add", "set")
 SITES = ("activation", "product")
 SCOPES = ("token", "sequence")
-STATISTICS = ("mean", "median", "max", "diffmean", "sentence_mean")
+STATISTICS = ("mean", "median", "max", "token_max", "diffmean", "sentence_mean")
 LIVE = ("live_max", "live_mean", "live_median", "live_min", "live_std", "live_iqr", "live_mad")
 NORMAL = "normal"
 OTHERS = "others"

@@ -17,8 +17,8 @@ from tests.conftest import make_set, tiny_model
 PAGE = Path(__file__).parents[2] / "docs" / "interventions.md"
 SET = make_set({"fra_Latn": [(0, 1), (0, 5), (2, 3)], "deu_Latn": [(0, 5)], "tur_Latn": []})
 NAMES = (
-    "mean, median, max, diffmean, sentence_mean, pNN, live_max, live_mean, live_median, live_min, live_std, live_iqr, "
-    "live_mad, live_pNN, normal"
+    "mean, median, max, token_max, diffmean, sentence_mean, pNN, live_max, live_mean, live_median, live_min, live_std, "
+    "live_iqr, live_mad, live_pNN, normal"
 )
 FORMS = "all, prompt, generated, last, a window such as 3:10, or a window of a part such as prompt[-5:]"
 PRESETS = (
@@ -83,7 +83,12 @@ MATRIX = [
     (
         "language=fra,op=add,value=p75",
         "statistic 'p75' at site 'activation' is not in the neuron set; known: mean, sentence_mean, "
-        "median, max, p10, diffmean",
+        "median, max, p10, diffmean; `lm-eval-steering calibrate` measures it",
+    ),
+    (
+        "language=fra,op=add,value=token_max",
+        "statistic 'token_max' at site 'activation' is not in the neuron set; known: mean, sentence_mean, "
+        "median, max, p10, diffmean; `lm-eval-steering calibrate` measures it",
     ),
     (
         "language=fra,op=add,value=1e30,factor=1e30",

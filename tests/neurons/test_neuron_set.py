@@ -114,11 +114,11 @@ def test_a_language_has_the_statistics_of_its_own_neurons() -> None:
         found.calibrated.lookup(np.array([[0, 1]]), "spa_Latn", "activation", "mean")
 
 
-def test_an_absent_statistic_is_named_with_the_closest() -> None:
+def test_an_absent_statistic_is_named_with_those_that_are_there() -> None:
     found = make_set(PAIRS).calibrated
     assert found is not None
-    with pytest.raises(NeuronSetError, match=r"statistic 'p11' at site 'activation' is not.*did you mean 'p10'"):
-        found.lookup(np.array([[0, 1]]), "deu_Latn", "activation", "p11")
+    with pytest.raises(NeuronSetError, match=r"'token_max' at site 'activation' is not.*known: mean,.*p10.*calibrate"):
+        found.lookup(np.array([[0, 1]]), "deu_Latn", "activation", "token_max")
     with pytest.raises(NeuronSetError, match="no calibrated statistics"):
         found.lookup(np.array([[1, 1]]), "deu_Latn", "activation", "mean")
 

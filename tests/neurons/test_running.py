@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from lm_eval_steering.architectures.loading import Bos, LazyModel
 from lm_eval_steering.errors import CorpusError, DidNotHappenError, RecordingError, SteeringError
 from lm_eval_steering.neurons.calibrate import calibrate
 from lm_eval_steering.neurons.find import Method, find_with
+from lm_eval_steering.neurons.neuron_set import Statistics
 from lm_eval_steering.neurons.recorder import Recorder, Search
 from lm_eval_steering.neurons.recording import RecordingFolder
 from lm_eval_steering.neurons.rows import TokenRows, sentence_rows
@@ -108,10 +111,44 @@ def test_statistics_equal_a_plain_loop(model: torch.nn.Module) -> None:
                 "sentence_mean": means.mean(axis=0),
                 "median": ordered[(len(rows) - 1) // 2],
                 "max": means.max(axis=0),
+                "token_max": np.concatenate(units, axis=1).max(axis=1),
                 "p10": np.percentile(means, 10, axis=0),
             }
             for name, values in expected.items():
                 assert np.allclose(found.values[site][name][:, k], values, atol=1e-6), (site, name)
+
+
+class InThreads(Ranks):
+    """One of several processes, each a thread here, that gather in memory."""
+
+    def __init__(self, rank: int, meeting: Barrier, values: list[Any]) -> None:
+        super().__init__(rank, meeting.parties)
+        self.meeting, self.values = meeting, values
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.meeting.wait(60)
+        gathered = list(self.values)
+        self.meeting.wait(60)
+        return gathered
+
+
+def test_statistics_of_three_processes_are_those_of_one() -> None:
+    rows = {code: TokenRows.of(rows) for code, rows in ROWS.items()}  # 2 batches for 3 processes: one has none
+
+    models = [LazyModel.of(tiny_model("llama").double(), tiny_tokenizer()) for _ in range(3)]
+
+    def found(ranks: Ranks) -> Statistics:
+        return calibrate(ModelRunner(models[ranks.rank], batch_size=2, ranks=ranks), rows, NEURONS)
+
+    meeting, values = Barrier(3), [None] * 3
+    with ThreadPoolExecutor(3) as pool:
+        of_three = list(pool.map(lambda rank: found(InThreads(rank, meeting, values)), range(3)))
+    alone = found(Ranks()).values
+    assert "token_max" in alone["activation"]
+    for statistics in of_three:
+        for site, tables in alone.items():
+            assert all(np.array_equal(statistics.values[site][name], table) for name, table in tables.items())
 
 
 def test_sentence_means_equal_a_plain_loop(model: torch.nn.Module) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from lm_eval_steering import languages
+from lm_eval_steering import languages, resources
+from lm_eval_steering.cli import app
 from lm_eval_steering.lmeval.task_families.demo import demo_languages
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics, union_of
 from lm_eval_steering.plans.shipped import describe, family_of, find_plan, shipped_plans, summary_of
@@ -58,7 +60,7 @@ def real_set(plan: SweepPlan) -> NeuronSet:
     rows = {code: np.array([[0, number], [layers - 1, units - 1 - number]]) for number, code in enumerate(codes)}
     union = union_of(list(rows.values()))
     table = np.ones((len(union), len(codes)), dtype=np.float32)
-    values = {site: dict.fromkeys(("mean", "median", "max"), table) for site in SITES}
+    values = {site: dict.fromkeys(("mean", "median", "max", "token_max"), table) for site in SITES}
     return NeuronSet(
         codes, rows, Provenance(plan.model.pretrained, "", architecture, layers, units),
         Statistics(union, codes, values),
@@ -162,13 +164,28 @@ def without_local_data(plan: SweepPlan) -> tuple[list[str], list[str]]:
     return there, absent
 
 
+@pytest.fixture(scope="module")
+def demo_set_with_token_max(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo set measured anew: the one that ships was calibrated before `token_max` was a statistic."""
+    path = tmp_path_factory.mktemp("measured") / "demo.safetensors"
+    model, text = resources.demo_model(), resources.demo_calibration()
+    words = ["calibrate", "demo", "--model", model, "--corpus", text, "--sentences", 3, "--out", path]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    return path
+
+
 @pytest.mark.parametrize("name", SIZES)
-def test_a_plan_runs_on_the_demo_model(name: str, data: Path, tmp_path: Path, one_thread: None) -> None:
+def test_a_plan_runs_on_the_demo_model(
+    name: str, data: Path, tmp_path: Path, one_thread: None, request: pytest.FixtureRequest
+) -> None:
     real = read_plan(find_plan(name))
+    measured = "token_max" in summary_of(name).statistics
+    neurons = request.getfixturevalue("demo_set_with_token_max") if measured else "demo"
     codes = [code for code in real.languages if code in demo_languages()][:2]
     metadata = {**real.metadata, "data_dir": str(data), "samples": 2, "bleu_tokenizer": "char"}
     overrides = [
-        "model={pretrained: demo, batch_size: 8}", "neurons=demo", f"languages=[{', '.join(codes)}]",
+        "model={pretrained: demo, batch_size: 8}", f"neurons={neurons}", f"languages=[{', '.join(codes)}]",
         f"metadata={json.dumps(metadata)}", "limit=2", "bootstrap_iters=2",
         "gen_kwargs={max_gen_toks: 4}", *FOR_THE_DEMO.get(name, ()),
     ]  # fmt: skip
