@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ Questions in English, n = 12; share of answers that are French and not degenerat
 and that are degenerate; rise of nats per token on 20 French sentences and on 60 of the other three languages; the same
 with one matched random set.
 
-![Clean LFS against the rise of nats per token of French text](real-model-trade-off.png)
+![Clean LFS against the rise of nats per token of French text; add mean at the product](real-model-trade-off.png)
 """
 CHOSEN = """
 The factor is chosen on one half of the questions. On the other half, asked in languages that nothing was chosen on, and
@@ -59,7 +60,7 @@ class Page:
     def blocks(self) -> dict[str, str]:
         """Name of a block -> its text."""
         return {
-            "answer": f"{ANSWER}\n" + "\n".join(f"- {sentence}" for sentence in answer(self.results).sentences),
+            "answer": f"{ANSWER}\n" + "\n".join(map(_item, answer(self.results).sentences)),
             "deactivation": f"{DEACTIVATION}\n{self.deactivation()}",
             "amplification": f"{AMPLIFICATION}\n{self.amplification()}",
             "chosen": f"{CHOSEN}\n{self.chosen()}",
@@ -146,6 +147,10 @@ class Page:
 def _unmarked(intervention: str) -> str:
     """Name of the intervention that a random control repeats."""
     return re.sub(r"-random\d+", "", intervention)
+
+
+def _item(sentence: str) -> str:
+    return textwrap.fill(f"- {sentence}", 120, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _row(cells: list[Any]) -> str:

@@ -26,7 +26,7 @@ from lm_eval_steering.report.naming import (
     readable_metric,
     with_interval,
 )  # fmt: skip
-from lm_eval_steering.report.read import BASELINE, CLEAN, DEGENERATE, FORCED
+from lm_eval_steering.report.read import BASELINE, CLEAN, DEGENERATE, FORCED, LANG_UNKNOWN
 from lm_eval_steering.report.tables import Results, control_scores, controls_by_place, intervals
 from lm_eval_steering.sweep.choice import REPORT
 
@@ -256,20 +256,21 @@ def _at_best(results: Results, rows: pd.DataFrame) -> Headline:
 def _with_damage(results: Results, rows: pd.DataFrame, effects: Effects, how: str, half: bool) -> Headline:
     """The rows beside the damage at the very same language, intervention and factor."""
     frame, damage = effects.frame, results.damage
-    degenerate = frame[(_metrics(frame) == DEGENERATE) & frame["cell"].isin(rows["cell"])]
-    by_cell = degenerate.set_index("cell")["difference"].to_dict()
     beside = dict(zip(_settings(damage), damage.to_dict("records"), strict=True)) if len(damage) else {}
     records: list[dict[str, Any]] = [beside.get(setting, {}) for setting in _settings(rows)]
     nats = [record if record.get("perplexity") == NATS else {} for record in records]
     rows = rows.assign(
-        degenerate=[by_cell.get(cell, np.nan) for cell in rows["cell"]],
         nats_self=[record.get("perplexity_self", np.nan) for record in nats],
         nats_cross=[record.get("perplexity_cross", np.nan) for record in nats],
-        unknown=[record.get("unknown", np.nan) for record in records],
     )
-    rows["degenerate"] = rows["degenerate"].fillna(
-        dict(zip(rows.index, [record.get("degenerate", np.nan) for record in records], strict=True))
-    )
+    for name, metric in (
+        ("degenerate", DEGENERATE),
+        ("unknown", LANG_UNKNOWN),
+    ):  # of the same outputs
+        by_cell = frame[_metrics(frame) == metric].set_index("cell")["difference"].to_dict()
+        rows[name] = [
+            by_cell.get(cell, record.get(name, np.nan)) for cell, record in zip(rows["cell"], records, strict=True)
+        ]
     return Headline(rows, effects, str(rows["metric"].iloc[0]), str(rows["family"].iloc[0]), how, half)
 
 

@@ -194,7 +194,7 @@ def factor_curve(summary: pd.DataFrame, theme: Theme) -> Figure:
 
 
 def trade_off(damage: pd.DataFrame, theme: Theme) -> Figure:
-    """Language success against the rise of perplexity (or of degenerate outputs): one line a language, over factors."""
+    """Language success against damage (or the rise of degenerate outputs): one line per language, over factors."""
     price = price_of(damage)
     figure = new_figure(COLUMN, 2.6)
     axes = figure.subplots()
@@ -205,10 +205,11 @@ def trade_off(damage: pd.DataFrame, theme: Theme) -> Figure:
             rows[price], rows["success"], color=colour, marker=marker, markersize=4, linewidth=1.1,
             label=english_name(str(code).split("+", maxsplit=1)[0]),
         )  # fmt: skip
-        for x, y, factor in zip(rows[price], rows["success"], rows["factor"], strict=True):
-            axes.annotate(f"×{factor:g}", (x, y), xytext=(4, -7), textcoords="offset points", fontsize=5.5)
+        for place, (x, y, factor) in enumerate(zip(rows[price], rows["success"], rows["factor"], strict=True)):
+            above = (4, -7) if place % 2 else (-4, 5)  # in turn, where points are close to each other
+            axes.annotate(f"×{factor:g}", (x, y), xytext=above, textcoords="offset points", fontsize=5.5)
     axes.axvline(0, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.set_ylim(-0.04, 1.08)
+    axes.set_ylim(-0.09, 1.08)
     axes.set_title("Success against damage")
     axes.set_xlabel(price_label(price, damage))
     axes.set_ylabel(readable_metric(str(measured["success_metric"].iloc[0])))
@@ -292,7 +293,7 @@ def _of_equal_damage(results: Results) -> list[Picture]:
 
 def price_of(damage: pd.DataFrame) -> str:
     """The column of damage that goes with success: the first that has most points beside it; empty where none has."""
-    names = ("perplexity_all", "degenerate", "unknown")
+    names = ("perplexity_self", "perplexity_all", "degenerate", "unknown")
     if "success" not in damage:
         return ""
     points = {name: int((damage["success"].notna() & damage[name].notna()).sum()) for name in names if name in damage}
@@ -304,6 +305,7 @@ def price_label(price: str, damage: pd.DataFrame) -> str:
     """What a column of damage is, for an axis."""
     unit = readable_metric(str(damage["perplexity"].iloc[0])) if "perplexity" in damage else ""
     return {
+        "perplexity_self": f"rise in {unit}, text of the steered language",
         "perplexity_all": f"rise in {unit}, all texts",
         "degenerate": "rise in degenerate outputs",
         "unknown": "rise in outputs of no known language",
