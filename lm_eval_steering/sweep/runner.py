@@ -187,7 +187,7 @@ class SweepRunner:
                     self.progress.say(summary(curve, search))
                     waiting.remove(search)
                     continue
-                self._ahead = [cell]
+                self._ahead = [cell] * max(1, self._total - self.outcome.done)  # at most as many
                 state = self._attempt(cell)
                 waited = waited and state == BUSY
                 if state == FAILED and not self._same(overflowed(self.store, cell)):

@@ -97,6 +97,18 @@ def test_damage_is_in_the_row_of_success(results: Results) -> None:
     assert own["n_texts"] == 30
 
 
+def test_factors_are_compared_over_the_tasks_that_all_of_them_have(tmp_path: Path) -> None:
+    """What only the chosen factor was run on in the second stage moves its damage and success no more than another's."""
+    made = FolderOfCells(tmp_path / "sweep")
+    for factor, stage, task, share in ((0, 1, "asked", 0), (2, 1, "asked", 0.5), (4, 1, "asked", 0.75),
+                                       (0, 2, "other", 0), (4, 2, "other", 0.25)):  # fmt: skip
+        steered = "deu_Latn" if factor else ""
+        made.add(task, {"lfs": right(share)}, steered, factor, target="deu_Latn", stage=stage)
+    found = compute(read_results(tmp_path / "sweep")).damage.set_index("factor")
+    assert found["success"].to_dict() == {2.0: 0.5, 4.0: 0.75}
+    assert found["n_outputs"].to_dict() == {2.0: 40, 4.0: 40}
+
+
 def test_merged_tables_give_the_same_effects(sweep_folder: Path, results: Results, tmp_path: Path) -> None:
     merge([sweep_folder], tmp_path, items=True)
     merged = compute(read_results(tmp_path)).effects.frame
