@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 MOST_EVALUATIONS = 12  # of one intervention on one language, shared by its targets
 TOLERANCE = 0.1  # a target is reached where the damage is within this share of it
 FIRST, RATIO = 0.25, 2.0  # of the walk: its first distance from the factor that changes nothing, and their ratio
-LONGEST = 64.0  # the distance at which a walk ends by default
+LONGEST = 64.0  # the distance at which a walk ends by default; one that ends later begins later
 _MARGIN = 0.1  # of a bracket's width in logarithms, from its ends to what is interpolated
 _SHARE = 8.0  # an interpolated point next to the identity is at least this part of the nearest evaluated one
 
@@ -152,7 +152,7 @@ def search(line: Line, targets: Sequence[float]) -> Generator[float, float, Curv
     curve = Curve(line)
     halve: dict[float, bool] = dict.fromkeys(targets, False)
     turns: dict[float, int] = dict.fromkeys(targets, 0)
-    distance = FIRST
+    distance = FIRST * max(1.0, line.length / LONGEST)
     while len(curve.points) < MOST_EVALUATIONS:
         factor = line.factor(distance)
         if factor not in curve.points:

@@ -98,7 +98,7 @@ def test_damage_is_in_the_row_of_success(results: Results) -> None:
 
 
 def test_factors_are_compared_over_the_tasks_that_all_of_them_have(tmp_path: Path) -> None:
-    """What only the chosen factor was run on in the second stage moves its damage and success no more than another's."""
+    """What only the chosen factor was run on in the second stage does not enter its success and damage."""
     made = FolderOfCells(tmp_path / "sweep")
     for factor, stage, task, share in ((0, 1, "asked", 0), (2, 1, "asked", 0.5), (4, 1, "asked", 0.75),
                                        (0, 2, "other", 0), (4, 2, "other", 0.25)):  # fmt: skip

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lm_eval_steering.sweep.damage_search import (
     FIRST,
+    LONGEST,
     MOST_EVALUATIONS,
     RATIO,
     TOLERANCE,
@@ -42,7 +43,7 @@ def run(line: Line, damage: Callable[[float], float], targets: tuple[float, ...]
 
 def check(line: Line, damage: Callable[[float], float], curve: Curve, targets: tuple[float, ...] = TARGETS) -> None:
     """What holds for every curve."""
-    walked = [FIRST * RATIO**step for step in range(40)]
+    walked = [FIRST * max(1.0, line.length / LONGEST) * RATIO**step for step in range(40)]
     for target, result in zip(targets, reached(curve, targets), strict=True):
         if result.factor is None:
             assert all(value < target for value in curve.points.values())
@@ -56,6 +57,16 @@ def check(line: Line, damage: Callable[[float], float], curve: Curve, targets: t
         assert all(damage(line.distance(line.factor(step))) < target for step in walked if step <= low)
         assert damage(high) >= target or result.damage >= target
         assert low == 0 or damage(low) < target
+
+
+@settings(deadline=None)
+@given(scale=st.floats(100, 2000), power=st.floats(0.7, 3))
+def test_a_vector_of_unit_norm_needs_factors_in_thousands(scale: float, power: float) -> None:
+    """CLaS-Bench's direction among hidden states of norm 10,000: a longer walk begins later, in as many steps."""
+    line = Line(0.0, 8192.0)
+    curve = run(line, lambda distance: (distance / scale) ** power)
+    check(line, lambda distance: (distance / scale) ** power, curve)
+    assert all(result.within for result in reached(curve, TARGETS))
 
 
 @settings(max_examples=300, deadline=None)
