@@ -26,7 +26,7 @@ from lm_eval_steering.report.naming import (
     readable_metric,
     with_interval,
 )  # fmt: skip
-from lm_eval_steering.report.read import BASELINE, CLEAN, DEGENERATE, FORCED, LANG_UNKNOWN
+from lm_eval_steering.report.read import BASELINE, CLEAN, DEGENERATE, FORCED, LANG_UNKNOWN, REPEATED
 from lm_eval_steering.report.tables import Results, control_scores, controls_by_place, intervals
 from lm_eval_steering.sweep.choice import REPORT
 
@@ -40,6 +40,9 @@ SETS_FOR_A_CLAIM = 20  # matched random sets
 DEGENERATE_LIMIT = 0.5  # rise of the share of degenerate outputs from which the text is called destroyed
 NATS_LIMIT = 3.0  # rise of nats per token of the steered language's own text; a perplexity 20 times as high
 _HIGH_LSS, _LOW_SUCCESS = 0.8, 0.5
+# Shares of the same outputs as the score, by metric; and what was measured on texts.
+_OF_OUTPUTS = {"degenerate": DEGENERATE, "repeated": REPEATED, "unknown": LANG_UNKNOWN}
+_PRICE = (*_OF_OUTPUTS, "nats_self", "nats_cross")
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,8 @@ class Headline:
 
     @property
     def languages(self) -> pd.DataFrame:
-        """One row a steered language."""
-        return self.rows.drop_duplicates("steered")
+        """The price for each steered language, over its cells."""
+        return self.rows.groupby("steered", sort=False, as_index=False)[list(_PRICE)].mean()
 
     @property
     def settings(self) -> set[tuple[str, str, float]]:
@@ -263,10 +266,7 @@ def _with_damage(results: Results, rows: pd.DataFrame, effects: Effects, how: st
         nats_self=[record.get("perplexity_self", np.nan) for record in nats],
         nats_cross=[record.get("perplexity_cross", np.nan) for record in nats],
     )
-    for name, metric in (
-        ("degenerate", DEGENERATE),
-        ("unknown", LANG_UNKNOWN),
-    ):  # of the same outputs
+    for name, metric in _OF_OUTPUTS.items():
         by_cell = frame[_metrics(frame) == metric].set_index("cell")["difference"].to_dict()
         rows[name] = [
             by_cell.get(cell, record.get(name, np.nan)) for cell, record in zip(rows["cell"], records, strict=True)
@@ -376,9 +376,11 @@ def _settings_text(headline: Headline) -> str:
 
 def _price(headline: Headline) -> str:
     degenerate = _measured(headline, "degenerate", "points", 100)
+    repeated = _measured(headline, "repeated", "points", 100)
     nats = _measured(headline, "nats_self", "")
     return (
         f"degenerate outputs {degenerate or 'not measured'}, "
+        f"{f'outputs equal to that of another prompt {repeated}, ' if repeated else ''}"
         f"nats per token of the steered language's own text {nats or 'not measured'}"
     )
 

@@ -27,7 +27,7 @@ from lm_eval_steering.metrics.statistics import (
     holm,
     interval_of_items,
 )
-from lm_eval_steering.report.read import CLEAN, DEGENERATE, FORCED, LANG_UNKNOWN, Items, Sweep, align, forced
+from lm_eval_steering.report.read import CLEAN, DEGENERATE, FORCED, LANG_UNKNOWN, REPEATED, Items, Sweep, align, forced
 from lm_eval_steering.sweep.halves import REPORT, half_of
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _better(scores: dict[str, Any], cell: str, metric: str) -> bool | None:
     """Whether higher is better; None where neither lm-eval's results nor the metric's definition says so."""
     score = scores.get(cell, {}).get(metric)
     if score is None or score[1] is None or score[1] != score[1]:
-        return {DEGENERATE: False, LANG_UNKNOWN: False, CLEAN: True}.get(metric.partition("@")[0])
+        return {DEGENERATE: False, LANG_UNKNOWN: False, REPEATED: False, CLEAN: True}.get(metric.partition("@")[0])
     return bool(score[1])
 
 

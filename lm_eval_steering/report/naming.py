@@ -27,7 +27,7 @@ METRIC_NAMES = {
     "acc_norm": "accuracy (normalised)", "bleu": "BLEU",
     "chrf++": "chrF++", "nats_per_token": "nats per token", "token_perplexity": "perplexity per token",
     "bits_per_byte": "bits per byte", "exact_match": "exact match", "f1": "F1", "lang_unknown": "language unknown",
-    "degenerate": "degenerate outputs", "lang_expected": "in the expected language",
+    "degenerate": "degenerate outputs", "repeated": "repeated outputs", "lang_expected": "in the expected language",
     "unfinished": "unfinished thoughts",
 }  # fmt: skip
 

@@ -41,6 +41,7 @@ SCORE_COLUMNS = ("cell", "metric", "value", "text", "n", "higher_is_better")
 MAX_SAMPLES = 100_000
 _PAIR = 2  # numbers of an item whose score is a ratio of two sums
 LABELS, FORCED, CLEAN, DEGENERATE, LANG_UNKNOWN = "output_language", "lfs", "lfs_clean", "degenerate", "lang_unknown"
+REPEATED = "repeated"  # seen from all outputs of a cell, not a metric of a task
 
 
 class ReportError(SteeringError):
@@ -665,6 +666,7 @@ def items_of(samples: Sequence[Mapping[str, Any]], split: Mapping[str, Any] | No
     docs = sorted({int(sample["doc_id"]) for sample in samples})
     row_of = {doc: number for number, doc in enumerate(docs)}
     columns: dict[str, list[Any]] = {}
+    texts: dict[str, list[str | None]] = {}
     documents, prompts = np.zeros(len(docs), dtype=np.uint64), np.zeros(len(docs), dtype=np.uint64)
     reported = np.zeros(len(docs), dtype=bool)
     for sample in samples:
@@ -676,10 +678,13 @@ def items_of(samples: Sequence[Mapping[str, Any]], split: Mapping[str, Any] | No
             reported[row] = half_of(item, split["seed"]) == REPORT
         else:
             split = None
-        for metric, value in _values_of(sample).items():
-            label = naming.metric_label(metric, str(sample.get("filter", "")))
-            columns.setdefault(label, [None] * len(docs))[row] = value
+        filter_ = str(sample.get("filter", ""))
+        if LABELS in (found := _values_of(sample)):
+            texts.setdefault(naming.metric_label(REPEATED, filter_), [None] * len(docs))[row] = text_of(sample)
+        for metric, value in found.items():
+            columns.setdefault(naming.metric_label(metric, filter_), [None] * len(docs))[row] = value
     values = {metric: _as_array(column) for metric, column in columns.items()}
+    values |= {metric: repeated(outputs) for metric, outputs in texts.items()}
     add_clean(values)
     return Items(
         np.array(docs, dtype=np.int64), values, reported if split else None,
@@ -717,6 +722,20 @@ def _values_of(sample: Mapping[str, Any]) -> dict[str, Any]:
         if text is not None:
             values.setdefault(DEGENERATE, float(degenerate(text)))
     return values
+
+
+def repeated(outputs: Iterable[str | None]) -> NDArray[np.float64]:
+    """(item,) 1 where an output is that of an earlier item, blanks and case aside: text that ignores its prompt.
+
+    Nan where there is no output.
+    """
+    seen: set[str] = set()
+    flags = []
+    for output in outputs:
+        text = None if output is None else " ".join(output.casefold().split())
+        flags.append(np.nan if text is None else float(text in seen))
+        seen |= {text} if text else set()  # an empty output is degenerate, and repeats nothing
+    return np.array(flags)
 
 
 def add_clean(values: dict[str, NDArray[Any]]) -> None:
@@ -938,6 +957,7 @@ def _outputs(path: Path, cells: pd.DataFrame, items: dict[str, Items], limit: in
         values = items[cell].values
         if DEGENERATE not in values:
             values[DEGENERATE] = np.array([float(degenerate(outputs[doc])) for doc in items[cell].docs.tolist()])
+        values[REPEATED] = repeated(outputs[doc] for doc in items[cell].docs.tolist())
         add_clean(values)
         if cell not in shown.index:
             continue

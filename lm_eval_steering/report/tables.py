@@ -181,7 +181,7 @@ def cost(sweep: Sweep) -> pd.DataFrame:
 
 CONTROLS_FOR_SD = 5  # with fewer random sets their range is given and not their standard deviation
 CONTROLLED = ("lfs_clean", "lfs", "lss", "lss_distinct")
-_BROKEN = {"degenerate": "degenerate", "unknown": "lang_unknown"}
+_BROKEN = {"degenerate": "degenerate", "repeated": "repeated", "unknown": "lang_unknown"}
 
 
 def controls(sweep: Sweep, effects: Effects) -> pd.DataFrame:
@@ -274,10 +274,10 @@ def damage(effects: Effects) -> pd.DataFrame:
 
     `success` is the mean of `success_metric` (clean LFS where it is known, else LFS). `perplexity_self`,
     `perplexity_cross` and `perplexity_all` are rises of the perplexity of the steered language, of the others and of
-    all texts; `perplexity` names the unit. `degenerate` and `unknown` are rises of the share of outputs that repeat
-    themselves or are in no known language; a `_score` column is the share itself. `n_outputs` and `n_texts` count what
-    the means are over. Where no task is text of the steered language, `perplexity_self` is the damage that was measured
-    when the factor was searched for.
+    all texts; `perplexity` names the unit. `degenerate`, `repeated` and `unknown` are rises of the share of outputs
+    that say nothing, that are another item's output too, or that are in no known language; a `_score` column is the
+    share itself. `n_outputs` and `n_texts` count what the means are over. Where no task is text of the steered
+    language, `perplexity_self` is the damage that was measured when the factor was searched for.
     """
     import pandas as pd
 
@@ -304,7 +304,7 @@ def damage(effects: Effects) -> pd.DataFrame:
             row |= {name: own_rows["difference"].mean(), f"{name}_score": own_rows["score"].mean()}
         rows.append(row)
     result = pd.DataFrame(rows)
-    measured = [name for name in result if name.startswith(("success", "perplexity_", "degenerate", "unknown"))]
+    measured = [name for name in result if name.startswith(("success", "perplexity_", *_BROKEN))]
     measured = [name for name in measured if name != "success_metric"]
     return result[result[measured].notna().any(axis=1)].reset_index(drop=True) if len(result) else result
 
