@@ -77,18 +77,23 @@ class Made:
         self.cells = FolderOfCells(path)
         self.baseline()
 
-    def baseline(self, items: int = 40) -> None:
+    def baseline(self, items: int = 40, task: str = FORCING) -> None:
         words = [f"The weather is fine today {place}" for place in range(items)]
-        self.cells.add(FORCING, {"output_language": ["eng_Latn"] * items, "degenerate": [0.0] * items}, texts=words)
+        self.cells.add(task, {"output_language": ["eng_Latn"] * items, "degenerate": [0.0] * items}, texts=words)
 
-    def forcing(self, code: str, hits: int, garbage: int = 0, factor: float = 2, items: int = 40, **more: Any) -> None:
-        """So many outputs in the language, and so many of them degenerate."""
+    def forcing(
+        self, code: str, hits: int, garbage: int = 0, factor: float = 2, items: int = 40, distinct: int = 40,
+        task: str = FORCING, **more: Any,
+    ) -> None:  # fmt: skip
+        """So many outputs in the language, so many of them degenerate, and so many that differ from each other."""
         labels = [code if place < hits else "eng_Latn" for place in range(items)]
         metrics = {
             "output_language": labels, "lfs": [float(label == code) for label in labels],
             "degenerate": [float(place < garbage) for place in range(items)],
         }  # fmt: skip
-        self.cells.add(FORCING, metrics, code, factor, texts=[f"text {place}" for place in range(items)], **more)
+        self.cells.add(
+            task, metrics, code, factor, texts=[f"text {place % distinct}" for place in range(items)], **more
+        )
 
     def nats(self, text: str, code: str = "", rise: float = 0.0, factor: float = 2, **more: Any) -> None:
         """A rise of nats per token on the texts of a language."""
@@ -116,6 +121,20 @@ def test_an_improvement_is_stated_with_intervention_factor_language_and_damage(m
     # 4 of 30 hits are degenerate
     assert "from 0 to 0.65" in verdict and "degenerate outputs +10 points" in verdict and "own text +0.5" in verdict
     assert "no matched random sets" in chance
+
+
+def test_outputs_that_ignore_their_prompts_are_part_of_the_price(made: Made) -> None:
+    made.forcing("deu_Latn", 30, distinct=10)
+    verdict, *_ = made.sentences()
+    assert "equal to that of another prompt +75 points" in verdict  # 30 of 40 repeat one of the first ten
+
+
+def test_the_price_is_the_mean_over_all_tasks_of_a_language(made: Made) -> None:
+    for task, garbage in (("steering_forcing_ita_Latn", 4), ("steering_forcing_spa_Latn", 20)):
+        made.baseline(task=task)
+        made.forcing("deu_Latn", 30, garbage, task=task)
+    verdict, *_ = made.sentences()
+    assert "degenerate outputs +30 points" in verdict  # 4 and 20 of 40
 
 
 def test_text_that_is_destroyed_is_not_called_help(made: Made) -> None:
