@@ -211,7 +211,9 @@ class Choose(_Part):
     split: Literal["half", "whole"] = Field(
         "half", description="`half`: chosen on one half of the source items, reported on the other; or `whole`."
     )
-    tasks: tuple[str, ...] | None = Field(None, description="Tasks whose scores decide; by default all that have the metric.")
+    tasks: tuple[str, ...] | None = Field(
+        None, description="Tasks whose scores decide; by default all that have the metric."
+    )
     goal: Literal["max", "min"] | None = Field(
         None, description="`max` or `min`; by default the direction that the task declares as better."
     )
@@ -301,9 +303,7 @@ class SweepPlan(_Part):
     metadata: Mapping[str, Any] = Field(default_factory=dict, description="For the tasks, such as data_dir.")
     allow_empty: bool = Field(False, description="Accept a language without neurons.")
     force: bool = Field(False, description="Use a neuron set that was found in other weights.")
-    slurm: Slurm = Field(
-        default_factory=lambda: Slurm.model_validate({}), description="Resources of the SLURM jobs."
-    )
+    slurm: Slurm = Field(default_factory=lambda: Slurm.model_validate({}), description="Resources of the SLURM jobs.")
 
     @field_validator("languages")
     @classmethod
