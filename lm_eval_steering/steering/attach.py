@@ -618,7 +618,8 @@ class Steering:
             return with_hidden_states(output, edited)
 
         if key[1] == RESIDUAL:
-            return site.block.register_forward_hook(_eager(layer_hook))
+            # Before other hooks, so that `output_hidden_states` collects what the next layer reads.
+            return site.block.register_forward_hook(_eager(layer_hook), prepend=True)
         if key[1] == "activation":
             return site.activation.register_forward_hook(_eager(output_hook))
         return site.down.register_forward_pre_hook(_eager(input_hook))
