@@ -216,8 +216,11 @@ class NeuronSet:
         _ = self.dimensions  # raises where there are none
         table = "mean" if name in {"diffmean", "clas_diffmean"} else name
         if table not in self.residual:
-            hint = did_you_mean(name, [*self.residual, *(["diffmean"] if "mean" in self.residual else [])])
-            raise NeuronSetError(f"statistic {name!r} at site 'residual' is not in the neuron set{hint}")
+            known = [*self.residual, *(["diffmean", "clas_diffmean"] if "mean" in self.residual else [])]
+            raise NeuronSetError(
+                f"statistic {name!r} at site 'residual' is not in the neuron set; known: {', '.join(known)}; of hidden "
+                "states no other is measured"
+            )
         values: NDArray[np.float64] = self.residual[table].astype(np.float64)
         result: NDArray[np.float64] = values[:, :, column]
         if name == "diffmean":
