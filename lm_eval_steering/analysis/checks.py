@@ -37,7 +37,7 @@ class Bench:
     Attributes:
         model: a causal language model of transformers in evaluation mode.
         neurons: a set in which at least one language has neurons; with statistics of the hidden states, random ones
-            where it came without (`residual` is then checked with numbers as values alone).
+            where it came without.
         sites: of the model.
         override: the user's `sites=`, if given.
         seed: of the token rows.

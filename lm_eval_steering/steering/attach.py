@@ -35,6 +35,7 @@ from lm_eval_steering.steering.positions import Declared, ForwardRows, Generatio
 # --- Evidence that an intervention took place: counted on the device, read when it is asked for
 
 _SMALL, _MANY = 2**15, 32  # values of a tensor that waits, and how many such may wait
+_LARGE = 2**24  # values that are compared at once: whole hidden states would take their memory several times more
 # A norm squares, in float32, what the down projection makes of the activations: much larger changes overflow inside it
 # and leave zeros, which are finite. A change of this size has already lost everything else to rounding.
 _LARGEST_CHANGE = 1e15
@@ -103,7 +104,9 @@ class LargestChange:
         """
         size = before.numel()
         if size > _SMALL:
-            self._count(before.device, before, after)
+            rows = max(1, len(before) * _LARGE // size)
+            for pair in zip(before.split(rows), after.split(rows), strict=True):
+                self._count(before.device, *pair)
             return
         pair = (before.clone(), after.clone()) if in_use else (before, after)
         self._waiting.setdefault(before.device, []).append(pair)
