@@ -105,7 +105,7 @@ class LargestChange:
         size = before.numel()
         if size > _SMALL:
             rows = max(1, len(before) * _LARGE // size)
-            for pair in zip(before.split(rows), after.split(rows), strict=True):
+            for pair in zip(torch.split(before, rows), torch.split(after, rows), strict=True):
                 self._count(before.device, *pair)
             return
         pair = (before.clone(), after.clone()) if in_use else (before, after)
