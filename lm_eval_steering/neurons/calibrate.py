@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_steering.architectures import ModelSites
-from lm_eval_steering.errors import CorpusError, DidNotHappenError
+from lm_eval_steering.errors import CorpusError, DidNotHappenError, NeuronSetError
 from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, Statistics, union_of
 from lm_eval_steering.neurons.rows import SHORTEST, TokenRows
 from lm_eval_steering.neurons.running import Batches, ModelRunner, Observer, Ranks, in_order, observing
@@ -39,11 +39,16 @@ def calibrated(
             otherwise.
 
     Raises:
-        NeuronSetError: if a set is of another model.
+        NeuronSetError: if a set is of another model; or is a random control whose hidden states are to be measured.
         CorpusError: if a language has no sentence.
     """
     model = runner.model
     for neuron_set in neuron_sets:
+        if residual and neuron_set.provenance.selection.get("method") == "random":
+            raise NeuronSetError(
+                "--residual on a random control: its mean hidden states are random directions, and measuring would put "
+                "the languages' own in their place; calibrate the set that it is drawn from, then draw it"
+            )
         neuron_set.check_model(model.shape.layers, model.shape.units, model.architecture, widths=model.shape.widths)
     runner.load()
     for neuron_set in neuron_sets:

@@ -220,7 +220,7 @@ def find_with(recorder: Recorder, method: Method | None = None) -> list[NeuronSe
     recorded = recorder.record(method.needs_sentences)
     with recorder.log.timed("select", method=method.name):
         neuron_sets = select(recorded, method)
-    return _calibrated(neuron_sets, recorder)
+    return _calibrated(neuron_sets, recorder, recorder.search.residual)
 
 
 def control_sets(neuron_set: NeuronSet, recorder: Recorder, seeds: Sequence[int]) -> list[NeuronSet]:
@@ -232,14 +232,14 @@ def control_sets(neuron_set: NeuronSet, recorder: Recorder, seeds: Sequence[int]
         seeds: one per control.
     """
     draws = [random_set(neuron_set, seed) for seed in seeds]
-    return _calibrated(draws, recorder)
+    return _calibrated(draws, recorder, residual=False)
 
 
-def _calibrated(neuron_sets: Sequence[NeuronSet], recorder: Recorder) -> list[NeuronSet]:
+def _calibrated(neuron_sets: Sequence[NeuronSet], recorder: Recorder, residual: bool) -> list[NeuronSet]:
     search = recorder.search
     source = search.corpora()[1].name
     texts = recorder.sentences()
-    return calibrated(neuron_sets, recorder.runner, texts, source, search.percentiles, search.residual)
+    return calibrated(neuron_sets, recorder.runner, texts, source, search.percentiles, residual)
 
 
 def random_set(neuron_set: NeuronSet, seed: int, disjoint: bool = True) -> NeuronSet:

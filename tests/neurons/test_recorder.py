@@ -100,6 +100,8 @@ def test_hidden_states_are_measured_only_where_that_is_asked_for(text: Path, tmp
     (control,) = control_sets(found, recorder, [7])
     assert np.array_equal(control.residual["mean"], random_set(found, 7).residual["mean"])
     assert not np.allclose(control.residual["mean"], found.residual["mean"])
+    with pytest.raises(NeuronSetError, match=r"--residual on a random control: .* random directions"):
+        calibrated([control], recorder.runner, recorder.sentences(), "text", residual=True)
 
 
 def test_one_recording_serves_every_selection(text: Path, tmp_path: Path) -> None:
