@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,19 @@ def make_set(
         Provenance("tiny", "", architecture, LAYERS, UNITS),
         Statistics(union, tuple(rows), values) if calibrated else None,
     )
+
+
+def hidden_size(family: str) -> int:
+    """Dimensions of the hidden states that a layer of a tiny model returns; two streams of 16 in Gemma 3n."""
+    return {"bloom": UNITS // 4, "mpt": UNITS // 4, "gemma3n_text": 32}.get(family, 16)
+
+
+def with_hidden_states(neuron_set: NeuronSet, dimensions: int = 16, seed: int = 0) -> NeuronSet:
+    """The set with arbitrary statistics of hidden states."""
+    generator = np.random.default_rng(seed)
+    shape = (LAYERS, dimensions, len(neuron_set.languages))
+    means = generator.normal(size=shape).astype(np.float32)
+    return replace(neuron_set, residual={"mean": means, "std": np.abs(generator.normal(size=shape)).astype(np.float32)})
 
 
 @pytest.fixture(autouse=True)

@@ -79,6 +79,16 @@ def test_calibrate_adds_statistics_to_a_set_without(neuron_set: Path, tmp_path: 
     log = json.loads((tmp_path / "calibrated.log.json").read_text())
     assert {"command", "started", "seconds", "platform"} <= set(log)
     assert [step["what"] for step in log["steps"]] == ["load model", "calibrate"]
+    assert found.residual == {}
+
+
+def test_calibrate_measures_hidden_states_where_that_is_asked_for(neuron_set: Path, tmp_path: Path) -> None:
+    options = [*about_the_demo()[:4], "--sentences", "5", "--residual"]
+    run("calibrate", neuron_set, *options, "--out", tmp_path / "set.safetensors")
+    found = NeuronSet.load(tmp_path / "set.safetensors")
+    assert {name: table.shape for name, table in found.residual.items()} == dict.fromkeys(("mean", "std"), (6, 192, 3))
+    printed = run("inspect", tmp_path / "set.safetensors", "--out", tmp_path / "pictures")
+    assert "6 x 192 dimensions in 3 languages: mean std" in printed
 
 
 def test_set_algebra_random_controls_and_export(neuron_set: Path, tmp_path: Path) -> None:

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from lm_eval_steering.architectures import ModelSites, Shape, text_config_of
+from lm_eval_steering.architectures import ModelSites, Shape, hidden_states, text_config_of
 from lm_eval_steering.architectures.weights import weights_digest
 from lm_eval_steering.errors import NeuronSetError
-from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance
+from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
 from lm_eval_steering.progress import Log
 from lm_eval_steering.steering.attach import Steering, steer
+from lm_eval_steering.steering.intervention import RESIDUAL, SITES
 
 # --- A loaded model, rows of tokens, and forward passes with and without padding and cache
 
 ROW_LENGTHS = (12, 9, 7, 12)  # tokens; two rows of equal length make a batch without padding
-_SHARE = 0.01  # of each layer's units in a random set, LAPE's default rate
+_SHARE = 0.01  # of each layer's units in a random set, LAPE's default rate; and of its hidden states' dimensions
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Bench:
 
     Attributes:
         model: a causal language model of transformers in evaluation mode.
-        neurons: a set in which at least one language has neurons.
+        neurons: a set in which at least one language has neurons; with statistics of the hidden states, random ones
+            where it came without.
         sites: of the model.
         override: the user's `sites=`, if given.
         seed: of the token rows.
@@ -47,6 +49,14 @@ class Bench:
     sites: ModelSites
     override: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.neurons.residual:
+            with self.watching(RESIDUAL) as seen:
+                self.logits(self.row)
+            shape = (len(seen), seen[0].shape[-1], len(self.neurons.languages))
+            means = np.random.default_rng(self.seed).normal(size=shape).astype(np.float32)
+            self.neurons = replace(self.neurons, residual={"mean": means})
 
     @cached_property
     def languages(self) -> tuple[str, str]:
@@ -63,9 +73,21 @@ class Bench:
 
     def steer(self, language: str | None = None, **arguments: Any) -> Steering:
         """The public `steer`, for the first language by default; the set has been compared with the model already."""
+        if arguments.get("site") == RESIDUAL:
+            arguments = self.few_dimensions | arguments
         return steer(
             self.model, self.neurons, language or self.languages[0], force=True, sites=self.override, **arguments
         )
+
+    @property
+    def few_dimensions(self) -> dict[str, Any]:
+        """Arguments of `residual` that are as moderate as a neuron set: 1 % of the dimensions of every layer.
+
+        All of them where the set has one language, whose dimensions differ from no other's.
+        """
+        several = len(self.neurons.languages) > 1
+        count = max(1, round(_SHARE * self.neurons.dimensions)) if several else None
+        return {"layers": f"0-{self.sites.shape.layers - 1}", "dimensions": count}
 
     @cached_property
     def device(self) -> torch.device:
@@ -145,15 +167,28 @@ class Bench:
         return next((path for path, other in self.model.named_modules() if other is module), type(module).__name__)
 
     @contextmanager
-    def watching(self, site: str) -> Iterator[list[torch.Tensor]]:
-        """The units of every layer at this site as these hooks see them, [(..., unit)] by layer."""
+    def watching(self, site: str, first: bool = False) -> Iterator[list[torch.Tensor]]:
+        """The units, or dimensions, of every layer at this site as these hooks see them, [(..., unit)] by layer.
+
+        Args:
+            site: `activation`, `product` or `residual`.
+            first: before the hooks that are there already, rather than after them.
+        """
         seen: list[torch.Tensor] = []
         with ExitStack() as stack:
             for layer in self.sites.layers:
                 if site == "activation":
-                    handle = layer.activation.register_forward_hook(lambda _m, _i, out: seen.append(out.clone()))
+                    handle = layer.activation.register_forward_hook(
+                        lambda _m, _i, out: seen.append(out.clone()), prepend=first
+                    )
+                elif site == RESIDUAL:
+                    handle = layer.block.register_forward_hook(
+                        lambda _m, _i, out: seen.append(hidden_states(out).clone()), prepend=first
+                    )
                 else:
-                    handle = layer.down.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].clone()))
+                    handle = layer.down.register_forward_pre_hook(
+                        lambda _m, inputs: seen.append(inputs[0].clone()), prepend=first
+                    )
                 stack.enter_context(handle)
             yield seen
 
@@ -269,8 +304,10 @@ def _counting(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, int]]:
 
 
 def runs_once(bench: Bench) -> Finding:
-    """Every layer's activation module and last linear layer are called once in a forward pass, steered or not."""
-    modules = dict(enumerate(module for layer in bench.sites.layers for module in (layer.activation, layer.down)))
+    """Every layer, its activation module and its last linear layer are called once in a forward pass."""
+    modules = dict(
+        enumerate(module for layer in bench.sites.layers for module in (layer.activation, layer.down, layer.block))
+    )
     with _counting(modules) as calls:
         bench.logits(bench.row)
     wrong = [f"{bench.path(modules[number])} ran {times} times" for number, times in calls.items() if times != 1]
@@ -312,11 +349,12 @@ def fires_as_often(bench: Bench) -> Finding:
 
 
 def identity(bench: Bench, arguments: dict[str, Any]) -> Finding:
-    """An identity intervention leaves the logits bit-equal, at both sites."""
+    """An identity intervention leaves the logits bit-equal, at all sites; at `residual` on every dimension."""
     plain = bench.logits(bench.row)
     worst = 0.0
     for site in SITES:
-        with bench.steer(site=site, **arguments):
+        every = {"dimensions": None} if site == RESIDUAL else {}
+        with bench.steer(site=site, **arguments, **every):
             worst = max(worst, difference(bench.logits(bench.row), plain))
     return worst == 0, f"{worst:.3g}", "0", ""
 
@@ -324,16 +362,15 @@ def identity(bench: Bench, arguments: dict[str, Any]) -> Finding:
 def empty_set(bench: Bench) -> Finding:
     """Steering a language without neurons leaves the logits bit-equal."""
     plain, code = bench.logits(bench.row), bench.languages[0]
-    empty = replace(
-        bench.neurons, languages=(code,), assignments={code: np.zeros((0, 2), dtype=np.int64)}, calibrated=None
-    )
+    none = {code: np.zeros((0, 2), dtype=np.int64)}
+    empty = replace(bench.neurons, languages=(code,), assignments=none, calibrated=None, residual={})
     with steer(bench.model, empty, code, allow_empty=True, force=True, sites=bench.override, **STRONG):
         worst = difference(bench.logits(bench.row), plain)
     return worst == 0, f"{worst:.3g}", "0", ""
 
 
 def takes_place(bench: Bench) -> Finding:
-    """An intervention changes the logits at both sites; otherwise the other checks would mean nothing."""
+    """An intervention changes the logits at all sites; otherwise the other checks would mean nothing."""
     plain = bench.logits(bench.row)
     changes = []
     for site in SITES:
@@ -345,13 +382,13 @@ def takes_place(bench: Bench) -> Finding:
 def edits_by_definition(bench: Bench, site: str) -> Finding:
     """Chosen units follow the definition, computed in float64 from the captured activations."""
     worst, limit = 0.0, 2 * max(torch.finfo(bench.model.dtype).eps, torch.finfo(torch.float32).eps)
-    for arguments in _operations(bench):
+    for arguments in _operations(bench, site):
         before, after = _around(bench, site, arguments)
         for layer, unit, value in _chosen(bench, site, arguments):
             old, new = (seen[layer][..., unit].cpu().double() for seen in (before, after))
             expected = _by_definition(old, value, **arguments)
             # The rounding error of a sum is relative to its summands, which may cancel.
-            size = old.abs() + expected.abs() + abs(value * arguments.get("factor", 1.0))
+            size = old.abs() + expected.abs() + abs(value * arguments["factor"])
             worst = max(worst, float(((new - expected).abs() / size.clamp(min=1e-30)).max()))
     return worst <= limit, f"{worst:.3g}", f"<= {limit:.2g} relative", ""
 
@@ -362,9 +399,9 @@ def nothing_else_changes(bench: Bench) -> Finding:
     for site in SITES:
         with bench.watching(site) as plain:
             bench.logits(bench.row)
-        for arguments in _operations(bench):
+        for arguments in _operations(bench, site):
             before, after = _around(bench, site, arguments)
-            chosen = bench.neurons.neurons(bench.languages[0])
+            chosen = np.array([(layer, unit) for layer, unit, _ in _chosen(bench, site, arguments)])
             for layer, (old, new) in enumerate(zip(before, after, strict=True)):
                 keep = torch.ones(old.shape[-1], dtype=torch.bool)
                 keep[chosen[chosen[:, 0] == layer, 1]] = False
@@ -374,10 +411,10 @@ def nothing_else_changes(bench: Bench) -> Finding:
     return wrong == 0, f"{wrong} values changed", "0", ""
 
 
-def _operations(bench: Bench) -> list[dict[str, Any]]:
+def _operations(bench: Bench, site: str) -> list[dict[str, Any]]:
     """Scale, add and set by numbers, and add of the calibrated mean where the set holds it."""
     statistics = bench.neurons.calibrated
-    calibrated = statistics is not None and all("mean" in statistics.values.get(site, {}) for site in SITES)
+    calibrated = site == RESIDUAL or (statistics is not None and "mean" in statistics.values.get(site, {}))
     return [*_OPERATIONS, *([{"op": "add", "value": "mean", "factor": 2.0}] if calibrated else [])]
 
 
@@ -385,20 +422,36 @@ def _around(
     bench: Bench, site: str, arguments: dict[str, Any]
 ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     """Units of every layer in one forward pass, before and after the intervention's hooks."""
-    # Hooks run in the order of registration.
-    with bench.watching(site) as before, bench.steer(site=site, **arguments), bench.watching(site) as after:
+    steering = bench.steer(site=site, **arguments)
+    with steering, bench.watching(site, first=True) as before, bench.watching(site) as after:
         bench.logits(bench.row)
     return before, after
 
 
 def _chosen(bench: Bench, site: str, arguments: dict[str, Any]) -> list[tuple[int, int, float]]:
-    """(layer, unit, value) of each neuron of the first language."""
+    """(layer, unit, value) of each neuron of the first language; at `residual` of each of its dimensions."""
+    if site == RESIDUAL:
+        return _chosen_dimensions(bench, arguments.get("value", 1.0))
     neurons, value = bench.neurons.neurons(bench.languages[0]), arguments.get("value", 1.0)
     if isinstance(value, str) and bench.neurons.calibrated is not None:
         values = bench.neurons.calibrated.lookup(neurons, bench.languages[0], site, value).tolist()
     else:
         values = [float(value)] * len(neurons)
     return [(int(layer), int(unit), v) for (layer, unit), v in zip(neurons.tolist(), values, strict=True)]
+
+
+def _chosen_dimensions(bench: Bench, value: float | str) -> list[tuple[int, int, float]]:
+    """(layer, dimension, value) by the definition: in each layer the first language's largest |diffmean|."""
+    means = bench.neurons.residual["mean"].astype(np.float64)
+    of_language = means[:, :, bench.neurons.languages.index(bench.languages[0])]
+    # As large as the distance from the average of the others, but for a factor that is the same everywhere.
+    distances = np.abs(of_language - means.mean(axis=2))
+    ordered = np.argsort(-distances, axis=1, kind="stable")[:, : bench.few_dimensions["dimensions"]]
+    return [
+        (layer, dimension, float(of_language[layer, dimension] if value == "mean" else value))
+        for layer, of_layer in enumerate(ordered)
+        for dimension in sorted(of_layer.tolist())
+    ]
 
 
 def _by_definition(old: torch.Tensor, amount: float, op: str, factor: float, **_: Any) -> torch.Tensor:
@@ -516,17 +569,22 @@ def one_after_another(bench: Bench) -> Finding:
 def foreign_hooks(bench: Bench) -> Finding:
     """Hooks of other libraries on the same modules run before, during and after steering."""
     layer = bench.sites.layers[int(bench.neurons.neurons(bench.languages[0])[0, 0])]
-    modules = {"activation": layer.activation, "down": layer.down, "decoder": bench.sites.decoder}
+    modules = {
+        "activation": layer.activation, "down": layer.down, "block": layer.block, "decoder": bench.sites.decoder,
+    }  # fmt: skip
     with _counting(modules) as calls:
         bench.logits(bench.row)
         for site in SITES:
             with bench.steer(site=site, **STRONG):
                 bench.logits(bench.row)
         bench.logits(bench.row)
+    expected = 2 + len(SITES)
     missing = [
-        f"a hook on {bench.path(modules[name])} ran {number} times" for name, number in calls.items() if number != 4
+        f"a hook on {bench.path(modules[name])} ran {number} times"
+        for name, number in calls.items()
+        if number != expected
     ]
-    return not missing, "/".join(map(str, calls.values())), "4/4/4 calls", listed(missing)
+    return not missing, "/".join(map(str, calls.values())), f"{expected} calls of each", listed(missing)
 
 
 def weights_untouched(bench: Bench, before: str) -> Finding:

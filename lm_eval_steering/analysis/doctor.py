@@ -21,6 +21,7 @@ from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.progress import Log
 from lm_eval_steering.provenance import versions
 from lm_eval_steering.steering.attach import fitting_sites
+from lm_eval_steering.steering.intervention import RESIDUAL
 
 _WIDTH = 100  # columns of plain text
 
@@ -70,7 +71,7 @@ def _checks(bench: Bench) -> Iterator[PlannedCheck]:
     """In the order of the table."""
     digest = weights_digest(bench.model)
     _ = bench.languages  # raises if no language has neurons
-    yield "activation and down modules run once a forward", partial(checks.runs_once, bench)
+    yield "layers and their modules run once a forward", partial(checks.runs_once, bench)
     yield "the MLP uses what its activation module returns", partial(checks.output_is_used, bench)
     yield "hooks fire once a forward, prefill and decode", partial(checks.fires_as_often, bench)
     yield "scale by 1 is bit-equal to no intervention", partial(checks.identity, bench, {"op": "scale", "factor": 1})
@@ -79,6 +80,7 @@ def _checks(bench: Bench) -> Iterator[PlannedCheck]:
     yield "a real intervention changes the logits", partial(checks.takes_place, bench)
     yield "activations follow the definition", partial(checks.edits_by_definition, bench, "activation")
     yield "products follow the definition", partial(checks.edits_by_definition, bench, "product")
+    yield "hidden states follow the definition", partial(checks.edits_by_definition, bench, RESIDUAL)
     yield "only chosen units and layers change", partial(checks.nothing_else_changes, bench)
     for suffix, arguments in (("", checks.STRONG), (", live statistic", checks.LIVE)):
         yield f"a row beside other rows{suffix}", partial(checks.batch_composition, bench, arguments)

@@ -259,7 +259,7 @@ def _most_similar(neuron_set: NeuronSet) -> list[str]:
 
 
 def _contents(neuron_set: NeuronSet) -> list[str]:
-    return [*_statistics(neuron_set), _entropy(neuron_set)]
+    return [*_statistics(neuron_set), *_hidden_states(neuron_set), _entropy(neuron_set)]
 
 
 def _statistics(neuron_set: NeuronSet) -> list[str]:
@@ -271,6 +271,13 @@ def _statistics(neuron_set: NeuronSet) -> list[str]:
         sites.setdefault(" ".join(sorted(tables)), []).append(site)
     lines = [_line("statistics", f"of {len(calibrated.neurons):,} neurons in {len(calibrated.languages)} languages")]
     return lines + [_line("", f"{' and '.join(each)}: {names}") for names, each in sites.items()]
+
+
+def _hidden_states(neuron_set: NeuronSet) -> list[str]:
+    if not neuron_set.residual:
+        return []
+    text = f"{neuron_set.provenance.layers} x {neuron_set.dimensions:,} dimensions in {len(neuron_set.languages)}"
+    return [_line("hidden states", f"{text} languages: {' '.join(sorted(neuron_set.residual))}")]
 
 
 def _entropy(neuron_set: NeuronSet) -> str:

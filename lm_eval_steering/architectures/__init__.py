@@ -1,4 +1,4 @@
-"""The modules of a model's MLP units, for recording and steering.
+"""The modules of a model's MLP units and of its decoder layers, for recording and steering.
 
 `families` is the table of model families, read from a config alone; `discovery` finds the units of any other model by a
 forward pass that also checks them; `sites` holds the modules of a loaded model. See `docs/architectures.md`.
@@ -22,7 +22,16 @@ from lm_eval_steering.architectures.families import (
     shape_text,
     text_config_of,
 )
-from lm_eval_steering.architectures.sites import LayerSites, ModelSites, check_width, layer_sites, submodule, text_part
+from lm_eval_steering.architectures.sites import (
+    LayerSites,
+    ModelSites,
+    check_width,
+    hidden_states,
+    layer_sites,
+    submodule,
+    text_part,
+    with_hidden_states,
+)
 from lm_eval_steering.errors import ArchitectureError
 
 __all__ = [
@@ -35,6 +44,7 @@ __all__ = [
     "check_width",
     "discover",
     "family_of",
+    "hidden_states",
     "model_type_of",
     "parse_sites",
     "refuse_unsupported",
@@ -42,6 +52,7 @@ __all__ = [
     "shape_text",
     "sites_of",
     "text_config_of",
+    "with_hidden_states",
 ]
 
 

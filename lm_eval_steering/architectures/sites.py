@@ -15,14 +15,16 @@ from lm_eval_steering.errors import ArchitectureError
 
 @dataclass(frozen=True)
 class LayerSites:
-    """The two modules of one layer at which units are observed and edited.
+    """The modules of one layer at which units and hidden states are observed and edited.
 
-    The output of `activation` is site `activation`; the first input of `down` is site `product`.
+    The output of `activation` is site `activation`; the first input of `down` is site `product`; the hidden states that
+    `block`, the decoder layer itself, returns are site `residual` (`hidden_states`).
     """
 
     layer: int
     activation: nn.Module
     down: nn.Module
+    block: nn.Module
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def layer_sites(layers: Sequence[nn.Module], activation: str, down: str) -> tupl
             number,
             submodule(layer, activation, f"activation of layer {number}"),
             submodule(layer, down, f"down projection of layer {number}"),
+            layer,
         )
         for number, layer in enumerate(layers)
     )
@@ -64,6 +67,33 @@ def submodule(parent: nn.Module, path: str, what: str) -> nn.Module:
         return parent.get_submodule(path)
     except AttributeError:
         raise ArchitectureError(f"{what}: no module {path!r} in {type(parent).__name__}") from None
+
+
+def hidden_states(output: Any) -> torch.Tensor:
+    """(row, position, dimension) hidden states that a decoder layer returned: a tensor, or the first of a tuple.
+
+    A layer of Gemma 3n returns several streams, (stream, row, position, dimension); here they stand side by side in
+    the last axis, stream by stream.
+
+    Raises:
+        ArchitectureError: if it returned something else.
+    """
+    hidden = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(hidden, torch.Tensor) or hidden.dim() not in {3, 4}:
+        what = f"a tensor of shape {tuple(hidden.shape)}" if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+        raise ArchitectureError(
+            f"site=residual: a decoder layer returned {what}, expected hidden states (row, position, dimension), alone "
+            "or first in a tuple; steer at site=activation or site=product"
+        )
+    return hidden.movedim(0, -2).flatten(-2) if hidden.dim() == 4 else hidden
+
+
+def with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
+    """What a decoder layer returned, with its hidden states replaced by those of the form of `hidden_states`."""
+    before = output[0] if isinstance(output, tuple) else output
+    if before.dim() == 4:
+        hidden = hidden.reshape(*hidden.shape[:-1], before.shape[0], before.shape[-1]).movedim(-2, 0).contiguous()
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def text_part(base: Any) -> nn.Module:

@@ -143,7 +143,7 @@ def logit_lens(
     op: Annotated[str | None, typer.Option(help="scale, add or set.")] = None,
     value: Annotated[str | None, typer.Option(help="A number, or a statistic of the set.")] = None,
     factor: Annotated[float | None, typer.Option(help="How much.")] = None,
-    site: Annotated[str | None, typer.Option(help="activation or product.")] = None,
+    site: Annotated[str | None, typer.Option(help="activation, product or residual.")] = None,
     layers: Annotated[str | None, typer.Option(help="Ranges such as 0-3+28-31.")] = None,
     deactivate: Annotated[str | None, typer.Option(help="Languages to set to 0, joined by +, or others.")] = None,
     target: Annotated[str | None, typer.Option(help="Whose mass to draw; the steered languages by default.")] = None,

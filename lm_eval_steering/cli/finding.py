@@ -23,6 +23,7 @@ def find(
     out: options.Out,
     selection: options.SelectionOptions,
     percentiles: options.Percentiles = options.NINE,
+    residual: options.Residual = False,
     recording: Annotated[Path | None, typer.Option(help="Folder of the recording; by default OUT.recording.")] = None,
     batch_size: options.BatchSize = "16",
     bos: options.Bos = options.BosKind.AUTO,
@@ -34,7 +35,7 @@ def find(
 
     options.check_out(out, ".safetensors")
     method = selection.read(out)
-    search = text.read(percentiles)
+    search = text.read(percentiles, residual)
     check_languages(search.languages)
     folder = recording or out.with_name(out.name.replace("-{rate}", "").replace("{rate}", "")).with_suffix(".recording")
     options.check_folder(folder, "--recording")
@@ -99,11 +100,15 @@ def calibrate(
     out: options.OutFile,
     sentences: options.Sentences = 100,
     percentiles: options.Percentiles = options.NINE,
+    residual: options.Residual = False,
     context: options.Context = None,
     batch_size: options.BatchSize = "16",
     bos: options.Bos = options.BosKind.AUTO,
 ) -> None:
-    """Measure the activations of a set's neurons, so that `value=mean`, `max`, `p90`, ... can be used."""
+    """Measure the activations of a set's neurons, so that `value=mean`, `max`, `p90`, ... can be used.
+
+    With --residual the hidden states too, so that site=residual can be used.
+    """
     from lm_eval_steering.neurons.calibrate import calibrated
     from lm_eval_steering.neurons.neuron_set import NeuronSet
     from lm_eval_steering.neurons.recorder import Search
@@ -114,7 +119,7 @@ def calibrate(
     search = Search(corpus, neuron_set.languages, context=context, sentences=sentences, percentiles=kept)
     runner = options.runner_of(model, batch_size, context, bos)
     texts = search.calibration_texts(runner.model)
-    (done,) = calibrated([neuron_set], runner, texts, search.corpora()[1].name, kept)
+    (done,) = calibrated([neuron_set], runner, texts, search.corpora()[1].name, kept, residual)
     if runner.ranks.first:
         _report(done, out, runner)
 

@@ -66,6 +66,9 @@ ModelArguments = Annotated[
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens per row; at most 2048 by default.")]
 Sentences = Annotated[int, typer.Option(help="Calibration sentences per language.")]
 Percentiles = Annotated[str, typer.Option(help="Which pNN to keep, joined by commas, or all.")]
+Residual = Annotated[
+    bool, typer.Option("--residual", help="Measure the hidden states of every layer too, for site=residual.")
+]
 NINE = "1,5,10,25,50,75,90,95,99"
 BatchSize = Annotated[str, typer.Option(help="Rows per forward pass, or auto: what suits the device.")]
 
@@ -197,13 +200,13 @@ class TextOptions:
     ] = None
     sentences: Sentences = 100
 
-    def read(self, percentiles: str = NINE) -> Search:
+    def read(self, percentiles: str = NINE, residual: bool = False) -> Search:
         """What is asked for, checked."""
         from lm_eval_steering.neurons.recorder import Search
 
         return Search(
             self.corpus, read_languages(self.languages), read_budget(self.tokens), self.rows.value, self.context,
-            self.calibration_corpus, self.sentences, read_percentiles(percentiles),
+            self.calibration_corpus, self.sentences, read_percentiles(percentiles), residual,
         )  # fmt: skip
 
 

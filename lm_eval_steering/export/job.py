@@ -22,7 +22,7 @@ from lm_eval_steering.architectures.weights import weights_digest, weights_sketc
 from lm_eval_steering.errors import InterventionError, SteeringError
 from lm_eval_steering.export import lora
 from lm_eval_steering.export.checkpoint import Checkpoint
-from lm_eval_steering.export.layer_maps import LayerMap, layer_maps
+from lm_eval_steering.export.layer_maps import LayerMap, layer_maps, refuse_dynamic
 from lm_eval_steering.export.layouts import exported_family, target_of
 from lm_eval_steering.export.source import CheckpointSource
 from lm_eval_steering.export.verify import Loader, VerificationError, refuse_unless_llama, verify
@@ -223,6 +223,7 @@ class Job:
     def plan(self, **changed: Any) -> CompiledIntervention:
         """The intervention on this model's neurons, with some arguments changed."""
         intervention = from_arguments({**self.arguments, **changed})
+        refuse_dynamic(intervention)
         return compile_intervention(intervention, self.neurons, self.allow_empty)
 
 

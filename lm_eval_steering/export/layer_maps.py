@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.steering.compiled import Affine, CompiledIntervention
-from lm_eval_steering.steering.intervention import NORMAL, Intervention, Step, is_live
+from lm_eval_steering.steering.intervention import NORMAL, RESIDUAL, Intervention, Step, is_live
 from lm_eval_steering.steering.positions import ALL
 
 _WAY_OUT = "evaluate it with `--model steered-hf`"
@@ -71,6 +71,11 @@ def refuse_dynamic(intervention: Intervention) -> None:
 
 
 def _dynamic(step: Step) -> str | None:
+    if step.site == RESIDUAL:
+        return (
+            "site=residual edits the hidden states between decoder layers, where a checkpoint has neither weights nor "
+            "a bias"
+        )
     if step.positions != ALL:
         return (
             f"positions={step.positions} acts on some tokens of a text, and weights treat every token alike "

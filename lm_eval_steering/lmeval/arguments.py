@@ -35,10 +35,12 @@ class SteeringArguments:
         value: number, calibrated or live statistic for `add` and `set`.
         factor: any finite number.
         preset: a paper's name for op, value and scope.
+        source: of `clas_diffmean`: the language that is steered away from.
         deactivate: languages whose neurons are silenced, or `others`.
         deactivate_to: what they are set to, 0 by default; or `negate`, `mask`, `random`, `noise`.
         keep_shared: False lets a deactivation silence neurons that are steered too.
-        site: `activation` or `product`.
+        site: `activation`, `product` or `residual`.
+        dimensions: of `residual`: how many in each layer, those with the largest |diffmean|.
         layers: ranges such as `0-3+28-31`.
         positions: `all`, `prompt`, `generated`, `last`, or a window.
         scope: of a live statistic, `token` or `sequence`.
@@ -61,10 +63,12 @@ class SteeringArguments:
     value: float | str | None = None
     factor: float | str | None = None
     preset: str | None = None
+    source: str | None = None
     deactivate: str | None = None
     deactivate_to: float | str | None = None
     keep_shared: bool | None = None
     site: str | None = None
+    dimensions: int | None = None
     layers: str | int | None = None
     positions: str | None = None
     scope: str | None = None

@@ -1,4 +1,4 @@
-"""How strongly chosen units are active in each language: the values that `add` and `set` interventions use."""
+"""How strongly chosen units are active in each language, and where its hidden states are: values of interventions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lm_eval_steering.architectures import ModelSites
-from lm_eval_steering.errors import CorpusError, DidNotHappenError
+from lm_eval_steering.errors import CorpusError, DidNotHappenError, NeuronSetError
 from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, Statistics, union_of
 from lm_eval_steering.neurons.rows import SHORTEST, TokenRows
 from lm_eval_steering.neurons.running import Batches, ModelRunner, Observer, Ranks, in_order, observing
@@ -25,6 +25,7 @@ def calibrated(
     sentences: Mapping[str, TokenRows],
     source: str,
     percentiles: Sequence[int] = PERCENTILES,
+    residual: bool = False,
 ) -> list[NeuronSet]:
     """The same sets with statistics of their neurons; all of them in one pass over the sentences.
 
@@ -34,13 +35,20 @@ def calibrated(
         sentences: language -> one row per sentence, at least for the languages of the sets.
         source: what to call the text in the provenance.
         percentiles: which `pNN` to keep.
+        residual: whether the hidden states are measured too, in another pass; those of a set stay as they are
+            otherwise.
 
     Raises:
-        NeuronSetError: if a set is of another model.
+        NeuronSetError: if a set is of another model; or is a random control whose hidden states are to be measured.
         CorpusError: if a language has no sentence.
     """
     model = runner.model
     for neuron_set in neuron_sets:
+        if residual and neuron_set.provenance.selection.get("method") == "random":
+            raise NeuronSetError(
+                "--residual on a random control: its mean hidden states are random directions, and measuring would put "
+                "the languages' own in their place; calibrate the set that it is drawn from, then draw it"
+            )
         neuron_set.check_model(model.shape.layers, model.shape.units, model.architecture, widths=model.shape.widths)
     runner.load()
     for neuron_set in neuron_sets:
@@ -48,20 +56,26 @@ def calibrated(
     union = union_of([neuron_set.union() for neuron_set in neuron_sets])
     with runner.log.timed("calibrate", neurons=len(union)):
         statistics = calibrate(runner, sentences, union, percentiles)
-    text = {
+    hidden: dict[str, dict[str, NDArray[np.float32]]] = {}
+    if residual:
+        with runner.log.timed("calibrate hidden states"):
+            hidden = calibrate_hidden_states(runner, sentences)
+    text: dict[str, Any] = {
         "source": source,
         "sentences": {code: len(rows) for code, rows in sentences.items()},
         "sha256": {code: rows.sha256() for code, rows in sentences.items()},
         "prefix": runner.prefix_texts,
     }
+    measured = {"calibration": text} | ({"residual": text} if residual else {})
     return [
         replace(
             neuron_set,
             calibrated=statistics.restrict(neuron_set.union()),
+            residual=_by_statistic(hidden, neuron_set.languages) if residual else neuron_set.residual,
             provenance=replace(
                 neuron_set.provenance,
                 weights=neuron_set.provenance.weights or model.sketch,
-                corpus={**neuron_set.provenance.corpus, "calibration": text},
+                corpus={**neuron_set.provenance.corpus, **measured},
             ),
         )
         for neuron_set in neuron_sets
@@ -167,3 +181,69 @@ def _summaries(
         "max": ordered[-1],
         **{f"p{p:02d}": np.percentile(means, p, axis=0) for p in percentiles},
     }
+
+
+# --- Hidden states, for site=residual
+
+
+@torch.inference_mode()
+def calibrate_hidden_states(
+    runner: ModelRunner, sentences: Mapping[str, TokenRows]
+) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Mean and standard deviation (over n) of the hidden states that each decoder layer returns.
+
+    Over all counted tokens, as in the residual means of CLaS-Bench (Gurgurov et al. 2026) and in those of
+    language-specific dimensions (arXiv 2510.07213); accumulated in float64.
+
+    Args:
+        runner: the model and how it is run.
+        sentences: language -> one row of token ids per sentence.
+
+    Returns:
+        language -> `mean` and `std` -> (layer, dimension) float32.
+
+    Raises:
+        CorpusError: if a language has no sentence.
+        DidNotHappenError: if hidden states are not finite.
+    """
+    statistics: dict[str, dict[str, NDArray[np.float32]]] = {}
+    with runner.log.bar("calibrating hidden states", len(sentences), "language") as bar:
+        for language, rows in sentences.items():
+            if not len(rows):
+                raise CorpusError(f"{language}: no sentence of at least {SHORTEST} tokens to calibrate with")
+            moments = _token_moments(runner.model.sites, runner.batches(rows), runner.ranks) / rows.tokens
+            if not np.isfinite(moments).all():
+                raise DidNotHappenError(f"{language}: hidden states hold infinities or NaN; load the model in bfloat16")
+            mean, square = moments
+            deviation = np.sqrt(np.maximum(square - mean**2, 0))
+            statistics[language] = {"mean": mean.astype(np.float32), "std": deviation.astype(np.float32)}
+            bar.update(1)
+    return statistics
+
+
+def _token_moments(sites: ModelSites, batches: Batches, ranks: Ranks) -> NDArray[np.float64]:
+    """(2, layer, dimension) sums of the hidden states and of their squares over the counted tokens of all processes."""
+    sums: dict[int, torch.Tensor] = {}
+    counted = torch.zeros(0, dtype=torch.bool)
+
+    def add(layer: int, hidden: torch.Tensor) -> None:
+        # float64 on CPU: not every accelerator has it.
+        wide = hidden[counted.to(hidden.device)].cpu().double()
+        both = torch.stack([wide.sum(0), (wide * wide).sum(0)])
+        sums[layer] = sums[layer] + both if layer in sums else both
+
+    with observing(sites, at_residual=add) as run:
+        for batch in batches:
+            counted = batch.counted.reshape(-1)
+            run(batch)
+    of_process = torch.stack([sums[layer] for layer in sorted(sums)], 1).numpy() if sums else None
+    parts = [part for part in ranks.gather(of_process) if part is not None]  # a process may have had no batch
+    total: NDArray[np.float64] = np.sum(parts, axis=0)
+    return total
+
+
+def _by_statistic(
+    hidden: Mapping[str, Mapping[str, NDArray[np.float32]]], languages: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """statistic -> (layer, dimension, language), as a neuron set keeps it."""
+    return {name: np.stack([hidden[language][name] for language in languages], axis=-1) for name in ("mean", "std")}

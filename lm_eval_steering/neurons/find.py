@@ -19,7 +19,7 @@ from lm_eval_steering.neurons.recording import Recording, RecordingFolder
 from lm_eval_steering.neurons.rows import SENTENCES
 from lm_eval_steering.neurons.running import CONTEXT, ModelRunner
 from lm_eval_steering.neurons.select import Selection, activated, average_precision, check_rate, lape_rates
-from lm_eval_steering.neurons.set_algebra import random_control
+from lm_eval_steering.neurons.set_algebra import random_control, random_directions
 from lm_eval_steering.progress import Log
 from lm_eval_steering.provenance import versions
 
@@ -164,6 +164,7 @@ def find_neurons(
     calibration_corpus: str | None = None,
     sentences: int = SENTENCES,
     percentiles: Sequence[int] = PERCENTILES,
+    residual: bool = False,
     dtype: str = "auto",
     device: str | None = None,
     batch_size: int | None = 16,
@@ -183,6 +184,7 @@ def find_neurons(
         calibration_corpus: where the sentences to calibrate with are; by default the lines of `corpus`.
         sentences: their number per language.
         percentiles: which `pNN` to keep.
+        residual: whether the hidden states are measured too, for site=residual.
         dtype: of the weights; the checkpoint's by default.
         device: a GPU by default where there is one.
         batch_size: rows per forward pass; None measures one that fits.
@@ -198,7 +200,7 @@ def find_neurons(
     """
     search = Search(
         str(corpus), tuple(map(normalise, languages)), tokens, rows, context, calibration_corpus, sentences,
-        tuple(percentiles),
+        tuple(percentiles), residual,
     )  # fmt: skip
     check_languages(search.languages)
     loaded = LazyModel(str(model), dtype=dtype, device=device)
@@ -218,7 +220,7 @@ def find_with(recorder: Recorder, method: Method | None = None) -> list[NeuronSe
     recorded = recorder.record(method.needs_sentences)
     with recorder.log.timed("select", method=method.name):
         neuron_sets = select(recorded, method)
-    return _calibrated(neuron_sets, recorder)
+    return _calibrated(neuron_sets, recorder, recorder.search.residual)
 
 
 def control_sets(neuron_set: NeuronSet, recorder: Recorder, seeds: Sequence[int]) -> list[NeuronSet]:
@@ -230,17 +232,21 @@ def control_sets(neuron_set: NeuronSet, recorder: Recorder, seeds: Sequence[int]
         seeds: one per control.
     """
     draws = [random_set(neuron_set, seed) for seed in seeds]
-    return _calibrated(draws, recorder)
+    return _calibrated(draws, recorder, residual=False)
 
 
-def _calibrated(neuron_sets: Sequence[NeuronSet], recorder: Recorder) -> list[NeuronSet]:
+def _calibrated(neuron_sets: Sequence[NeuronSet], recorder: Recorder, residual: bool) -> list[NeuronSet]:
     search = recorder.search
     source = search.corpora()[1].name
-    return calibrated(neuron_sets, recorder.runner, recorder.sentences(), source, search.percentiles)
+    texts = recorder.sentences()
+    return calibrated(neuron_sets, recorder.runner, texts, source, search.percentiles, residual)
 
 
 def random_set(neuron_set: NeuronSet, seed: int, disjoint: bool = True) -> NeuronSet:
-    """A random set that matches another in size, layer by layer, without statistics yet.
+    """A random set that matches another in size, layer by layer, without statistics of its neurons yet.
+
+    Its mean hidden states are the set's with random directions between the languages (`random_directions`): they need
+    no measurement.
 
     Args:
         neuron_set: the set to match.
@@ -252,6 +258,7 @@ def random_set(neuron_set: NeuronSet, seed: int, disjoint: bool = True) -> Neuro
         neuron_set,
         assignments=random_control(neuron_set.assignments, widths, seed, disjoint),
         calibrated=None,
+        residual=random_directions(neuron_set.residual, seed),
         provenance=replace(
             neuron_set.provenance,
             corpus={key: value for key, value in neuron_set.provenance.corpus.items() if key != "calibration"},

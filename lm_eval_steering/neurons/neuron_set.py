@@ -20,7 +20,7 @@ from lm_eval_steering.architectures.weights import difference, same_weights
 from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.resources import find_neuron_set
 
-SITES = ("activation", "product")
+SITES = ("activation", "product")  # of MLP units
 _KIND = "neuron set"
 # Median relative difference of the sampled weights that differ: 0.06 to 0.07 for weights of 4 to 8 bits (Q4_K_M of
 # Gemma-3-270m) against values drawn within their rounding error; above 0.9 for two unrelated models.
@@ -136,8 +136,8 @@ class NeuronSet:
         assignments: language -> (neuron, 2) sorted rows of (layer, unit).
         provenance: model, selection, corpus.
         calibrated: activation statistics of the chosen neurons, or None.
-        residual: statistic -> (layer, dimension, language) float32 of the hidden states that each decoder layer
-            returns, in the order of `languages`; empty where none were measured.
+        residual: `mean` and `std` over all tokens -> (layer, dimension, language) float32 of the hidden states that
+            each decoder layer returns, in the order of `languages`; empty where none were measured.
     """
 
     languages: tuple[str, ...]
@@ -196,6 +196,66 @@ class NeuronSet:
         if self.calibrated is None:
             raise NeuronSetError("the neuron set holds no statistics; `lm-eval-steering calibrate` adds them")
         return self.calibrated.lookup(self.assignments[code], code, site, name)
+
+    def hidden_states(self, language: str, name: str = "mean", source: str | None = None) -> NDArray[np.float64]:
+        """One statistic of a language's hidden states, (layer, dimension), as each decoder layer returns them.
+
+        `diffmean` is the language's mean minus the average of the other languages' means. `clas_diffmean` is its mean
+        minus the mean of the source language, of unit norm in each layer (CLaS-Bench, Gurgurov et al. 2026,
+        arXiv 2601.08331; its script adds 1e-8 to the norm).
+
+        Args:
+            language: any code that names it.
+            name: `mean`, `std`, `diffmean` or `clas_diffmean`.
+            source: of `clas_diffmean`.
+
+        Raises:
+            NeuronSetError: if the set holds no statistics of hidden states, or not this one.
+        """
+        column = self._column(language)
+        _ = self.dimensions  # raises where there are none
+        table = "mean" if name in {"diffmean", "clas_diffmean"} else name
+        if table not in self.residual:
+            known = [*self.residual, *(["diffmean", "clas_diffmean"] if "mean" in self.residual else [])]
+            raise NeuronSetError(
+                f"statistic {name!r} at site 'residual' is not in the neuron set; known: {', '.join(known)}; of hidden "
+                "states no other is measured"
+            )
+        values: NDArray[np.float64] = self.residual[table].astype(np.float64)
+        result: NDArray[np.float64] = values[:, :, column]
+        if name == "diffmean":
+            if len(self.languages) < 2:
+                raise NeuronSetError("diffmean needs at least two languages in the neuron set")
+            result = result - np.delete(values, column, axis=2).mean(axis=2)
+        if name == "clas_diffmean":
+            if source is None:
+                raise NeuronSetError("clas_diffmean without a source language: expected a code such as eng_Latn")
+            result = result - values[:, :, self._column(source)]
+            norms = np.linalg.norm(result, axis=1, keepdims=True)
+            if not norms.all():
+                raise NeuronSetError(
+                    f"clas_diffmean: the mean hidden states of {language} and {source} are equal, so there is no "
+                    "direction from one to the other; give another source="
+                )
+            result = result / norms
+        return result
+
+    def _column(self, language: str) -> int:
+        return self.languages.index(languages.choose(language, self.languages, "the neuron set"))
+
+    @property
+    def dimensions(self) -> int:
+        """Number of dimensions of the hidden states, which only their statistics know.
+
+        Raises:
+            NeuronSetError: if the set holds none.
+        """
+        for table in self.residual.values():
+            return int(table.shape[1])
+        raise NeuronSetError(
+            "site=residual: the neuron set holds no statistics of hidden states; add them with "
+            "`lm-eval-steering calibrate SET --residual --model MODEL --corpus CORPUS --out SET`"
+        )
 
     def union(self, chosen: Sequence[str] | None = None) -> Neurons:
         """Distinct neurons of the given languages, all by default."""

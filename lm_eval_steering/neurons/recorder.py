@@ -35,6 +35,7 @@ class Search:
         calibration_corpus: where the sentences to calibrate with are; by default the lines of `corpus`.
         sentences: their number per language.
         percentiles: which `pNN` of the neurons to keep.
+        residual: whether the hidden states are measured too, for site=residual.
     """
 
     corpus: str
@@ -45,6 +46,7 @@ class Search:
     calibration_corpus: str | None = None
     sentences: int = SENTENCES
     percentiles: tuple[int, ...] = PERCENTILES
+    residual: bool = False
 
     def __post_init__(self) -> None:
         if not self.languages:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lm_eval_steering.architectures import ModelSites, check_width
+from lm_eval_steering.architectures import ModelSites, check_width, hidden_states
 from lm_eval_steering.architectures.loading import Bos, LazyModel
 from lm_eval_steering.errors import CorpusError, DidNotHappenError, SteeringError
 from lm_eval_steering.neurons.rows import TokenRow, TokenRows
@@ -210,19 +210,24 @@ class Batches:
 
 @contextmanager
 def observing(
-    sites: ModelSites, at_activation: Observer | None = None, at_product: Observer | None = None
+    sites: ModelSites,
+    at_activation: Observer | None = None,
+    at_product: Observer | None = None,
+    at_residual: Observer | None = None,
 ) -> Iterator[Callable[[Batch], torch.Tensor]]:
     """A function that runs the decoder on a batch and returns its last hidden state, (row, position, hidden).
 
-    During each run every layer's units are shown to the observers; hooks are removed in any case. The function raises
-    DidNotHappenError where a run showed a layer's units never or more than once.
+    During each run every layer's units are shown to the observers, and at `residual` the hidden states that the layer
+    returns; hooks are removed in any case. The function raises DidNotHappenError where a run showed those of a layer
+    never or more than once.
     """
     handles = []
-    calls = np.zeros((2, sites.shape.layers), dtype=np.int64)
-    observers = (at_activation, at_product)
+    calls = np.zeros((3, sites.shape.layers), dtype=np.int64)
+    observers = (at_activation, at_product, at_residual)
 
     def show(site: int, layer: int, units: torch.Tensor) -> None:
-        check_width(units, sites.shape.width(layer), layer)
+        if site < 2:
+            check_width(units, sites.shape.width(layer), layer)
         calls[site, layer] += 1
         observer = observers[site]
         if observer is not None:
@@ -246,12 +251,17 @@ def observing(
     def input_hook(layer: int) -> Any:
         return lambda _module, inputs: show(1, layer, inputs[0])
 
+    def layer_hook(layer: int) -> Any:
+        return lambda _module, _inputs, output: show(2, layer, hidden_states(output))
+
     try:
         for site in sites.layers:
             if at_activation is not None:
                 handles.append(site.activation.register_forward_hook(output_hook(site.layer)))
             if at_product is not None:
                 handles.append(site.down.register_forward_pre_hook(input_hook(site.layer)))
+            if at_residual is not None:
+                handles.append(site.block.register_forward_hook(layer_hook(site.layer)))
         yield run
     finally:
         for handle in handles:

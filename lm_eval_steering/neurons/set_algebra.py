@@ -111,6 +111,31 @@ def random_control(
     return {language: _replaced(rows, neurons, images) for language, rows in assignments.items()}
 
 
+def random_directions(residual: Mapping[str, NDArray[np.float32]], seed: int) -> dict[str, NDArray[np.float32]]:
+    """Mean hidden states with other directions between the languages: the control of an edit at site=residual.
+
+    In each layer the deviations of the languages from the mean over languages have their dimensions permuted and their
+    signs flipped at random, alike for all languages: one orthogonal map. So every difference between languages keeps
+    its norm and its angles to the others, the top K of |diffmean| are K random dimensions with the same values up to
+    signs, and the mean over languages stays. `value=mean` itself, which is mostly that mean, does not keep its norm
+    exactly. Other statistics stay.
+
+    Args:
+        residual: statistic -> (layer, dimension, language).
+        seed: of the draw.
+    """
+    if "mean" not in residual:
+        return dict(residual)
+    means = residual["mean"].astype(np.float64)
+    common = means.mean(axis=2, keepdims=True)
+    deviations = means - common
+    for layer, of_layer in enumerate(deviations):
+        generator = np.random.default_rng([seed, layer])
+        signs = generator.choice([-1.0, 1.0], size=len(of_layer))
+        deviations[layer] = of_layer[generator.permutation(len(of_layer))] * signs[:, None]
+    return {**residual, "mean": (common + deviations).astype(np.float32)}
+
+
 def _replaced(rows: Neurons, neurons: Neurons, images: NDArray[np.int64]) -> Neurons:
     units = 1 + int(neurons[:, 1].max(initial=0))
     positions = np.searchsorted(neurons[:, 0] * units + neurons[:, 1], rows[:, 0] * units + rows[:, 1])
@@ -159,8 +184,9 @@ def _result(
         },
     )
     languages = tuple(assignments)
+    residual = _agreed_residual([neuron_set for neuron_set in sources if neuron_set.residual], languages)
     statistics = _merged([neuron_set.calibrated for neuron_set in sources if neuron_set.calibrated is not None])
-    return NeuronSet(languages, assignments, provenance, _covering(statistics, languages, assignments))
+    return NeuronSet(languages, assignments, provenance, _covering(statistics, languages, assignments), residual)
 
 
 def _agreed(provenances: Sequence[Provenance]) -> Provenance:
@@ -205,6 +231,24 @@ def _merged(several: Sequence[Statistics]) -> Statistics | None:
 
 def _tables(statistics: Statistics) -> set[tuple[str, str]]:
     return {(site, name) for site, tables in statistics.values.items() for name in tables}
+
+
+def _agreed_residual(sources: Sequence[NeuronSet], languages: Sequence[str]) -> Mapping[str, NDArray[np.float32]]:
+    """The hidden states' statistics where all sets that have some agree, and they are of exactly these languages.
+
+    None otherwise, for the reasons of `_merged`.
+    """
+    if not sources or any(set(each.languages) != set(languages) for each in sources):
+        return {}
+    tables = [
+        {name: table[:, :, [each.languages.index(code) for code in languages]] for name, table in each.residual.items()}
+        for each in sources
+    ]
+    same = all(
+        each.keys() == tables[0].keys() and all(np.array_equal(table, each[name]) for name, table in tables[0].items())
+        for each in tables
+    )
+    return tables[0] if same else {}
 
 
 def _covering(

@@ -12,7 +12,7 @@ from pathlib import Path
 from lm_eval_steering.errors import NeuronSetError, did_you_mean
 from lm_eval_steering.lmeval.listing import needs
 from lm_eval_steering.resources import find_neuron_set, tasks_folder
-from lm_eval_steering.steering.intervention import NORMAL, from_arguments, is_live
+from lm_eval_steering.steering.intervention import NORMAL, RESIDUAL, from_arguments, is_live
 from lm_eval_steering.sweep.plan import InterventionEntry, PlanError, SweepPlan, read_plan
 
 _FOLDER = Path(__file__).parent
@@ -90,8 +90,12 @@ def _statistics(entry: InterventionEntry, language: str) -> set[str]:
     given = entry.model_dump(exclude={"factors", "factor", "languages"}, exclude_none=True)
     steers = entry.op is not None or entry.preset is not None
     steps = from_arguments(given | ({"language": language} if steers else {})).steps
-    named = {step.value for step in steps if isinstance(step.value, str)}
-    return {value for value in named if value != NORMAL and not is_live(value)}
+    named = {(step.value, step.site) for step in steps if isinstance(step.value, str)}
+    return {
+        f"{value} of hidden states, with --residual" if site == RESIDUAL else value
+        for value, site in named
+        if value != NORMAL and not is_live(value)
+    }
 
 
 def _ships(neurons: str) -> bool:

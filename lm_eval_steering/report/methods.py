@@ -76,6 +76,7 @@ def methods(results: Results) -> Methods:
         _model(results, config),
         *_neurons(config.get("steering", {}).get("neuron_set", {})),
         _interventions(results),
+        _hidden_states(results, config.get("steering", {}).get("neuron_set", {})),
         _tasks(results),
         *_metrics(results, config.get("steering", {})),
         *_choice(results),
@@ -170,6 +171,27 @@ def _interventions(results: Results) -> str:
             "in the number of neurons of each layer and drawn from neurons that belong to no language."
         )
     return text
+
+
+def _hidden_states(results: Results, neuron_set: Mapping[str, Any]) -> str:
+    """What those interventions do that change no neurons."""
+    cells = results.sweep.cells
+    here = cells[cells["kind"].str.contains(" at residual")]
+    if here.empty:
+        return ""
+    text = "Interventions at residual change no neurons but the hidden states that the named layers (from 0) return"
+    if sentences := set(neuron_set.get("corpus", {}).get("residual", {}).get("sentences", {}).values()):
+        fewest, most = min(sentences), max(sentences)
+        amount = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        text += f", whose means are over the tokens of {amount} sentences of each language"
+    if here["kind"].str.startswith("clas_diffmean").any():
+        text += f"; clas_diffmean is DiffMean of CLaS-Bench [@{CLAS}]"
+    if here["control"].notna().any():
+        text += (
+            "; as controls the deviations of the languages from their common mean have their dimensions permuted and "
+            "their signs flipped at random, which gives random directions of the same norm"
+        )
+    return f"{text}."
 
 
 def _at(rows: pd.DataFrame) -> str:

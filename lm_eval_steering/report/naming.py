@@ -99,6 +99,10 @@ def kind_of(signature: str, preset: str | None, off: str) -> str:
     if step.site != "activation":
         name += f" at {step.site}"
     parts = [name]
+    if step.source is not None:
+        parts.append(f"from {step.source}")
+    if step.dimensions is not None:
+        parts.append(f"{step.dimensions} dimensions")
     if step.layers is not None:
         parts.append(f"layers {'+'.join(map(str, step.layers)) if isinstance(step.layers, tuple) else step.layers}")
     if step.positions != "all":

@@ -15,18 +15,27 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lm_eval_steering.architectures import LayerSites, ModelSites, check_width, model_type_of, sites_of
+from lm_eval_steering.architectures import (
+    LayerSites,
+    ModelSites,
+    check_width,
+    hidden_states,
+    model_type_of,
+    sites_of,
+    with_hidden_states,
+)
 from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError
-from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet
+from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.compiled import Affine, CompiledIntervention, Edit, LiveValue, Term, compile_intervention
-from lm_eval_steering.steering.intervention import NORMAL, from_arguments
+from lm_eval_steering.steering.intervention import NORMAL, RESIDUAL, SITES, from_arguments
 from lm_eval_steering.steering.live import normal, statistic
 from lm_eval_steering.steering.positions import Declared, ForwardRows, GenerationPrompt, RowReader
 
 # --- Evidence that an intervention took place: counted on the device, read when it is asked for
 
 _SMALL, _MANY = 2**15, 32  # values of a tensor that waits, and how many such may wait
+_LARGE = 2**24  # values that are compared at once: whole hidden states would take their memory several times more
 # A norm squares, in float32, what the down projection makes of the activations: much larger changes overflow inside it
 # and leave zeros, which are finite. A change of this size has already lost everything else to rounding.
 _LARGEST_CHANGE = 1e15
@@ -41,7 +50,7 @@ class Evidence:
         modules: modules with a hook.
         fired: calls of those hooks.
         positions: positions that were edited, summed over forwards; pads that the caller marked are not among them.
-        neurons: neurons edited at each position.
+        neurons: neurons edited at each position, dimensions of hidden states among them.
         largest_change: largest |a' - a| over finite a, in units of the activation; infinite where a' overflowed.
         nonfinite: share of real positions whose last hidden state, which the logits are made of, was not finite, or
             zero, which an overflow inside the last norm leaves.
@@ -85,13 +94,22 @@ class LargestChange:
         self._waiting: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._size = 0
 
-    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Count one edit: the chosen units before it, in the precision that it is computed in, and after."""
+    def add(self, before: torch.Tensor, after: torch.Tensor, in_use: bool = False) -> None:
+        """Count one edit: the chosen units before it, in the precision that it is computed in, and after.
+
+        Args:
+            before: (..., unit).
+            after: (..., unit).
+            in_use: whether the model goes on with one of them, and may write to it while it waits.
+        """
         size = before.numel()
         if size > _SMALL:
-            self._count(before.device, before, after)
+            rows = max(1, len(before) * _LARGE // size)
+            for pair in zip(torch.split(before, rows), torch.split(after, rows), strict=True):
+                self._count(before.device, *pair)
             return
-        self._waiting.setdefault(before.device, []).append((before, after))
+        pair = (before.clone(), after.clone()) if in_use else (before, after)
+        self._waiting.setdefault(before.device, []).append(pair)
         self._size += size
         if self._size > _SMALL * _MANY:
             self.settle()
@@ -213,6 +231,7 @@ class AttachedEdit:
         self._index: dict[torch.device, torch.Tensor] = {}
         self._tensors: dict[torch.device, tuple[_Tensors, ...]] = {}
         self._sourced = any(each.all_terms for each in edit.maps)
+        self._all = len(edit.units) == width  # nothing to gather
 
     def __call__(
         self, units: torch.Tensor, rows: ForwardRows | None, changes: LargestChange, in_place: bool = False
@@ -225,7 +244,7 @@ class AttachedEdit:
             changes: counts the largest.
             in_place: write into `units`, which nobody else reads; a copy of them all costs more than the edit.
         """
-        check_width(units, self._width, self.edit.layer)
+        self._check_width(units)
         rows = ForwardRows.all_prompt(units) if rows is None else rows
         if units.shape[:-1].numel() != rows.shape[0] * rows.shape[1]:
             raise InterventionError(
@@ -235,7 +254,8 @@ class AttachedEdit:
         maps = self._on(units.device)
         index = self._index[units.device]
         # One rounding, at the end: half precision is computed in float32, double precision in its own.
-        wide = units.index_select(-1, index).to(torch.promote_types(units.dtype, torch.float32))
+        chosen = units if self._all else units.index_select(-1, index)
+        wide = chosen.to(torch.promote_types(units.dtype, torch.float32))
         sources = self._sources(units, wide.dtype, rows) if self._sourced else {}
         after = wide
         for each, tensors in zip(self.edit.maps, maps, strict=True):
@@ -243,8 +263,19 @@ class AttachedEdit:
         after = after.to(units.dtype)
         self.fired_in_forward += 1
         self.fired += 1
-        changes.add(wide.detach(), after.detach())
+        changes.add(wide.detach(), after.detach(), in_use=self._all)
+        if self._all:
+            return after
         return units.index_copy_(-1, index, after) if in_place else units.index_copy(-1, index, after)
+
+    def _check_width(self, units: torch.Tensor) -> None:
+        if self.edit.site != RESIDUAL:
+            check_width(units, self._width, self.edit.layer)
+        elif units.shape[-1] != self._width:
+            raise InterventionError(
+                f"site=residual: layer {self.edit.layer} returns {units.shape[-1]} dimensions, the neuron set has "
+                f"statistics of {self._width}: it was calibrated on another model; calibrate it on this one"
+            )
 
     def _map(
         self,
@@ -415,7 +446,10 @@ class Steering:
     def _take(self, plan: CompiledIntervention) -> None:
         self.plan = plan
         shape = self._sites.shape
-        self._edits = {(edit.layer, edit.site): AttachedEdit(edit, shape.width(edit.layer)) for edit in plan.edits}
+        self._edits = {
+            (edit.layer, edit.site): AttachedEdit(edit, edit.dimensions or shape.width(edit.layer))
+            for edit in plan.edits
+        }
         self._kinds = {edit.positions for edit in plan.edits}
         self._needs = plan.needs_rows, plan.lookahead
         self._counters = Counters()
@@ -578,6 +612,17 @@ class Steering:
                 return None
             return (self._edits[key](inputs[0], self._rows, self._counters.largest), *inputs[1:])
 
+        def layer_hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if not self._on:
+                return None
+            # Never in place: what a layer returns is collected by `output_hidden_states` and may be part of the next
+            # layer's sum.
+            edited = self._edits[key](hidden_states(output), self._rows, self._counters.largest)
+            return with_hidden_states(output, edited)
+
+        if key[1] == RESIDUAL:
+            # Before other hooks, so that `output_hidden_states` collects what the next layer reads.
+            return site.block.register_forward_hook(_eager(layer_hook), prepend=True)
         if key[1] == "activation":
             return site.activation.register_forward_hook(_eager(output_hook))
         return site.down.register_forward_pre_hook(_eager(input_hook))

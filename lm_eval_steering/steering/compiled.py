@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_eval_steering.errors import InterventionError
-from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, union_of
-from lm_eval_steering.steering.intervention import NORMAL, Intervention, Step, is_live
+from lm_eval_steering.neurons.neuron_set import Neurons, NeuronSet, union_of
+from lm_eval_steering.steering.intervention import NORMAL, RESIDUAL, SITES, Intervention, Step, is_live
 from lm_eval_steering.steering.positions import ALL
 
 # --- Steps folded into affine maps over the neurons of one site
@@ -200,15 +200,17 @@ class Edit:
 
     Attributes:
         layer: number of the decoder layer.
-        site: `activation` or `product`.
-        units: (unit,) sorted indices of the units that any map touches.
+        site: `activation`, `product` or `residual`.
+        units: (unit,) sorted indices of the units that any map touches; at `residual` of dimensions.
         maps: over those units, applied one after another; sources are taken before the first.
+        dimensions: of the hidden states, at `residual`; elsewhere the model says how many units a layer has.
     """
 
     layer: int
     site: str
     units: NDArray[np.int64]
     maps: tuple[Affine, ...]
+    dimensions: int | None = None
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -223,7 +225,7 @@ class CompiledIntervention:
     Attributes:
         intervention: with the neuron set's language codes.
         edits: by site and layer; a layer without chosen neurons has none.
-        neurons: number of distinct (site, layer, unit) that are edited.
+        neurons: number of distinct (site, layer, unit) that are edited; at `residual` a unit is a dimension.
         shared: number of those that belong to more than one language of the steps that edit them.
     """
 
@@ -266,7 +268,8 @@ def compile_intervention(
     shared = 0
     for site in SITES:
         here = [part for part in parts if part.step.site == site]
-        edits += _edits(site, here)
+        dimensions = neuron_set.dimensions if site == RESIDUAL and here else None
+        edits += _edits(site, here, dimensions)
         shared += len(union_of([part.neurons[part.owners > 1] for part in here]))
     return CompiledIntervention(resolved, tuple(edits), sum(len(edit.units) for edit in edits), shared)
 
@@ -293,7 +296,8 @@ def _part(number: int, intervention: Intervention, neuron_set: NeuronSet, allow_
         values[rows] += _values(step, neurons, language, neuron_set)
     values = np.divide(values, owners, out=values, where=owners > 0)
     if step.deactivation and step.keep_shared:
-        later = [s for s in intervention.steps[number + 1 :] if not s.deactivation]
+        # Dimensions of hidden states are no neurons, whatever their numbers.
+        later = [s for s in intervention.steps[number + 1 :] if not s.deactivation and s.site != RESIDUAL]
         kept = union_of([n for s in later for n in _neurons_of(s, neuron_set, allow_empty).values()])
         stays = np.ones(len(chosen), dtype=bool)
         stays[positions_of(chosen, kept)] = False
@@ -307,8 +311,10 @@ def _part(number: int, intervention: Intervention, neuron_set: NeuronSet, allow_
 
 
 def _neurons_of(step: Step, neuron_set: NeuronSet, allow_empty: bool) -> dict[str, Neurons]:
-    """Language -> its neurons in the step's layers."""
+    """Language -> its neurons in the step's layers; at `residual` rows (layer, dimension)."""
     layers = sorted(step.chosen_layers(neuron_set.provenance.layers))
+    if step.site == RESIDUAL:
+        return {language: _dimensions_of(step, layers, language, neuron_set) for language in step.languages}
     lists = {}
     for language in step.languages:
         neurons = neuron_set.neurons(language)
@@ -319,12 +325,30 @@ def _neurons_of(step: Step, neuron_set: NeuronSet, allow_empty: bool) -> dict[st
     return lists
 
 
+def _dimensions_of(step: Step, layers: Sequence[int], language: str, neuron_set: NeuronSet) -> Neurons:
+    """(dimension, 2) sorted rows of (layer, dimension): all, or of each layer those with the largest |diffmean|.
+
+    Ties go to the dimension of the lower number.
+    """
+    total = neuron_set.dimensions
+    if step.dimensions is None:
+        chosen = np.broadcast_to(np.arange(total), (len(layers), total))
+    elif step.dimensions > total:
+        raise InterventionError(f"dimensions={step.dimensions}: the hidden states have {total}, give a smaller number")
+    else:
+        sizes = np.abs(neuron_set.hidden_states(language, "diffmean")[layers])
+        chosen = np.sort(np.argsort(-sizes, axis=1, kind="stable")[:, : step.dimensions], axis=1)
+    return np.column_stack([np.repeat(layers, chosen.shape[1]), chosen.reshape(-1)]).astype(np.int64)
+
+
 def _values(step: Step, neurons: Neurons, language: str, neuron_set: NeuronSet) -> NDArray[np.float64]:
     """(neuron,) what the factor is multiplied with; 1 where a source is, which only the forward pass knows."""
     if source_of(step) is not None:
         return np.ones(len(neurons))
     if not isinstance(step.amount, str):
         return np.full(len(neurons), step.amount)
+    if step.site == RESIDUAL:
+        return neuron_set.hidden_states(language, step.amount, step.source)[neurons[:, 0], neurons[:, 1]]
     if neuron_set.calibrated is None:
         raise InterventionError(
             f"value={step.amount}: the neuron set holds no calibrated statistics; `lm-eval-steering calibrate` adds "
@@ -334,7 +358,11 @@ def _values(step: Step, neurons: Neurons, language: str, neuron_set: NeuronSet) 
 
 
 def _refuse_reversed_sites(parts: Sequence[_Part]) -> None:
-    """A forward pass reaches `activation` before `product`; the other order, on one neuron, cannot be what happens."""
+    """A forward pass reaches `activation` before `product`; the other order, on one neuron, cannot be what happens.
+
+    Dimensions of hidden states are edited where the forward pass has them, after the units of their layer and before
+    those of the next one, in whatever order the steps are written.
+    """
     for number, part in enumerate(parts, start=1):
         for later in parts[number:]:
             reversed_ = (part.step.site, later.step.site) == ("product", "activation")
@@ -345,7 +373,7 @@ def _refuse_reversed_sites(parts: Sequence[_Part]) -> None:
                 )
 
 
-def _edits(site: str, parts: Sequence[_Part]) -> list[Edit]:
+def _edits(site: str, parts: Sequence[_Part], dimensions: int | None) -> list[Edit]:
     neurons = union_of([part.neurons for part in parts])
     maps = Maps(neurons)
     for part in parts:
@@ -355,5 +383,5 @@ def _edits(site: str, parts: Sequence[_Part]) -> list[Edit]:
     for layer in np.unique(neurons[:, 0]):
         rows = neurons[:, 0] == layer
         of_layer = tuple(each.cut(rows) for each in composed if each.touched[rows].any())
-        edits.append(Edit(int(layer), site, neurons[rows, 1], of_layer))
+        edits.append(Edit(int(layer), site, neurons[rows, 1], of_layer, dimensions))
     return edits

@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import InterventionError, SteeringError, did_you_mean
@@ -22,9 +30,11 @@ from lm_eval_steering.steering.positions import ALL, FORMS, parse_positions
 # --- Fields of a step: each error names the key and the nearest valid word
 
 OPERATIONS = ("scale", "add", "set")
-SITES = ("activation", "product")
+RESIDUAL = "residual"
+SITES = ("activation", "product", RESIDUAL)  # in the order in which a forward pass reaches them in one layer
 SCOPES = ("token", "sequence")
-STATISTICS = ("mean", "median", "max", "token_max", "diffmean", "sentence_mean")
+CLAS_DIFFMEAN = "clas_diffmean"
+STATISTICS = ("mean", "median", "max", "token_max", "diffmean", "sentence_mean", CLAS_DIFFMEAN)
 LIVE = ("live_max", "live_mean", "live_median", "live_min", "live_std", "live_iqr", "live_mad")
 NORMAL = "normal"
 OTHERS = "others"
@@ -136,6 +146,30 @@ def read_languages(given: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text if text == OTHERS else languages.normalise(text) for text in texts))
 
 
+def read_source(given: Any) -> str | None:
+    """The code of one language, in FLORES style.
+
+    Raises:
+        UnknownLanguageError: if it names no language.
+    """
+    if given is None:
+        return None
+    codes = read_languages(given)
+    if len(codes) != 1 or codes == (OTHERS,):
+        raise ValueError(f"source={given!r}: expected one language, such as eng_Latn")
+    return codes[0]
+
+
+def read_dimensions(given: Any) -> int | None:
+    """A whole number from 1, or nothing."""
+    if given is None:
+        return None
+    number = _number(given)
+    if number is None or not math.isfinite(number) or number != int(number) or number < 1:
+        raise ValueError(f"dimensions={given!r}: expected a whole number from 1, of dimensions in each layer")
+    return int(number)
+
+
 def _number(given: Any) -> float | None:
     if isinstance(given, bool):
         return None
@@ -157,8 +191,12 @@ class Step(BaseModel):
         value: a number, a calibrated statistic of the language, a `live_` statistic of the current activations, or
             `normal`, seeded random numbers; 1 by default. `scale` takes a live one only: a' = factor * value * a.
         factor: any finite number.
-        site: `activation` (after the activation function) or `product` (input of the last linear layer).
-        layers: ranges such as `0-3+28-31`; all by default.
+        source: of `clas_diffmean`: the language that is steered away from.
+        site: `activation` (after the activation function), `product` (input of the last linear layer) or `residual`
+            (the hidden states that a decoder layer returns, whose dimensions take the place of neurons).
+        dimensions: of `residual`: how many of each layer's dimensions, those with the largest |diffmean|; all by
+            default.
+        layers: ranges such as `0-3+28-31`; all by default, but for `residual`, which needs them.
         positions: `all`, `prompt`, `generated`, `last`, a window (`positions.parse_positions`).
         scope: of a live statistic: `token` (that position alone) or `sequence` (the row's whole forward pass).
         seed: of `normal`.
@@ -173,7 +211,9 @@ class Step(BaseModel):
     languages: Annotated[tuple[str, ...], BeforeValidator(read_languages)]
     value: Annotated[float | str | None, BeforeValidator(read_value)] = None
     factor: Annotated[float, BeforeValidator(read_factor)] = 1.0
-    site: Annotated[Literal["activation", "product"], one_of("site", SITES)] = "activation"
+    source: Annotated[str | None, BeforeValidator(read_source)] = None
+    site: Annotated[Literal["activation", "product", "residual"], one_of("site", SITES)] = "activation"
+    dimensions: Annotated[int | None, BeforeValidator(read_dimensions)] = None
     layers: Annotated[str | None, BeforeValidator(read_layers)] = None
     positions: Annotated[str, BeforeValidator(read_positions)] = ALL
     scope: Annotated[Literal["token", "sequence"], one_of("scope", SCOPES)] = "token"
@@ -199,7 +239,45 @@ class Step(BaseModel):
             raise ValueError(f"scope={self.scope}: only a live statistic has a scope, value={self.value!r} has none")
         if self.seed and self.value != NORMAL:
             raise ValueError(f"seed={self.seed}: only value=normal is random, value={self.value!r} is not")
+        self._check_residual()
         return self
+
+    def _check_residual(self) -> None:
+        """What belongs to hidden states alone, and what they have not."""
+        if self.site != RESIDUAL:
+            if self.dimensions is not None:
+                raise ValueError(f"dimensions={self.dimensions}: only site=residual has dimensions; leave it out")
+            if self.value == CLAS_DIFFMEAN:
+                raise ValueError(f"value={CLAS_DIFFMEAN}: only site=residual has it; give site=residual and layers=")
+        elif self.deactivation:
+            raise ValueError(
+                "deactivate= at site=residual: a dimension of the hidden states belongs to no language alone; steer "
+                "away with op=add,value=diffmean,factor=-1, or write the steps in a file (intervention=) to silence "
+                "neurons at another site"
+            )
+        elif self.layers is None:
+            raise ValueError(
+                "site=residual without layers=: say after which decoder layers the hidden states are edited, such as "
+                "layers=14 or layers=12-16 (what is added at several layers adds up)"
+            )
+        if self.value != CLAS_DIFFMEAN:
+            if self.source is not None:
+                raise ValueError(
+                    f"source={self.source}: only value={CLAS_DIFFMEAN} has a source language; leave it out"
+                )
+        elif self.source is None:
+            raise ValueError(f"value={CLAS_DIFFMEAN} without source=: say which language to steer away from")
+        elif self.op != "add" or self.dimensions is not None:
+            wrong = f"op={self.op}" if self.op != "add" else f"dimensions={self.dimensions}"
+            raise ValueError(
+                f"{wrong} conflicts with value={CLAS_DIFFMEAN}, a vector of unit norm over all dimensions that is added"
+            )
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Other interventions keep the fingerprints that they had before there was site=residual.
+        given: dict[str, Any] = handler(self)
+        return {key: value for key, value in given.items() if key not in {"source", "dimensions"} or value is not None}
 
     @property
     def amount(self) -> float | str:
@@ -230,7 +308,9 @@ class Step(BaseModel):
             "value": None if self.value is None else _short(self.value),
             "factor": _short(self.factor),
             "deactivate" if self.deactivation else "lang": "+".join(self.languages),
+            "source": self.source,
             "site": self.site,
+            "dims": None if self.dimensions is None else str(self.dimensions),
             "layers": self.layers or "all",
             "positions": None if self.positions == ALL else self.positions,
             "scope": None if self.scope == "token" else self.scope,
@@ -274,7 +354,14 @@ class Intervention(BaseModel):
                 raise InterventionError("deactivate=others: every language of the neuron set is steered to")
             return rest
 
-        return Intervention(steps=tuple(step.model_copy(update={"languages": codes(step)}) for step in self.steps))
+        def source(step: Step) -> str | None:
+            return None if step.source is None else languages.choose(step.source, available, where)
+
+        return Intervention(
+            steps=tuple(
+                step.model_copy(update={"languages": codes(step), "source": source(step)}) for step in self.steps
+            )
+        )
 
     def signature(self) -> str:
         """Readable form, meant for a paper; `none` for the unsteered model. `parse` reads it back."""
@@ -310,7 +397,8 @@ def _short(number: float | str) -> str:
 # --- An intervention read back from its printed signature
 
 _KEYS = (
-    "op", "value", "factor", "lang", "deactivate", "site", "layers", "positions", "scope", "seed", "keep_shared",
+    "op", "value", "factor", "lang", "deactivate", "source", "site", "dims", "layers", "positions", "scope", "seed",
+    "keep_shared",
 )  # fmt: skip
 _OF_A_SCORE = {"neurons", "lid", "fp", "v"}  # parts of a score's signature that follow the intervention
 
@@ -341,6 +429,8 @@ def _fields(part: str) -> dict[str, Any]:
         fields |= {"languages": fields.pop("deactivate"), "deactivation": True}
     elif "lang" in fields:
         fields["languages"] = fields.pop("lang")
+    if "dims" in fields:
+        fields["dimensions"] = fields.pop("dims")
     if fields.get("layers") == "all":
         del fields["layers"]
     return fields
@@ -352,8 +442,8 @@ def _fields(part: str) -> dict[str, Any]:
 __all__ = ["ARGUMENTS", "DEACTIVATIONS", "PRESETS", "Intervention", "Step", "build", "from_arguments"]
 
 STEP_ARGUMENTS = (
-    "language", "op", "value", "factor", "preset", "deactivate", "deactivate_to", "keep_shared", "site", "layers",
-    "positions", "scope", "seed",
+    "language", "op", "value", "factor", "preset", "source", "deactivate", "deactivate_to", "keep_shared", "site",
+    "dimensions", "layers", "positions", "scope", "seed",
 )  # fmt: skip
 ARGUMENTS = (*STEP_ARGUMENTS, "intervention")
 
@@ -364,7 +454,8 @@ DEACTIVATIONS: dict[str, dict[str, Any]] = {
     "random": {"op": "set", "value": NORMAL, "factor": 0.1},
     "noise": {"op": "add", "value": NORMAL, "factor": 5.0},
 }
-# Rahmanisa et al. 2025 (p_max, p_median, =max, +max, =0, =P10) and Gurgurov et al. 2025 (the others).
+# Rahmanisa et al. 2025 (p_max, p_median, =max, +max, =0, =P10), CLaS-Bench (clas_diffmean; Gurgurov et al. 2026) and
+# Gurgurov et al. 2025 (the others).
 PRESETS: dict[str, dict[str, Any]] = {
     "p_max": {"op": "set", "value": "max"},
     "p_median": {"op": "set", "value": "median"},
@@ -375,6 +466,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "additive": {"op": "add", "value": "mean"},
     "replacement": {"op": "set", "value": "mean"},
     "diffmean": {"op": "add", "value": "diffmean"},
+    "clas_diffmean": {"op": "add", "value": CLAS_DIFFMEAN, "site": RESIDUAL},
     "deactivate": {"op": "set", "value": 0.0, "deactivation": True},
 }
 # For shells and files in which a sign would have to be quoted.
@@ -383,7 +475,7 @@ _ALIASES = {"set_max": "=max", "add_max": "+max", "set_0": "=0", "set_p10": "=P1
 _OPERAND = re.compile(r"([=+*])(?:(max|mean|median|min|std|iqr|mad|P\d\d)|(-?\d+(?:\.\d+)?))")
 _OPERATIONS = {"=": "set", "+": "add", "*": "scale"}
 _FIXED_BY_DEACTIVATE = ("op", "value", "factor", "deactivate")  # by the preset of that name
-_COMMON = ("site", "layers", "positions")
+_COMMON = ("site", "dimensions", "layers", "positions")
 
 
 def from_arguments(arguments: Mapping[str, Any]) -> Intervention:
@@ -447,6 +539,7 @@ def _steps(given: dict[str, Any]) -> list[dict[str, Any]]:
         operation = {key: given[key] for key in ("op", "value", "factor") if key in given}
         steps.append({"languages": given["language"], **operation, **common})
     _give(steps, given, "scope", is_live, "a live_ statistic as value= or deactivate_to=")
+    _give(steps, given, "source", lambda value: value == CLAS_DIFFMEAN, f"preset={CLAS_DIFFMEAN}")
     _give(steps, given, "seed", lambda value: value == NORMAL, "value=normal, or deactivate_to=random or noise")
     return steps
 
@@ -463,7 +556,7 @@ def _refuse_idle(given: Mapping[str, Any]) -> None:
         return
     if wrong := [key for key in ("op", "value", "factor") if key in given]:
         raise InterventionError(f"{wrong[0]}= without language=: say whose neurons, such as language=fra_Latn")
-    if "deactivate" not in given and (idle := [key for key in (*_COMMON, "scope", "seed") if key in given]):
+    if "deactivate" not in given and (idle := [key for key in (*_COMMON, "source", "scope", "seed") if key in given]):
         raise InterventionError(f"{idle[0]}= without language= or deactivate=: nothing to intervene on")
 
 

@@ -23,7 +23,7 @@ from lm_eval_steering.neurons.corpus import Corpus
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.provenance import fingerprint
 from lm_eval_steering.steering.compiled import compile_intervention
-from lm_eval_steering.steering.intervention import Intervention, Step, from_arguments
+from lm_eval_steering.steering.intervention import RESIDUAL, Intervention, Step, from_arguments
 from lm_eval_steering.sweep import damage_text
 from lm_eval_steering.sweep.damage_search import LONGEST, Line
 from lm_eval_steering.sweep.halves import ALL, CHOOSE, REPORT, can_be_split, positions_of
@@ -308,6 +308,8 @@ def _refuse_unmeasured(planned: PlannedIntervention) -> None:
     """A neuron set holds statistics of its neurons alone."""
     for step in planned.resolved["steps"]:
         value = step["value"]
+        if step["site"] == RESIDUAL:  # whose random directions are made of the set's own means
+            continue
         if isinstance(value, str) and not value.startswith("live_") and value != "normal":
             raise PlanError(
                 f"controls.random: {planned.name} needs the statistic {value!r} of random neurons, and a neuron set "
@@ -339,7 +341,10 @@ def _name(intervention: Intervention, entry: InterventionEntry, factor: float | 
     parts += [f"x{factor:g}"] if factor is not None else []
     parts += [f"without-{entry.deactivate}"] if entry.deactivate and intervention.steered else []
     parts += [f"to-{entry.deactivate_to}"] if entry.deactivate_to is not None else []
-    parts += [str(part) for part in (entry.site, entry.layers, entry.positions) if part is not None]
+    parts += [f"from-{entry.source}"] if entry.source is not None else []
+    parts += [entry.site] if entry.site is not None else []
+    parts += [f"dims{entry.dimensions}"] if entry.dimensions is not None else []
+    parts += [str(part) for part in (entry.layers, entry.positions) if part is not None]
     text = "-".join(str(part) for part in parts).replace("=", "set_").replace("*", "times_")
     return re.sub(r"[^A-Za-z0-9_.+-]", "_", text)[:80]
 

@@ -22,7 +22,7 @@ from lm_eval_steering.architectures import Shape, sites_of
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from tests.conftest import LAYERS, UNITS, make_set, tiny_model
+from tests.conftest import LAYERS, UNITS, make_set, tiny_model, with_hidden_states
 
 silu = nn.functional.silu
 
@@ -34,7 +34,7 @@ def failed(found: list[Check]) -> list[Check]:
 def test_every_family_passes_with_random_neurons(model: nn.Module, family: str) -> None:
     found = examine(model)
     assert failed(found) == []
-    assert len(found) == 25
+    assert len(found) == 26
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
@@ -128,8 +128,8 @@ def test_a_model_with_an_internal_state_fails_the_bit_equal_checks() -> None:
 def test_a_wrong_edit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """An intervention that edits one unit too many, as a hook with a wrong index would."""
     model: Any = tiny_model("llama")
-    own = make_set({"fra_Latn": [(1, 3)]}, calibrated=False)
-    more = make_set({"fra_Latn": [(1, 3), (1, 4)]}, calibrated=False)
+    own = with_hidden_states(make_set({"fra_Latn": [(1, 3)]}, calibrated=False))
+    more = with_hidden_states(make_set({"fra_Latn": [(1, 3), (1, 4)]}, calibrated=False))
     from lm_eval_steering.analysis import checks as bench
 
     real = bench.steer
@@ -154,7 +154,9 @@ def test_a_wrong_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench, "steer", off_by_little)
     names = {check.name for check in failed(examine(tiny_model("llama")))}
-    assert names == {"activations follow the definition", "products follow the definition"}
+    assert names == {
+        "activations follow the definition", "products follow the definition", "hidden states follow the definition",
+    }  # fmt: skip
 
 
 def test_a_model_whose_units_are_not_found_has_this_check_alone() -> None:
@@ -208,7 +210,7 @@ def test_the_report_holds_results_model_set_and_versions() -> None:
     content = json.loads(json.dumps(report(examine(model.model), model, None, 7)))
     assert content["passed"] and content["neurons"] == {"random": True, "seed": 7}
     assert content["model"]["layers"] == LAYERS and content["model"]["units"] == UNITS
-    assert content["checks"][1]["found"] == "6 of 6 modules"
+    assert content["checks"][1]["found"] == "9 of 9 modules"
 
 
 # --- the real command -----------------------------------------------------------------------------------------------
@@ -278,5 +280,5 @@ def test_a_model_that_breaks_inside_a_check_gets_its_whole_table() -> None:
 
     model.forward = no_cache
     found = examine(model)
-    assert len(found) == 25
+    assert len(found) == 26
     assert {(check.found, check.detail) for check in failed(found)} == {("RuntimeError", "this model keeps no cache")}

@@ -33,6 +33,7 @@ SCALE = {"language": "fra_Latn", "op": "scale", "factor": 2}
         ({**ADD, "value": "live_max"}, "value=live_max is a statistic of the current activations"),
         ({**SCALE, "preset": "+max", "op": None, "factor": None}, "value=live_max is a statistic"),
         ({"deactivate": "fra_Latn", "deactivate_to": "noise"}, "value=normal is drawn anew for every token"),
+        ({**ADD, "site": "residual", "layers": "1"}, "site=residual edits the hidden states between decoder layers"),
     ],
 )
 @pytest.mark.parametrize("write", [export_checkpoint, export_lora])

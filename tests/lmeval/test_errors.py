@@ -17,13 +17,13 @@ from tests.conftest import make_set, tiny_model
 PAGE = Path(__file__).parents[2] / "docs" / "interventions.md"
 SET = make_set({"fra_Latn": [(0, 1), (0, 5), (2, 3)], "deu_Latn": [(0, 5)], "tur_Latn": []})
 NAMES = (
-    "mean, median, max, token_max, diffmean, sentence_mean, pNN, live_max, live_mean, live_median, live_min, live_std, "
-    "live_iqr, live_mad, live_pNN, normal"
+    "mean, median, max, token_max, diffmean, sentence_mean, clas_diffmean, pNN, live_max, live_mean, live_median, "
+    "live_min, live_std, live_iqr, live_mad, live_pNN, normal"
 )
 FORMS = "all, prompt, generated, last, a window such as 3:10, or a window of a part such as prompt[-5:]"
 PRESETS = (
-    "p_max, p_median, =max, +max, =0, =P10, additive, replacement, diffmean, deactivate, set_max, add_max, set_0, "
-    "set_p10, or =, + or * with a number or a live statistic such as +std"
+    "p_max, p_median, =max, +max, =0, =P10, additive, replacement, diffmean, clas_diffmean, deactivate, set_max, "
+    "add_max, set_0, set_p10, or =, + or * with a number or a live statistic such as +std"
 )
 # Written with a neuron set of fra_Latn, deu_Latn and tur_Latn (which has no neurons) in a model of three layers.
 MATRIX = [
@@ -96,7 +96,35 @@ MATRIX = [
     ),
     (
         "language=fra,op=add,site=prodct",
-        "site='prodct': expected one of activation, product; did you mean 'product'?",
+        "site='prodct': expected one of activation, product, residual; did you mean 'product'?",
+    ),
+    (
+        "language=fra,op=add,site=residual",
+        "site=residual without layers=: say after which decoder layers the hidden states are edited, such as layers=14 "
+        "or layers=12-16 (what is added at several layers adds up)",
+    ),
+    (
+        "language=fra,op=add,site=residual,layers=1",
+        "site=residual: the neuron set holds no statistics of hidden states; add them with `lm-eval-steering calibrate "
+        "SET --residual --model MODEL --corpus CORPUS --out SET`",
+    ),
+    (
+        "language=fra,op=add,dimensions=400",
+        "dimensions=400: only site=residual has dimensions; leave it out",
+    ),
+    (
+        "language=fra,preset=clas_diffmean,layers=1",
+        "value=clas_diffmean without source=: say which language to steer away from",
+    ),
+    (
+        "language=fra,op=add,source=eng",
+        "source='eng': it applies to preset=clas_diffmean, and there is none",
+    ),
+    (
+        "deactivate=fra,site=residual,layers=1",
+        "deactivate= at site=residual: a dimension of the hidden states belongs to no language alone; steer away with "
+        "op=add,value=diffmean,factor=-1, or write the steps in a file (intervention=) to silence neurons at another "
+        "site",
     ),
     (
         "language=fra,op=add,layers=3-",

@@ -58,7 +58,7 @@ def test_a_set_found_on_an_adapter_fits_that_model_alone(adapted: Path, capsys: 
     with pytest.raises(NeuronSetError, match="force=true"):
         SteeredHFLM(str(base), **steered)
     app([str(word) for word in ["doctor", *common, "--neurons", out]], standalone_mode=False)
-    assert "25 checks passed" in capsys.readouterr().out
+    assert "26 checks passed" in capsys.readouterr().out
 
 
 # --- The same loading in every command: adapters, GGUF files, weights quantised while they are loaded
@@ -164,7 +164,7 @@ def test_every_command_loads_the_model_alike_and_a_set_found_on_it_fits(
     assert lm.loglikelihood([request], disable_tqdm=True)[0] != score
     if "peft" in arguments or "gguf_file" in arguments:  # quantised rows depend on the others of their batch
         verb("doctor", *common, "--neurons", out)
-        assert "25 checks passed" in capsys.readouterr().out
+        assert "26 checks passed" in capsys.readouterr().out
 
 
 def test_a_plan_takes_the_same_arguments(otherwise: tuple[Path, dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,27 @@ def test_random_controls_match_and_are_calibrated_on_the_same_text(text: Path, t
     # The verb that calibrates on its own gives the same values.
     (alone,) = calibrated([random_set(found, 7)], recorder.runner, recorder.sentences(), "text")
     assert alone.content_hash() == control.content_hash()
+
+
+def test_hidden_states_are_measured_only_where_that_is_asked_for(text: Path, tmp_path: Path) -> None:
+    method = Method(rates=(0.2,))
+    (plain,) = find_with(recorder_of(text, tmp_path / "a"), method)
+    recorder = recorder_of(text, tmp_path / "a", residual=True)
+    (found,) = find_with(recorder, method)
+    assert plain.residual == {} and "residual" not in plain.provenance.corpus
+    assert {name: table.shape for name, table in found.residual.items()} == dict.fromkeys(
+        ("mean", "std"), (LAYERS, 16, len(LANGUAGES))
+    )
+    assert found.provenance.corpus["residual"] == found.provenance.corpus["calibration"]
+    assert replace(found, residual={}).content_hash() == plain.content_hash() != found.content_hash()
+    found.save(tmp_path / "set.safetensors")
+    assert NeuronSet.load(tmp_path / "set.safetensors").content_hash() == found.content_hash()
+    # A control needs no text for them, and calibrating its neurons leaves them as they were drawn.
+    (control,) = control_sets(found, recorder, [7])
+    assert np.array_equal(control.residual["mean"], random_set(found, 7).residual["mean"])
+    assert not np.allclose(control.residual["mean"], found.residual["mean"])
+    with pytest.raises(NeuronSetError, match=r"--residual on a random control: .* random directions"):
+        calibrated([control], recorder.runner, recorder.sentences(), "text", residual=True)
 
 
 def test_one_recording_serves_every_selection(text: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lm_eval_steering.errors import NeuronSetError, SteeringError
 from lm_eval_steering.neurons.neuron_set import SITES, Neurons, NeuronSet, Statistics, union_of
-from lm_eval_steering.neurons.set_algebra import intersect, random_control, subtract, union
-from tests.conftest import LAYERS, UNITS, make_set
+from lm_eval_steering.neurons.set_algebra import intersect, random_control, random_directions, subtract, union
+from tests.conftest import LAYERS, UNITS, make_set, with_hidden_states
 
 CODES = ("fra_Latn", "deu_Latn", "eng_Latn")
 PAIRS = st.sets(st.tuples(st.integers(0, LAYERS - 1), st.integers(0, UNITS - 1)), max_size=15)
@@ -189,6 +189,55 @@ def test_another_seed_draws_other_neurons() -> None:
     own = {"fra_Latn": np.array([[0, unit] for unit in range(8)])}
     first, second = (random_control(own, UNITS, seed) for seed in (0, 1))
     assert not np.array_equal(first["fra_Latn"], second["fra_Latn"])
+
+
+@given(st.integers(2, 5), st.integers(0, 100), st.integers(1, 12))
+def test_random_directions_keep_norms_angles_and_the_top_dimensions_values(codes: int, seed: int, top: int) -> None:
+    means = np.random.default_rng(seed + 1).normal(size=(3, 12, codes)).astype(np.float32)
+    means[:, 2] *= 50  # as hidden states have dimensions that are much larger than others
+    residual = {"mean": means, "std": np.abs(means)}
+    drawn = random_directions(residual, seed)
+    again = random_directions(residual, seed)
+    assert np.array_equal(drawn["mean"], again["mean"]) and drawn["mean"].dtype == np.float32
+    assert drawn["std"] is residual["std"]
+
+    def apart(table: np.ndarray) -> np.ndarray:
+        """(layer, dimension, language) mean minus the average of the other languages'."""
+        wide = table.astype(np.float64)
+        return (wide - wide.mean(axis=2, keepdims=True)) * codes / (codes - 1)
+
+    own, control = apart(means), apart(drawn["mean"])
+    scale = np.abs(own).max()
+    assert np.allclose(drawn["mean"].mean(axis=2), means.mean(axis=2), atol=1e-5 * scale)
+    for layer in range(3):
+        # One orthogonal map of all languages: products of every two stay.
+        assert np.allclose(own[layer].T @ own[layer], control[layer].T @ control[layer], atol=1e-4 * scale**2)
+        for code in range(codes):
+            sizes = [np.sort(np.abs(table[layer, :, code]))[-top:] for table in (own, control)]
+            assert np.allclose(*sizes, atol=1e-5 * scale)
+
+
+def test_other_seeds_and_layers_draw_other_directions() -> None:
+    means = np.tile(np.arange(64, dtype=np.float32)[None, :, None] * [1, -1], (2, 1, 1)).astype(np.float32)
+    first, second = (random_directions({"mean": means}, seed)["mean"] for seed in (0, 1))
+    assert not np.array_equal(first, second) and not np.array_equal(first[0], first[1])
+    assert not np.array_equal(first, means)
+    assert random_directions({}, 0) == {}
+
+
+def test_statistics_of_hidden_states_are_kept_where_they_agree() -> None:
+    first = with_hidden_states(make_set(FRENCH))
+    renamed = replace(first, languages=first.languages[::-1], residual={
+        name: table[:, :, ::-1] for name, table in first.residual.items()
+    })  # fmt: skip
+    plain = replace(first, residual={})
+    for made in (union([first, renamed]), intersect([plain, first]), subtract(first, [plain])):
+        assert made.languages == first.languages
+        assert all(np.array_equal(made.residual[name], table) for name, table in first.residual.items())
+    other = replace(first, residual={name: table + 1 for name, table in first.residual.items()})
+    assert union([first, other]).residual == {} and subtract(plain, [first]).residual == {}
+    german = with_hidden_states(make_set({"deu_Latn": [(1, 1)], "tur_Latn": []}))
+    assert union([first, german]).residual == {}, "of other languages, on which diffmean depends"
 
 
 def test_more_than_half_a_layer_needs_a_draw_that_may_overlap() -> None:

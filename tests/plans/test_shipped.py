@@ -33,6 +33,7 @@ SHAPES = {
 }
 # What each plan asks for: languages, interventions (a factor each), tasks; from the papers and their scripts.
 SIZES = {
+    "clas-bench-2026-diffmean": (31, 28, 1),
     "clas-bench-2026-lape": (32, 2, 32),
     "clas-bench-2026-prompting": (32, 1, 32),
     "gurgurov-2025-belebele": (21, 1, 21),
@@ -54,9 +55,12 @@ SIZES = {
 
 
 def real_set(plan: SweepPlan) -> NeuronSet:
-    """A neuron set of the plan's model and languages with every statistic, of two made-up neurons per language."""
+    """A neuron set of the plan's model and languages with every statistic, of two made-up neurons per language.
+
+    English is among them, which a plan may name without steering to it.
+    """
     architecture, layers, units = SHAPES[plan.model.pretrained]
-    codes = plan.languages
+    codes = tuple(dict.fromkeys([*plan.languages, "eng_Latn"]))
     rows = {code: np.array([[0, number], [layers - 1, units - 1 - number]]) for number, code in enumerate(codes)}
     union = union_of(list(rows.values()))
     table = np.ones((len(union), len(codes)), dtype=np.float32)
@@ -64,6 +68,7 @@ def real_set(plan: SweepPlan) -> NeuronSet:
     return NeuronSet(
         codes, rows, Provenance(plan.model.pretrained, "", architecture, layers, units),
         Statistics(union, codes, values),
+        {"mean": np.random.default_rng(0).normal(size=(layers, 8, len(codes))).astype(np.float32)},
     )  # fmt: skip
 
 
@@ -77,6 +82,7 @@ def test_every_plan_is_listed_with_what_it_needs(command: Command) -> None:
     assert summary_of("clas-bench-2026-prompting").ships and not summary_of("rahmanisa-2025-lss").ships
     assert summary_of("rahmanisa-2025-lss").statistics == ("max", "median")
     assert summary_of("tang-2024-perplexity").statistics == ()
+    assert summary_of("clas-bench-2026-diffmean").statistics == ("clas_diffmean of hidden states, with --residual",)
     assert command("plans")[1].rstrip("\n") == text
     assert command("plans", "tang-2024-perplexity")[1] == find_plan("tang-2024-perplexity").read_text(encoding="utf-8")
 
@@ -136,8 +142,13 @@ def _iso_codes() -> list[str]:
 # What the demo set does not hold or the machine does not have: name -> further overrides.
 FOR_THE_DEMO: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        (name for name in SIZES if name.startswith(("clas", "semeval"))),
+        (name for name in SIZES if name.startswith(("clas", "semeval")) and name != "clas-bench-2026-diffmean"),
         ("metadata.clas_identifier=lid.176", "apply_chat_template=false"),
+    ),
+    "clas-bench-2026-diffmean": (
+        "metadata.clas_identifier=lid.176",
+        "apply_chat_template=false",
+        "interventions=[{preset: clas_diffmean, source: eng_Latn, layers: 2, factors: [2.5, 5]}]",
     ),
     "gurgurov-2025-xnli": ("metadata.split=validation",),
     "gurgurov-2025-stepwise": ("interventions=[{deactivate: eng_Latn}, {deactivate: eng_Latn+fra_Latn}]",),
@@ -165,11 +176,11 @@ def without_local_data(plan: SweepPlan) -> tuple[list[str], list[str]]:
 
 
 @pytest.fixture(scope="module")
-def demo_set_with_token_max(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo set measured anew: the one that ships was calibrated before `token_max` was a statistic."""
+def demo_set_with_everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo set measured anew: the one that ships has neither `token_max` nor hidden states."""
     path = tmp_path_factory.mktemp("measured") / "demo.safetensors"
     model, text = resources.demo_model(), resources.demo_calibration()
-    words = ["calibrate", "demo", "--model", model, "--corpus", text, "--sentences", 3, "--out", path]
+    words = ["calibrate", "demo", "--model", model, "--corpus", text, "--sentences", 3, "--residual", "--out", path]
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == 0, result.output
     return path
@@ -180,8 +191,8 @@ def test_a_plan_runs_on_the_demo_model(
     name: str, data: Path, tmp_path: Path, one_thread: None, request: pytest.FixtureRequest
 ) -> None:
     real = read_plan(find_plan(name))
-    measured = "token_max" in summary_of(name).statistics
-    neurons = request.getfixturevalue("demo_set_with_token_max") if measured else "demo"
+    measured = any(each == "token_max" or "hidden states" in each for each in summary_of(name).statistics)
+    neurons = request.getfixturevalue("demo_set_with_everything") if measured else "demo"
     codes = [code for code in real.languages if code in demo_languages()][:2]
     metadata = {**real.metadata, "data_dir": str(data), "samples": 2, "bleu_tokenizer": "char"}
     overrides = [

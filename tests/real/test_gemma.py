@@ -219,7 +219,7 @@ def test_scores_equal_an_oracle(
 
 def test_doctor_passes_every_check(loaded: tuple[Any, Any], neurons: NeuronSet) -> None:
     found = examine(loaded[0], neurons)
-    assert len(found) == 25 and all(check.passed for check in found), plain_text(found)
+    assert len(found) == 26 and all(check.passed for check in found), plain_text(found)
 
 
 def test_factor_one_equals_hf(loaded: tuple[Any, Any], neurons: NeuronSet) -> None:

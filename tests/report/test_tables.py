@@ -171,6 +171,11 @@ def test_names_of_interventions_and_families() -> None:
     assert kind_of("op:set|value:max|factor:1|lang:fra_Latn|site:activation|layers:all", "p_max", "others") == (
         "p_max, others silenced"
     )
+    assert kind_of("op:add|value:diffmean|factor:2|lang:fra_Latn|site:residual|dims:400|layers:14", None, "") == (
+        "add diffmean at residual, 400 dimensions, layers 14"
+    )
+    clas = "op:add|value:clas_diffmean|factor:5|lang:fra_Latn|source:eng_Latn|site:residual|layers:14"
+    assert kind_of(clas, "clas_diffmean", "") == "clas_diffmean at residual, from eng_Latn, layers 14"
     assert silenced(["deu", "fra"], ["fra+ita", "deu+ita"]) == ["others", "others"]
     assert silenced(["deu", "fra"], ["ita", "ita"]) == ["ita", "ita"]
     assert set(families(["xcopa_it", "xcopa_id", "steering_xcopa_ita_Latn"]).values()) != {""}

@@ -16,7 +16,7 @@ from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import from_arguments
 from lm_eval_steering.steering.live import normal
-from tests.conftest import UNITS, make_set, tiny_model
+from tests.conftest import UNITS, hidden_size, make_set, tiny_model, with_hidden_states
 
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "cohere", "gpt2", "gpt_neox",
@@ -40,6 +40,8 @@ TOKEN: list[dict[str, Any]] = [
     FRENCH | {"op": "set", "value": 4.0, "positions": "1:"},
     FRENCH | {"op": "set", "value": 4.0, "positions": "prompt[-2:]"},
     FRENCH | {"op": "set", "value": 4.0, "positions": "-1:"},
+    FRENCH | {"op": "add", "value": "diffmean", "factor": 2.0, "site": "residual", "layers": "0-2"},
+    FRENCH | {"op": "add", "value": "live_max", "site": "residual", "layers": 1, "dimensions": 3, "positions": "1:"},
 ]
 SEQUENCE: list[dict[str, Any]] = [
     FRENCH | {"preset": "=max"},
@@ -52,6 +54,11 @@ SEQUENCE: list[dict[str, Any]] = [
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def neuron_set(family: str, neuron_set: NeuronSet) -> NeuronSet:
+    return with_hidden_states(neuron_set, hidden_size(family))
 
 
 def batched(model: torch.nn.Module, rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, dict[str, Any]]:

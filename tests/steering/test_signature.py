@@ -26,20 +26,32 @@ WINDOWS = ["all", "prompt", "generated", "last", "3:10", "-5:", ":", "prompt[-5:
 
 
 @st.composite
+def place(draw: Any, value: Any, off: bool) -> dict[str, Any]:
+    """Site, layers and what belongs to hidden states alone."""
+    layers = st.sampled_from(["0", "0-3+28-31"])
+    if value == "clas_diffmean":
+        return {"site": "residual", "layers": draw(layers), "source": draw(st.sampled_from(["eng_Latn", "tur_Latn"]))}
+    if not off and draw(st.booleans()):
+        return {"site": "residual", "layers": draw(layers), "dimensions": draw(st.none() | st.integers(1, 10_000))}
+    return {"site": draw(st.sampled_from(["activation", "product"])), "layers": draw(st.none() | layers)}
+
+
+@st.composite
 def steps(draw: Any) -> Step:
     op = draw(st.sampled_from(["scale", "add", "set"]))
     live = st.sampled_from([*LIVE, "live_p05"])
     known = st.sampled_from([*STATISTICS, "p10", "normal"])
     value = draw(st.none() | live) if op == "scale" else draw(st.none() | FINITE | live | known)
-    off = draw(st.booleans())
+    if value == "clas_diffmean":
+        op = "add"
+    off = value != "clas_diffmean" and draw(st.booleans())
     is_live = isinstance(value, str) and value.startswith("live_")
     return Step(
         op=op,
         languages=["others"] if off and draw(st.booleans()) else draw(LANGUAGES),
         value=value,
         factor=draw(FINITE),
-        site=draw(st.sampled_from(["activation", "product"])),
-        layers=draw(st.none() | st.sampled_from(["0", "0-3+28-31"])),
+        **draw(place(value, off)),
         positions=draw(st.sampled_from(WINDOWS)),
         scope=draw(st.sampled_from(["token", "sequence"])) if is_live else "token",
         seed=draw(st.integers(0, 2**32 - 1)) if value == "normal" else 0,
@@ -65,7 +77,8 @@ def test_what_a_score_prints_is_read_too() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_can_be_printed_and_read(preset: str) -> None:
-    made = from_arguments({"language": "fr", "preset": preset})
+    needed = {"source": "en", "layers": "3+7"} if preset == "clas_diffmean" else {}
+    made = from_arguments({"language": "fr", "preset": preset} | needed)
     assert parse(made.signature()) == made
     assert made.lookahead is (preset in {"=max", "+max", "=P10"})
 

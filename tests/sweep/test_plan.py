@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.sweep.cells import engine_arguments
 from lm_eval_steering.sweep.plan import PlanError, SweepPlan, build_plan, read_plan
 from lm_eval_steering.sweep.status import describe
@@ -66,6 +69,11 @@ SPELLED_WRONG: list[tuple[dict[str, Any], str]] = [
         {"controls": {"random": 1}, "interventions": [{"preset": "p_max"}]},
         "needs the statistic 'max' of random neurons.*calibration: CORPUS",
     ),
+    (
+        {"interventions": [{"op": "add", "value": "diffmean", "site": "residual", "layers": 1}]},
+        r"interventions.0: site=residual: .*calibrate SET --residual",
+    ),
+    ({"interventions": [{"op": "add", "site": "residual"}]}, "interventions.0: site=residual without layers="),
 ]
 
 
@@ -261,3 +269,37 @@ def test_what_an_engine_cannot_do_is_refused_before_it_starts(
 ) -> None:
     with pytest.raises(PlanError, match=message):
         spell(PLAIN, engine="steered-vllm", interventions=[changes])
+
+
+def test_hidden_states_are_swept_with_random_directions_and_need_no_text(spell: Spell, tmp_path: Path) -> None:
+    demo = NeuronSet.load("demo")
+    shape = (demo.provenance.layers, 192, len(demo.languages))
+    means = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    replace(demo, residual={"mean": means}).save(tmp_path / "set.safetensors")
+    entries = [
+        {"op": "add", "value": "diffmean", "site": "residual", "layers": "2-3", "dimensions": 8, "factor": 3},
+        {"preset": "clas_diffmean", "source": "fr", "layers": 2, "factors": [2, 4]},
+        {"preset": "clas_diffmean", "source": "eng", "layers": 2, "factors": [2]},
+    ]
+    plan = {"neurons": str(tmp_path / "set.safetensors"), "interventions": entries, "controls": {"random": 1}}
+    grid = spell(PLAIN, **plan)
+    own = [planned for planned in grid.interventions if planned.control is None and not planned.is_baseline]
+    assert [planned.name for planned in own] == [
+        "deu_Latn-add-diffmean-x3-residual-dims8-2-3",
+        "deu_Latn-clas_diffmean-x2-from-fr-2",
+        "deu_Latn-clas_diffmean-x4-from-fr-2",
+        "deu_Latn-clas_diffmean-x2-from-eng-2",
+    ]
+    assert own[1].resolved["steps"][0]["source"] == "fra_Latn"
+    assert len({cell.key for cell in grid.cells}) == len(grid.cells) == 1 + 2 * 4
+    assert run(grid, tmp_path / "run").exit_code == 0
+    store = Store(tmp_path / "run")
+    reports = {cell.intervention.name: store.read(cell.key).results["config"]["steering"] for cell in grid.cells[1:]}
+    for planned in own:
+        mine, control = reports[planned.name], reports[f"{planned.name}-random0"]
+        assert mine["evidence"]["neurons"] == control["evidence"]["neurons"] == (16 if planned.entry == 0 else 192)
+        assert mine["evidence"]["positions"] == control["evidence"]["positions"] > 0
+        assert mine["neuron_set"]["sha256"] != control["neuron_set"]["sha256"]
+    few = own[0].name
+    largest = [reports[name]["evidence"]["largest_change"] for name in (few, f"{few}-random0")]
+    assert largest[0] == pytest.approx(largest[1], rel=1e-3)

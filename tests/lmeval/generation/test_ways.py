@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from tests.conftest import make_set, tiny_model, tiny_tokenizer
-from tests.lmeval.scoring.conftest import FRENCH, neurons
+from tests.lmeval.scoring.conftest import FRENCH, HIDDEN, neurons
 
 # Of 1 to 44 tokens, so that there are many pads.
 PROMPTS = [" ".join(f"w{(7 * place + i) % 50}" for i in range(place)) for place in (1, 2, 44, 3, 40, 9, 8, 30, 31, 2)]
@@ -60,6 +60,7 @@ def test_every_family_writes_what_it_writes_in_hf(family: str) -> None:
     FRENCH, {"op": "add", "value": "live_max"}, {"preset": "+max"}, FRENCH | {"positions": "prompt"},
     FRENCH | {"positions": "generated"}, FRENCH | {"positions": "last"}, FRENCH | {"positions": "prompt[-2:]"},
     FRENCH | {"site": "product"}, {"op": "add", "value": "mean", "deactivate": "deu", "deactivate_to": "noise"},
+    HIDDEN, HIDDEN | {"dimensions": 3, "positions": "generated"}, HIDDEN | {"value": "live_max"},
 ], ids=str)  # fmt: skip
 def test_every_kind_of_intervention_writes_what_it_writes_in_the_plain_way(arguments: dict[str, Any]) -> None:
     found = []

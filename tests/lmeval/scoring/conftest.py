@@ -9,9 +9,10 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.neurons.neuron_set import NeuronSet
-from tests.conftest import make_set, tiny_model, tiny_tokenizer
+from tests.conftest import hidden_size, make_set, tiny_model, tiny_tokenizer, with_hidden_states
 
 FRENCH = {"language": "fra_Latn", "op": "set", "value": 2.0}
+HIDDEN = {"language": "fra_Latn", "op": "add", "value": "diffmean", "site": "residual", "layers": "0-1"}
 LONG = " ".join(f"w{i % 50}" for i in range(70))  # more than the tiny models' 64 positions
 # Shared contexts, options that are prefixes of one another, duplicates, a context that is another's, no context,
 # one-token options, and what is too long.
@@ -23,7 +24,8 @@ PAIRS = [
 
 
 def neurons(family: str = "llama") -> NeuronSet:
-    return make_set({"fra_Latn": [(0, 1), (0, 5), (2, 3)], "deu_Latn": [(0, 5), (1, 7)]}, family)
+    made = make_set({"fra_Latn": [(0, 1), (0, 5), (2, 3)], "deu_Latn": [(0, 5), (1, 7)]}, family)
+    return with_hidden_states(made, hidden_size(family))
 
 
 def loaded(model: torch.nn.Module | None = None, batch_size: Any = 3, **arguments: Any) -> SteeredHFLM:

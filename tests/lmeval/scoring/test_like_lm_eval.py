@@ -18,7 +18,7 @@ from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.requests import Request
 from lm_eval_steering.lmeval.scoring import PACKABLE
 from tests.conftest import CONFIGS, tiny_model, tiny_tokenizer
-from tests.lmeval.scoring.conftest import FRENCH, LONG, PAIRS, instances, loaded, neurons
+from tests.lmeval.scoring.conftest import FRENCH, HIDDEN, LONG, PAIRS, instances, loaded, neurons
 
 
 def same(found: list[Any], expected: list[Any]) -> None:
@@ -39,12 +39,13 @@ def test_every_family_scores_as_hf_does(family: str) -> None:
         assert lm.steering_report()["scoring"]["way"] == ("packed" if family in PACKABLE else "rows")
 
 
-def test_every_family_is_steered_as_in_the_plain_way(family: str) -> None:
+@pytest.mark.parametrize("arguments", [FRENCH, HIDDEN], ids=["units", "hidden states"])
+def test_every_family_is_steered_as_in_the_plain_way(family: str, arguments: dict[str, Any]) -> None:
     model = tiny_model(family)
     found = []
     for way in ("plain", "auto"):
         lm = loaded(model, scoring=way)
-        lm.intervene(neurons(family), **FRENCH)
+        lm.intervene(neurons(family), **arguments)
         found.append(lm.loglikelihood(instances(), disable_tqdm=True))
         lm.intervene()
     same(*found)
@@ -54,6 +55,7 @@ def test_every_family_is_steered_as_in_the_plain_way(family: str) -> None:
     {"op": "add", "value": "live_max"}, {"preset": "+max"}, FRENCH | {"positions": "prompt"},
     FRENCH | {"positions": "generated"}, FRENCH | {"positions": "last"}, FRENCH | {"positions": "prompt[-2:]"},
     FRENCH | {"site": "product"}, {"op": "add", "value": "mean", "deactivate": "deu", "deactivate_to": "noise"},
+    HIDDEN, HIDDEN | {"dimensions": 3, "positions": "generated"}, HIDDEN | {"value": "live_max"},
 ], ids=str)  # fmt: skip
 def test_every_kind_of_intervention_scores_as_in_the_plain_way(arguments: dict[str, Any]) -> None:
     found = []
