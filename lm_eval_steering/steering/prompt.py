@@ -17,7 +17,12 @@ PLACEHOLDER = "{language}"  # what the name of the language is put in place of
 _BRACES = re.compile(r"\{\w*\}")
 
 
-def _text(given: Any) -> str:
+def check_instruction(given: Any) -> str:
+    """An instruction without blanks at its ends.
+
+    Raises:
+        ValueError: if it is no text, or has a name in braces other than `{language}`.
+    """
     if not isinstance(given, str):
         raise ValueError(f"instruction={given!r}: expected text, such as 'Answer in {PLACEHOLDER}.'")
     if unknown := [name for name in _BRACES.findall(given) if name != PLACEHOLDER]:
@@ -60,7 +65,7 @@ class Prompt(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    instruction: Annotated[str, BeforeValidator(_text)]
+    instruction: Annotated[str, BeforeValidator(check_instruction)]
     language: str
     names: Annotated[Literal["english", "native"], BeforeValidator(_names)] = ENGLISH
     system: Annotated[bool, BeforeValidator(_flag)] = False
@@ -90,7 +95,7 @@ class Prompt(BaseModel):
     @property
     def kind(self) -> str:
         """The intervention without its language: `prompt "Answer in {language}."`."""
-        parts = [f'prompt "{self.template}"']
+        parts = [f'prompt "{" ".join(self.template.split())}"']
         parts += ["native names"] if self.names == NATIVE else []
         parts += ["as system instruction"] if self.system else []
         return ", ".join(parts)

@@ -323,7 +323,8 @@ class SweepRunner:
 
     def _evaluated(self, lm: SweepLM, cell: Cell) -> dict[str, Any] | None:
         control = cell.intervention.control
-        neuron_set = self.grid.neuron_set if control is None else self._controls(control, lm)
+        random = control is not None and not cell.intervention.is_prompt
+        neuron_set = self._controls(control, lm) if random else self.grid.neuron_set
         documents = (cell.task, cell.target if self.grid.book.is_targeted(cell.task) else None)
         if documents != self._last_task:
             lm.forget_requests()
