@@ -47,8 +47,8 @@ class Prompting:
         self._heads: tuple[str, ...] | None = None
         if prompt is not None and prompt.system and not getattr(tokenizer, "chat_template", None):
             raise InterventionError(
-                "instruction_system=True (system: true in a plan): the model's tokenizer has no chat template; leave it "
-                "out, and the instruction stands in front of the prompt"
+                "instruction_system=True (system: true in a plan): the model's tokenizer has no chat template; leave "
+                "it out, and the instruction stands in front of the prompt"
             )
 
     @property

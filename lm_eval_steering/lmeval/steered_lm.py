@@ -152,7 +152,8 @@ class SteeredLM(TemplateLM):
         force: bool,
         prompt: Prompt | None,
     ) -> None:
-        prompting = Prompting(prompt, self.tokenizer, str(self.tokenizer.decode([self.prefix_token_id])))
+        tokenizer: Any = self.tokenizer
+        prompting = Prompting(prompt, tokenizer, str(tokenizer.decode([self.prefix_token_id])))
         self._apply(neuron_set, plan, force)
         self.neuron_set, self.targets, self.prompting = neuron_set, targets, prompting
         self.fingerprint = fingerprint(self._decides())
@@ -334,7 +335,7 @@ class SteeredLM(TemplateLM):
         return prompt
 
     def _noted(self, report: dict[str, Any]) -> dict[str, Any]:
-        """A report with the prompts that carried an instruction, and what the chat template did, where it did anything."""
+        """A report with the number of prompts with an instruction, and with what the chat template did, if anything."""
         notes = self.template_notes.notes()
         if evidence := self.prompting.evidence():
             report = {**report, "evidence": evidence | {"rank": f"{self.rank} of {self.world_size}"}}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import InterventionError, UnknownLanguageError
 
+KIND = "prompt "  # what the name of such an intervention begins with in reports
 ENGLISH, NATIVE = "english", "native"
 PLACEHOLDER = "{language}"  # what the name of the language is put in place of
 _BRACES = re.compile(r"\{\w*\}")
@@ -67,7 +68,7 @@ class Prompt(BaseModel):
 
     instruction: Annotated[str, BeforeValidator(check_instruction)]
     language: str
-    names: Annotated[Literal["english", "native"], BeforeValidator(_names)] = ENGLISH
+    names: Annotated[str, BeforeValidator(_names)] = ENGLISH
     system: Annotated[bool, BeforeValidator(_flag)] = False
 
     @field_validator("language", mode="before")
@@ -95,7 +96,7 @@ class Prompt(BaseModel):
     @property
     def kind(self) -> str:
         """The intervention without its language: `prompt "Answer in {language}."`."""
-        parts = [f'prompt "{" ".join(self.template.split())}"']
+        parts = [f'{KIND}"{" ".join(self.template.split())}"']
         parts += ["native names"] if self.names == NATIVE else []
         parts += ["as system instruction"] if self.system else []
         return ", ".join(parts)

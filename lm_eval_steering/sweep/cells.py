@@ -185,9 +185,7 @@ def _line(plan: SweepPlan, number: int, entry: InterventionEntry, language: str,
 def planned_at(plan: SweepPlan, neuron_set: NeuronSet, search: Search, factor: float) -> PlannedIntervention:
     """The intervention of a search at one factor."""
     entry = plan.interventions[search.entry]
-    planned, _ = _planned(
-        plan, search.entry, entry, search.language, None if search.is_single else factor, neuron_set
-    )
+    planned, _ = _planned(plan, search.entry, entry, search.language, None if search.is_single else factor, neuron_set)
     return planned if search.control is None else _control(planned, search.control)
 
 

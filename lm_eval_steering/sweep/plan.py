@@ -112,9 +112,7 @@ class PromptEntry(_Part):
     names: Literal["english", "native"] = Field(
         "english", description="Language names in English, or in the language itself."
     )
-    system: bool = Field(
-        False, description="As system instruction of the chat template; needs `apply_chat_template`."
-    )
+    system: bool = Field(False, description="As system instruction of the chat template; needs `apply_chat_template`.")
 
     @field_validator("instruction")
     @classmethod
@@ -153,12 +151,12 @@ class InterventionEntry(_Part):
                 f"{min(other)} conflicts with prompt, which changes no neurons and has no factor: give it an entry of "
                 "its own"
             )
-        if PLACEHOLDER not in self.prompt.instruction and len(self.languages or ()) != 1:
-            if self.prompt.instruction.strip():
-                raise ValueError(
-                    f"prompt.instruction: {self.prompt.instruction!r} is the same for every language: write "
-                    f"{PLACEHOLDER} where the language's name belongs, or name one language in languages"
-                )
+        text = self.prompt.instruction
+        if text and PLACEHOLDER not in text and len(self.languages or ()) != 1:
+            raise ValueError(
+                f"prompt.instruction: {text!r} is the same for every language: write {PLACEHOLDER} where the name of "
+                "the language belongs, or name one language in languages"
+            )
         return self
 
     @property
