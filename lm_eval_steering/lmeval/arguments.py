@@ -18,7 +18,7 @@ from lm_eval_steering.lmeval.compat import from_pretrained_arguments
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.compiled import CompiledIntervention, compile_intervention
-from lm_eval_steering.steering.intervention import ARGUMENTS, Prompt, from_arguments
+from lm_eval_steering.steering.intervention import ARGUMENTS, PROMPT_ARGUMENTS, Prompt, from_arguments
 
 SCORING = ("auto", "shared", "plain")
 GENERATION = ("auto", "static", "compiled", "plain")
@@ -127,7 +127,7 @@ class SteeringArguments:
     @property
     def prompt(self) -> Prompt | None:
         """The instruction that is put in front of every prompt, if any."""
-        if self.instruction is None and self.intervention is None:
+        if all(getattr(self, name) is None for name in (*PROMPT_ARGUMENTS, "intervention")):
             return None  # the rest is checked with the neuron set
         return from_arguments(self.steps()).prompt
 

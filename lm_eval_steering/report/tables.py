@@ -338,10 +338,10 @@ def equal_damage(sweep: Sweep, effects: Effects) -> pd.DataFrame:
 
     Columns: `damage` (asked, in nats per token; blank for an instruction), `languages` (their number) and `steered`
     (which), `missing` (languages that another intervention has and this one does not reach), `off_target` (cells whose
-    damage is not within 10 %), the lowest and highest damage reached and factor, the score beside the baseline's with the interval of the
-    difference over languages and items, and the same score of random neurons (mean over the languages; `sets` of
-    them): at factors that do the same damage, and at the same factors (`sets_at_factor`, `random_at_factor`). Of an
-    instruction the latter are of the same one naming other languages.
+    damage is not within 10 %), the lowest and highest damage reached and factor, the score beside the baseline's with
+    the interval of the difference over languages and items, and the same score of random neurons (mean over the
+    languages; `sets` of them): at factors that do the same damage, and at the same factors (`sets_at_factor`,
+    `random_at_factor`). Of an instruction the latter are of the same one naming other languages.
     """
     import pandas as pd
 

@@ -147,7 +147,7 @@ def searches_of(plan: SweepPlan, neuron_set: NeuronSet) -> list[Search]:
     searches: list[Search] = []
     seeds = [None, *(range(plan.controls.random) if "damage" in plan.controls.at else ())]
     for number, entry in enumerate(plan.interventions):
-        if entry.prompt is not None and plan.searches:
+        if entry.prompt is not None and entry.prompt.instruction and plan.searches:
             for language in entry.languages or plan.languages:
                 searches.append(Search(number, language, None, Line(0.0, SINGLE), (), f"{number}-{language}-prompt"))
         if entry.damage is None:
