@@ -642,8 +642,8 @@ def _at_equal_damage(rows: pd.DataFrame) -> list[str]:
         sentences.append(f"{text}.")
     for row in rows[rows["damage"].isna()].to_dict("records"):
         sentences.append(
-            f"At its own damage, {number(row['reached_low'])} to {number(row['reached_high'])} nats per token, {metric} "
-            f"is {_equal_part(row)}."
+            f"At its own damage, {number(row['reached_low'])} to {number(row['reached_high'])} nats per token, "
+            f"{metric} is {_equal_part(row)}."
         )
     return sentences
 

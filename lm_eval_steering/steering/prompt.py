@@ -114,13 +114,15 @@ def fields_of_signature(fields: Mapping[str, str]) -> dict[str, Any]:
     """Fields of a `Prompt` from the parts of its signature.
 
     Raises:
-        InterventionError: if the instruction is no JSON text.
+        InterventionError: if the instruction is no JSON text, or there is a part that no instruction has.
     """
+    names = {"prompt": "instruction", "lang": "language", "names": "names", "system": "system"}
+    if other := fields.keys() - names.keys():
+        raise InterventionError(f"signature: cannot read {min(other)}: of an instruction, expected {', '.join(names)}")
+    if "lang" not in fields:
+        raise InterventionError(f"signature: prompt:{fields['prompt']} without lang:")
     try:
         instruction = json.loads(fields["prompt"])
     except ValueError:
         raise InterventionError(f"signature: cannot read prompt:{fields['prompt']}, expected quoted text") from None
-    return {"instruction": instruction} | {
-        name: fields[key] for key, name in (("lang", "language"), ("names", "names"), ("system", "system"))
-        if key in fields
-    }  # fmt: skip
+    return {name: fields[key] for key, name in names.items() if key in fields} | {"instruction": instruction}

@@ -1,4 +1,4 @@
-"""Prompting: the instruction is in every prompt as it is sent, is counted there, and is in nothing that lm-eval keeps."""
+"""Prompting: the instruction is in every prompt as it is sent, is counted there, and in nothing that lm-eval keeps."""
 
 from __future__ import annotations
 
