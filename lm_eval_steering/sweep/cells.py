@@ -337,10 +337,10 @@ def _planned(
 def _naming_others(plan: SweepPlan, planned: PlannedIntervention, neuron_set: NeuronSet) -> list[PlannedIntervention]:
     """Controls of an instruction: the same one naming other languages, the next ones of the plan first."""
     entry, (target,) = plan.interventions[planned.entry], planned.languages
-    known = [*plan.languages, *neuron_set.languages]
+    known = plan.languages
     after = known.index(target) + 1 if target in known else 0
     controls: dict[str, PlannedIntervention] = {}
-    for language in dict.fromkeys([*known[after:], *known[:after]]):
+    for language in dict.fromkeys([*known[after:], *known[:after], *neuron_set.languages]):
         if len(controls) == plan.controls.random or languages.same_language(language, target):
             continue
         try:

@@ -153,8 +153,8 @@ def test_the_report_shows_it_at_its_own_damage_and_names_its_controls(prompted: 
         ({"prompt": {"instruction": "Answer in French."}}, "is the same for every language"),
         ({"prompt": {"instruction": "In {lang}."}}, r"unknown \{lang\}"),
         (
-            {"prompt": {"instrution": "x"}},
-            "unknown key 'interventions.0.prompt.instrution'; did you mean 'instruction'",
+            {"prompt": {"instruction": "{language}", "sistem": True}},
+            "unknown key 'interventions.0.prompt.sistem'; did you mean 'system'",
         ),
         ({"prompt": {"instruction": "{language}", "names": "french"}}, "interventions.0.prompt.names"),
         ({"prompt": {"instruction": "{language}", "system": True}}, "prompt.system: a system instruction needs a chat"),
