@@ -317,7 +317,8 @@ class SteeredLM(TemplateLM):
     def _fed_context(self, request: Request) -> list[int]:
         """Tokens of the context that are left where a request is cut to fit the model."""
         _, context, continuation = request
-        return context[max(len(context) + len(continuation) - 1 - self._longest_input, 0) :]
+        read = len(context) + (len(continuation) - 1 if self.backend == "causal" else 0)
+        return context[max(read - self._longest_input, 0) :]
 
     # --- what a chat template makes of prompts ------------------------------------------------------------------
 

@@ -159,7 +159,7 @@ def _results_text(lm: SweepLM, grid: Grid, cell: Cell, results: dict[str, Any], 
 
     engine = grid.plan.engine.name
     arguments = {**engine_arguments(grid), **_neurons(lm, grid, cell), **cell.intervention.arguments}
-    if cell.target and "language" not in arguments:
+    if cell.target and cell.target != arguments.get("language"):
         arguments["target_language"] = cell.target
     results["config"] |= {"model": engine, "model_args": arguments, "batch_size": str(lm.batch_size)}
     results["config"]["sweep_cell"] = cell.describe()
