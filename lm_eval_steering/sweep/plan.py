@@ -146,9 +146,9 @@ class InterventionEntry(_Part):
     def _prompt_alone(self) -> InterventionEntry:
         if self.prompt is None:
             return self
-        if other := [key for key in self.model_fields_set if key not in ("prompt", "languages")]:
+        if other := list(self.model_dump(exclude={"prompt", "languages"}, exclude_none=True)):
             raise ValueError(
-                f"{min(other)} conflicts with prompt, which changes no neurons and has no factor: give it an entry of "
+                f"{other[0]} conflicts with prompt, which changes no neurons and has no factor: give it an entry of "
                 "its own"
             )
         text = self.prompt.instruction

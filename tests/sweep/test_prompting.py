@@ -16,7 +16,7 @@ from lm_eval_steering.report.table_files import printed
 from lm_eval_steering.resources import find_neuron_set
 from lm_eval_steering.sweep.damage import bound
 from lm_eval_steering.sweep.damage_text import TASK
-from lm_eval_steering.sweep.plan import PlanError
+from lm_eval_steering.sweep.plan import PlanError, build_plan
 from lm_eval_steering.sweep.status import describe
 from lm_eval_steering.sweep.store import Store
 from tests.sweep.conftest import PLAIN, PLAN, Spell, run
@@ -110,6 +110,11 @@ def test_a_cell_does_not_know_the_neuron_set_and_knows_the_instruction(spell: Sp
         assert len(keys & {cell.key for cell in spell(plan, interventions=[changed]).cells}) == 1  # the baseline's
 
 
+def test_a_job_reads_the_plan_that_it_was_given_as_plain_data(spell: Spell) -> None:
+    plan = spell(PROMPTS).plan
+    assert build_plan(json.loads(json.dumps(plan.model_dump(mode="json")))) == plan
+
+
 def test_it_can_be_chosen_and_goes_on_with_its_controls(spell: Spell, tmp_path: Path) -> None:
     plan = PLAIN | {
         "interventions": [ASK], "tasks": ["small_lss"], "choose": PLAN["choose"], "then": {"tasks": ["small_nats"]},
@@ -148,7 +153,8 @@ def test_the_report_shows_it_at_its_own_damage_and_names_its_controls(prompted: 
     ("entry", "message"),
     [
         (ASK | {"factors": [1, 2]}, "factors conflicts with prompt"),
-        (ASK | {"op": "scale", "factor": 2}, "factor conflicts with prompt"),
+        (ASK | {"factor": 2}, "factor conflicts with prompt"),
+        (ASK | {"op": "scale", "factor": 2}, "op conflicts with prompt"),
         (ASK | {"layers": "1"}, "layers conflicts with prompt"),
         ({"prompt": {"instruction": "Answer in French."}}, "is the same for every language"),
         ({"prompt": {"instruction": "In {lang}."}}, r"unknown \{lang\}"),
