@@ -83,3 +83,25 @@ def test_short_spellings_stand_for_one_code_alone() -> None:
     assert "zh" in spellings("zho_Hans") and "zh" not in spellings("zho_Hant")
     assert {"no", "nb"} <= set(spellings("nob_Latn"))
     assert "ko" in spellings("kor_Hang") and "ar" in spellings("arb_Arab") and "tl" in spellings("tgl_Latn")
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [("fra_Latn", "français"), ("zho_Hans", "中文"), ("srp_Cyrl", "српски"), ("eng_Latn", "English"),
+     ("afr_Latn", "Afrikaans"), ("plt_Latn", "Malagasy"), ("nob_Latn", "norsk bokmål"), ("arb_Arab", "العربية")],
+)  # fmt: skip
+def test_a_language_has_its_name_in_itself(code: str, name: str) -> None:
+    assert languages.native_name(code) == name
+
+
+def test_a_language_without_one_is_named_and_the_english_name_never_stands_for_it() -> None:
+    unknown = 0
+    for code in FLORES_200:
+        try:
+            assert languages.native_name(code)
+        except UnknownLanguageError as error:
+            unknown += 1
+            assert repr(code) in str(error) and languages.english_name(code) in str(error)
+    assert 20 < unknown < 60  # CLDR has the others
+    with pytest.raises(UnknownLanguageError, match="the name of Fon in the language itself is not known"):
+        languages.native_name("fon_Latn")

@@ -20,6 +20,7 @@ from lm_eval_steering.report.naming import (
     SEVERAL,
     SUCCESSES,
     counted,
+    is_prompt,
     language_name,
     listed,
     number,
@@ -122,22 +123,27 @@ def _run(results: Results) -> str:
     languages = [code for code in sorted(steered["steered"].unique()) if code]
     kinds = [kind for kind in dict.fromkeys(steered["kind"]) if kind]
     factors = sorted(steered["factor"].dropna().unique())
-    controls = int(sweep.cells["control"].nunique())
+    prompted = sweep.cells["kind"].map(is_prompt)
+    controls, naming = (int(sweep.cells.loc[chosen, "control"].nunique()) for chosen in (~prompted, prompted))
     tasks = sweep.cells["task"].nunique()
     text = f"{', '.join(sweep.cells['model'].unique())} was evaluated on {counted(tasks, 'task')}"
     if languages:
         named = listed([language_name(code) for code in languages])
-        text += (
-            f" while the neurons of {counted(len(languages), 'language')} ({named}) were steered, one language at a "
-            f"time, by {listed(kinds)}"
+        what = counted(len(languages), "language")
+        steered_to = (
+            f"{what} ({named}) were steered to" if prompted.any() else f"the neurons of {what} ({named}) were steered"
         )
+        text += f" while {steered_to}, one language at a time, by {listed(kinds)}"
     if factors:
         text += f" at {counted(len(factors), 'factor')} ({listed([f'{factor:g}' for factor in factors])})"
     text += f": {counted(len(steered), 'steered cell' if languages else 'cell')}"
     text += f", {counted(int(sweep.cells['is_baseline'].sum()), 'baseline')}"
+    if naming:
+        text += f", {counted(naming, 'other language')} that each instruction names instead as control"
     text += (
-        f" and {counted(controls, 'matched random neuron set')} as control." if controls else ", no random controls."
-    )
+        f" and {counted(controls, 'matched random neuron set')} as control." if controls else
+        "." if naming else ", no random controls."
+    )  # fmt: skip
     missing = len(sweep.missing)
     return text + (f" {counted(missing, 'planned cell')} {'is' if missing == 1 else 'are'} missing." if missing else "")
 
@@ -164,6 +170,11 @@ class Headline:
     family: str
     how: str
     half: bool
+
+    @property
+    def prompts(self) -> bool:
+        """Whether all of its settings are instructions, whose controls name other languages."""
+        return bool(self.rows["kind"].map(is_prompt).all())
 
     @property
     def sign(self) -> int:
@@ -333,7 +344,7 @@ def _verdict(results: Results, headline: Headline, evidence: Evidence) -> str:
     facts = [difference, f"{int(better.sum())} of {len(rows)} cells improved"]
     if rows["p_holm"].notna().any():
         facts[-1] += f", {int((better & (rows['p_holm'] < ALPHA)).sum())} significantly after Holm's correction"
-    facts += [_why_no_evidence(evidence), f"n = {int(rows['n'].sum()):,} items on {headline.family}"]
+    facts += [_why_no_evidence(evidence, headline.prompts), f"n = {int(rows['n'].sum()):,} items on {headline.family}"]
     text = (
         f"{evidence.verdict}: with {_settings_text(headline)}{f' ({headline.how})' if headline.how else ''}, {moved} "
         f"({'; '.join(fact for fact in facts if fact)}); the price: {_price(headline)}"
@@ -350,12 +361,12 @@ def _past_limits(evidence: Evidence) -> str:
     return f"; past the limit of {listed(passed)}" if passed else ""
 
 
-def _why_no_evidence(evidence: Evidence) -> str:
+def _why_no_evidence(evidence: Evidence, prompts: bool) -> str:
     if evidence.verdict != NO_EVIDENCE or np.isnan(evidence.low):
         return ""
     if evidence.reached:
-        return "random neurons do as much"
-    return "LSS needs random sets to compare with" if evidence.low > 0 else "the interval includes 0"
+        return "the instruction naming another language does as much" if prompts else "random neurons do as much"
+    return "LSS needs controls to compare with" if evidence.low > 0 else "the interval includes 0"
 
 
 def _settings_text(headline: Headline) -> str:
@@ -430,6 +441,8 @@ def _others(results: Results, headline: Headline) -> str:
 
 
 def _chance(headline: Headline, evidence: Evidence, null: dict[int, float]) -> str:
+    if headline.prompts:
+        return _named_instead(headline, evidence, null)
     if not null:
         return (
             "Whether any neurons would have done the same is open: no matched random sets were run with this score for "
@@ -447,6 +460,23 @@ def _chance(headline: Headline, evidence: Evidence, null: dict[int, float]) -> s
         need = f"a claim needs {SETS_FOR_A_CLAIM}"
         return text + f"none reached the languages' own neurons; {few}, too few to exclude chance ({need})."
     return text + "the languages' own neurons are above every one of them."
+
+
+def _named_instead(headline: Headline, evidence: Evidence, null: dict[int, float]) -> str:
+    """What the same instruction does that names other languages."""
+    if not null:
+        return (
+            "Whether an instruction that names another language would have done the same is open: none was run with "
+            "this score for all of these languages (controls: {random: 1} in the plan)."
+        )
+    values, name = list(null.values()), readable_metric(headline.metric)
+    others = "it reached" if len(values) == 1 else f"{evidence.reached} of them reached"
+    return (
+        f"With the instruction naming {counted(evidence.sets, 'other language')} instead, {name} is "
+        f"{number(float(np.mean(values)))} on average over the same languages and items (lowest {number(min(values))}, "
+        f"highest {number(max(values))}): {others if evidence.reached else 'none reached'} the one that names the "
+        "language."
+    )
 
 
 def _contradictions(results: Results, headline: Headline) -> list[str]:
@@ -476,7 +506,7 @@ def _contradictions(results: Results, headline: Headline) -> list[str]:
             facts.append(f"{number(100 * clean)} % of the outputs in the language{and_clean}")
         if not np.isnan(garbage):
             facts.append(f"{number(100 * garbage)} % degenerate")
-        shown.append(f"{language_name(code)}, {kind} ×{factor:g}: {', '.join(facts)}")
+        shown.append(f"{language_name(code)}, {kind}{f' ×{factor:g}' if factor else ''}: {', '.join(facts)}")
     if not shown:
         return []
     rest = f"; and {more} settings more" if more else ""
@@ -499,7 +529,8 @@ def _tiles(headline: Headline, evidence: Evidence, null: dict[int, float]) -> li
         elif len(known):
             tiles.append((number(scale * known.max(), True), f"{what} (highest; {len(known)} of {len(languages)})"))
     if null:
-        label = f"{name}, random neurons ({counted(evidence.sets, 'set')})"
+        of_neurons = f"random neurons ({counted(evidence.sets, 'set')})"
+        label = f"{name}, {'other languages named' if headline.prompts else of_neurons}"
         tiles.append((number(float(np.mean(list(null.values())))), label))
     return tiles
 
@@ -609,6 +640,11 @@ def _at_equal_damage(rows: pd.DataFrame) -> list[str]:
             short = [f"{row['kind']} ({counted(row['languages'], 'language')})" for row in fewer.to_dict("records")]
             text += f"; not compared, because it is of other languages: {listed(short)}"
         sentences.append(f"{text}.")
+    for row in rows[rows["damage"].isna()].to_dict("records"):
+        sentences.append(
+            f"At its own damage, {number(row['reached_low'])} to {number(row['reached_high'])} nats per token, "
+            f"{metric} is {_equal_part(row)}."
+        )
     return sentences
 
 
@@ -623,6 +659,8 @@ def _equal_part(row: dict[str, Any]) -> str:
             f", random neurons {number(row['random_lowest'])} to {number(row['random_highest'])} "
             f"({counted(row['sets'], 'set')} at the same damage)"
         )
+    if is_prompt(row["kind"]) and row["sets_at_factor"]:
+        text += f", {number(row['random_at_factor'])} naming other languages"
     if row["off_target"]:
         text += f", damage reached {number(row['reached_low'])} to {number(row['reached_high'])}"
     return text

@@ -231,7 +231,10 @@ def at_equal_damage(table: pd.DataFrame, theme: Theme) -> Figure:
     """
     figure = new_figure(COLUMN, 2.7)
     axes = figure.subplots()
-    damages = sorted(table["damage"].unique())
+    damages = sorted(table["damage"].dropna().unique())
+    # An instruction has one point, at its own damage; one that does none stands at the left end.
+    its_own = (table["reached_low"] + table["reached_high"]) / 2
+    table = table.assign(damage=table["damage"].fillna(its_own.clip(lower=min(damages, default=0.1) / 3)))
     kinds = list(dict.fromkeys(table["kind"]))
     most = table.groupby("kind")["languages"].max().max()
     for place, kind in enumerate(kinds):
@@ -264,7 +267,7 @@ def at_equal_damage(table: pd.DataFrame, theme: Theme) -> Figure:
     axes.set_xticks(damages, [f"{damage:g}" for damage in damages])
     axes.minorticks_off()
     axes.set_title(f"{readable_metric(metric)} at equal damage")
-    axes.set_xlabel("damage asked for, nats per token")
+    axes.set_xlabel("damage, nats per token")
     axes.set_ylabel(readable_metric(metric))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
@@ -282,10 +285,11 @@ def _of_equal_damage(results: Results) -> list[Picture]:
         own = rows[rows["items_in"] == relation]
         sets = int(own["sets"].max())
         beside = f"dotted: {counted(sets, 'random set')} at the same damage" if sets else "no random sets"
+        others = "; an instruction stands at the damage that it does" if own["damage"].isna().any() else ""
         caption = (
             f"{readable_metric(metric)} on {family} against the damage to the steered language's own text at which "
-            f"factors were searched for; means over {counted(int(own['languages'].max()), 'language')}, 95 % intervals "
-            f"over languages and items; {beside}; n = {int(own['n'].max()):,} items a point at most."
+            f"factors were searched for{others}; means over {counted(int(own['languages'].max()), 'language')}, 95 % "
+            f"intervals over languages and items; {beside}; n = {int(own['n'].max()):,} items a point at most."
         )
         pictures.append(Picture(_file("equal-damage", family, metric), caption, _bind(at_equal_damage, own)))
     return pictures

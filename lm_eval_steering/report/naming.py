@@ -10,6 +10,7 @@ from typing import Any
 from lm_eval_steering.languages import english_name, same_language
 from lm_eval_steering.lmeval.evaluated_language import evaluated_language, family_prefixes
 from lm_eval_steering.steering.intervention import parse
+from lm_eval_steering.steering.prompt import KIND
 
 SELF, CROSS, SEVERAL = "self", "cross", "several"
 NATS = "nats_per_token"
@@ -89,7 +90,10 @@ def kind_of(signature: str, preset: str | None, off: str) -> str:
         preset: its name in the plan.
         off: languages deactivated as well, from `silenced`.
     """
-    steps = parse(signature).steps
+    intervention = parse(signature)
+    if intervention.prompt is not None:
+        return intervention.prompt.kind
+    steps = intervention.steps
     if not steps:
         return ""
     step = next((step for step in reversed(steps) if not step.deactivation), steps[-1])
@@ -112,6 +116,11 @@ def kind_of(signature: str, preset: str | None, off: str) -> str:
     if off:
         parts.append(f"{off} silenced")
     return ", ".join(parts)
+
+
+def is_prompt(kind: str) -> bool:
+    """Whether an intervention, by its name of `kind_of`, is an instruction in the prompts, which changes no neurons."""
+    return kind.startswith(KIND)
 
 
 def silenced(languages: list[str], off: list[str]) -> list[str]:

@@ -89,12 +89,16 @@ TABLES = {
         "Best factors",
         "Chosen on one half of the items, reported on the other half; only scores of which it is known what is better.",
     ),
-    "controls": ("Random controls", "Language steering beside matched random neurons."),
+    "controls": (
+        "Random controls",
+        "Language steering beside matched random neurons; an instruction beside the same one naming other languages.",
+    ),
     "damage": ("Damage", "Success beside its price: perplexity, degenerate outputs, outputs in no known language."),
     "equal-damage": (
         "Equal damage",
         "Interventions at factors that were searched for to raise the nats per token of the steered language's text by "
-        "the same amount: means over languages, beside random neurons at the same damage and at the same factors.",
+        "the same amount: means over languages, beside random neurons at the same damage and at the same factors. An "
+        "instruction stands at the damage that it does, beside the same one naming other languages.",
     ),
     "cost": ("Cost", "Seconds and tokens of each cell."),
     "missing": ("Missing", "Planned cells that are not done, and why."),

@@ -10,7 +10,7 @@ import numpy as np
 
 from lm_eval_steering.report import tables
 from lm_eval_steering.report.figures import best_overall, drawn_metrics, searched_kinds
-from lm_eval_steering.report.naming import number, readable_metric, with_interval
+from lm_eval_steering.report.naming import is_prompt, number, readable_metric, with_interval
 from lm_eval_steering.report.tables import Results
 
 if TYPE_CHECKING:
@@ -118,10 +118,12 @@ def equal_text(rows: pd.DataFrame) -> pd.DataFrame:
         if row["sets"]:
             ends = f"{number(row['random_lowest'])} to {number(row['random_highest'])}, {row['sets']} sets"
             random = f"{number(row['random_mean'])} ({ends})"
-        at_factor = f"{number(row['random_at_factor'])} ({row['sets_at_factor']} sets)" if row["sets_at_factor"] else ""
+        prompt = is_prompt(row["kind"])
+        sets = f"{row['sets_at_factor']} {'other languages named' if prompt else 'sets'}"
+        at_factor = f"{number(row['random_at_factor'])} ({sets})" if row["sets_at_factor"] else ""
         found.append({
             "damage": number(row["damage"]), "intervention": row["kind"], "reached": reached,
-            "factors": f"{number(row['factor_low'])} to {number(row['factor_high'])}",
+            "factors": "" if prompt else f"{number(row['factor_low'])} to {number(row['factor_high'])}",
             "languages": str(row["languages"]), "missing": row["missing"], "baseline": number(row["baseline"]),
             "score": number(row["score"]),
             "difference": with_interval(row["difference"], row["low"], row["high"]),

@@ -189,7 +189,8 @@ def controls(sweep: Sweep, effects: Effects) -> pd.DataFrame:
 
     Columns: `score`, `sets` (number of random sets), their `mean`, `lowest`, `highest`, `difference` from their mean,
     `deviations` (that difference in their standard deviations, from 5 sets up, else blank), and `at_or_above`, the
-    share of random sets that score as high, with its Wilson interval.
+    share of random sets that score as high, with its Wilson interval. The controls of an instruction are the same one
+    naming other languages, of which `sets` is the number.
     """
     import pandas as pd
 
@@ -333,17 +334,20 @@ def damages_of(asked: str) -> list[float]:
 def equal_damage(sweep: Sweep, effects: Effects) -> pd.DataFrame:
     """One row for each score, intervention and damage: the mean over the languages whose factors do that damage.
 
-    Columns: `damage` (asked, in nats per token), `languages` (their number) and `steered` (which), `missing` (languages
-    that another intervention has and this one does not reach), `off_target` (cells whose damage is not within 10 %),
-    the lowest and highest damage reached and factor, the score beside the baseline's with the interval of the
-    difference over languages and items, and the same score of random neurons (mean over the languages; `sets` of
-    them): at factors that do the same damage, and at the same factors (`sets_at_factor`, `random_at_factor`).
+    An instruction, which has no factor, has one row at the damage that it does.
+
+    Columns: `damage` (asked, in nats per token; blank for an instruction), `languages` (their number) and `steered`
+    (which), `missing` (languages that another intervention has and this one does not reach), `off_target` (cells whose
+    damage is not within 10 %), the lowest and highest damage reached and factor, the score beside the baseline's with
+    the interval of the difference over languages and items, and the same score of random neurons (mean over the
+    languages; `sets` of them): at factors that do the same damage, and at the same factors (`sets_at_factor`,
+    `random_at_factor`). Of an instruction the latter are of the same one naming other languages.
     """
     import pandas as pd
 
     frame = single(effects)
-    frame = frame[frame["damage_asked"] != ""]
-    frame = frame.assign(damage=frame["damage_asked"].map(damages_of)).explode("damage")
+    frame = frame[(frame["damage_asked"] != "") | frame["damage_reached"].notna()]
+    frame = frame.assign(damage=frame["damage_asked"].map(damages_of)).explode("damage").astype({"damage": float})
     if frame.empty:
         return pd.DataFrame(columns=list(_EQUAL_COLUMNS))
     scores, by_place, at_damage = scores_by_cell(sweep), controls_by_place(sweep), _controls_by_damage(sweep)
@@ -351,7 +355,7 @@ def equal_damage(sweep: Sweep, effects: Effects) -> pd.DataFrame:
     rows = []
     for (family, metric, relation), of_score in frame.groupby(["family", "metric", "relation"], sort=False):
         everyone = set(of_score["steered"])
-        for (kind, damage), group in of_score.groupby(["kind", "damage"], sort=False):
+        for (kind, damage), group in of_score.groupby(["kind", "damage"], sort=False, dropna=False):
             own = [cells[cell] for cell in group["cell"]]
             random = _means([
                 _scores_of(sweep, at_damage.get((*_without_factor(cell), damage), []), metric, scores) for cell in own
@@ -375,7 +379,11 @@ def equal_damage(sweep: Sweep, effects: Effects) -> pd.DataFrame:
                 "higher_is_better": group["higher_is_better"].iloc[0],
             })  # fmt: skip
     order = {name: place for place, name in enumerate(dict.fromkeys(row["kind"] for row in rows))}
-    rows.sort(key=lambda row: (row["family"], row["metric"], row["items_in"], row["damage"], order[row["kind"]]))
+    rows.sort(
+        key=lambda row: (
+            row["family"], row["metric"], row["items_in"], np.nan_to_num(row["damage"], nan=np.inf), order[row["kind"]],
+        )
+    )  # fmt: skip
     return pd.DataFrame(rows, columns=list(_EQUAL_COLUMNS))
 
 

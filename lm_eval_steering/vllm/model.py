@@ -82,7 +82,7 @@ class SteeredVLLM(SteeredLM, VLLM):
         self.steering = SteeredEngine(self.model, self._shape)
         self._drawn: Counter[tuple[int, ...]] = Counter()
         self.scored = self.generated = 0
-        self._attach(neuron_set, plan, ours.targets(), ours.force)
+        self._attach(neuron_set, plan, ours.targets(), ours.force, ours.prompt)
 
     # --- changing the intervention on a running engine ----------------------------------------------------------
 
@@ -103,6 +103,8 @@ class SteeredVLLM(SteeredLM, VLLM):
 
     def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
         """Outputs of some requests, of which it is proven that they were steered."""
+        if generate:
+            self.prompting.prove(requests)
         if not generate or sampling_params is None:
             sampling_params = compat.scoring_parameters()
         else:

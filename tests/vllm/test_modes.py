@@ -267,3 +267,25 @@ def test_repeated_prompts_are_no_trouble(steered: Any) -> None:
     steer(steered, "scale")
     pairs = [Instance("loglikelihood", {}, ("Hello", " world"), number) for number in range(3)]
     assert len({score[0] for score in steered.loglikelihood(pairs, disable_tqdm=True)}) == 1
+
+
+def test_prompting_is_that_of_steered_hf(steered: Any) -> None:
+    """The model reads the same tokens: scores to the tolerance of two engines, and the same greedy texts."""
+    for instruction in ("Answer in {language}.", ""):
+        arguments = {"instruction": instruction, "language": "fra_Latn"}
+        for lm in (steered, hooks()):
+            lm.intervene(**arguments)
+        many = [*scoring(), Instance("loglikelihood", {}, ("", "Je ne sais pas."), 99)]
+        found, expected = (lm.loglikelihood(many, disable_tqdm=True) for lm in (steered, hooks()))
+        assert furthest(found, expected) < 1e-4
+        assert [score.tokens for score in found] == [score.tokens for score in expected]
+        twins, theirs = (lm.loglikelihood(scoring(2, twice=True), disable_tqdm=True) for lm in (steered, hooks()))
+        assert furthest([twin.unsteered for twin in twins], [twin.unsteered for twin in theirs]) < 1e-4
+        assert all((twin[0] == twin.unsteered) == (not instruction) for twin in twins)
+        texts, same = (lm.loglikelihood_rolling(rolling(), disable_tqdm=True) for lm in (steered, hooks()))
+        assert furthest(texts, same) < 1e-4 and [text.tokens for text in texts] == [text.tokens for text in same]
+        generated = [list(lm.generate_until(generating(), disable_tqdm=True)) for lm in (steered, hooks())]
+        assert generated[0] == generated[1]
+        evidence = [lm.steering_report()["evidence"] for lm in (steered, hooks())]
+        assert evidence[0] == evidence[1] and (evidence[0]["prompts"] > 40) == bool(instruction)
+    hooks().intervene()
