@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_steering.report.effects import ALPHA, Effects, effects_of, scores_by_cell
+from lm_eval_steering.report.method_comparison import BEST, MEAN_OVER, MethodComparison
 from lm_eval_steering.report.naming import (
     CROSS,
     NATS,
     SELF,
-    SEVERAL,
     SUCCESSES,
     counted,
     language_name,
@@ -27,7 +27,7 @@ from lm_eval_steering.report.naming import (
     with_interval,
 )  # fmt: skip
 from lm_eval_steering.report.read import BASELINE, CLEAN, DEGENERATE, FORCED, LANG_UNKNOWN, REPEATED
-from lm_eval_steering.report.tables import Results, control_scores, controls_by_place, intervals
+from lm_eval_steering.report.tables import Results, control_scores, controls_by_place, deciding, intervals
 from lm_eval_steering.sweep.choice import REPORT
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def answer(results: Results) -> Conclusions:
         sentences += _contradictions(results, headline)
         tiles += _tiles(headline, evidence, null)
     sentences += _equal_damage(results)
+    sentences += _methods(results.methods)
     sentences += _deactivations(results)
     if not sentences:
         sentences = ["No score of a steered run is here yet, so there is nothing to answer."]
@@ -214,7 +215,7 @@ def _headline(results: Results) -> Headline | None:
             continue
         family = str(rows.groupby("family")["n"].sum().idxmax())
         rows = rows[rows["family"] == family]
-        rows = _deciding(rows[rows["metric"] == rows["metric"].iloc[0]])
+        rows = deciding(rows[rows["metric"] == rows["metric"].iloc[0]])
         if chosen:
             tried = set(frame.loc[frame["stage"] == 1, "task"])
             apart = (rows["items"] == REPORT).all() or not (set(rows["task"]) & tried)
@@ -223,13 +224,6 @@ def _headline(results: Results) -> Headline | None:
         kind = rows["kind"].value_counts(sort=True).index[0]
         return _at_best(results, rows[rows["kind"] == kind])
     return None
-
-
-def _deciding(rows: pd.DataFrame) -> pd.DataFrame:
-    for relation in (SELF, SEVERAL, CROSS):
-        if (rows["relation"] == relation).any():
-            return rows[rows["relation"] == relation]
-    return rows
 
 
 def _at_best(results: Results, rows: pd.DataFrame) -> Headline:
@@ -581,13 +575,8 @@ def _equal_damage(results: Results) -> list[str]:
         rows = rows[rows["higher_is_better"].notna()]
         if len(rows):
             family = rows.groupby("family")["n"].sum().idxmax()
-            return _at_equal_damage(_deciding_of_items(rows[rows["family"] == family]))
+            return _at_equal_damage(deciding(rows[rows["family"] == family], "items_in"))
     return []
-
-
-def _deciding_of_items(rows: pd.DataFrame) -> pd.DataFrame:
-    relation = next(name for name in (SELF, SEVERAL, CROSS) if (rows["items_in"] == name).any())
-    return rows[rows["items_in"] == relation]
 
 
 def _at_equal_damage(rows: pd.DataFrame) -> list[str]:
@@ -626,3 +615,71 @@ def _equal_part(row: dict[str, Any]) -> str:
     if row["off_target"]:
         text += f", damage reached {number(row['reached_low'])} to {number(row['reached_high'])}"
     return text
+
+
+# --- Which method does most: the second decision table of docs/report.md ---------------------------------------------
+
+
+def _methods(comparison: MethodComparison | None) -> list[str]:
+    """One sentence for each damage, and one for methods at their best: the winner, or that there is none."""
+    if comparison is None:
+        return []
+    sentences = []
+    for at, rows in comparison.rows.groupby("at", sort=False):
+        whole = rows[rows["steered"] == MEAN_OVER]
+        whole = whole if len(whole) else rows  # one language alone
+        compared = whole[whole["missing"] == ""]
+        if len(compared) > 1:
+            sentences.append(_winner(comparison, str(at), compared, rows[rows["steered"] != MEAN_OVER]))
+    return sentences
+
+
+def _winner(comparison: MethodComparison, at: str, compared: pd.DataFrame, by_language: pd.DataFrame) -> str:
+    first = compared.loc[compared["success"].idxmax()]
+    where = (
+        "Each at its best (a factor that was chosen on one half of the items, over the other half)"
+        if at == BEST else f"At a damage of {at} nats per token"
+    )  # fmt: skip
+    languages = int(first["languages"])
+    over = f"over {counted(languages, 'language')}" if languages > 1 else f"on {language_name(first['steered'])}"
+    pairs = comparison.pairs
+    pairs = pairs[(pairs["at"] == at) & (pairs["steered"] == first["steered"])]
+    margins = {other: _margin(pairs, first["kind"], other) for other in compared["kind"] if other != first["kind"]}
+    even = {other: margin for other, margin in margins.items() if not margin[1] > 0}
+    named = listed([f"{other} by {with_interval(*margin)}" for other, margin in (even or margins).items()])
+    name = readable_metric(comparison.metric)
+    text = (
+        f"{where}, {name} {over} is highest under {first['kind']} ({number(first['success'])}, n = {int(first['n']):,}"
+    )
+    text += f", damage {number(first['damage'])}): " if at == BEST and first["damage"] == first["damage"] else "): "
+    if even:
+        text += f"no winner, for it exceeds {named}, which includes 0"
+    elif first["sets"] > 0 and first["random_reached"] > 0:
+        reached = f"{int(first['random_reached'])} of {counted(int(first['sets']), 'random set')}"
+        text += f"no evidence for it, for {reached} reach it, although it exceeds {named}"
+    else:
+        text += f"it wins, exceeding {named}; {_sets_of_winner(first)}"
+    wins = [
+        f"{row['kind']} on {language_name(row['steered'])}" for row in by_language.to_dict("records") if row["wins"]
+    ]
+    if languages > 1:
+        text += f". Winners by language: {listed(wins) if wins else 'none'}"
+    return f"{text}."
+
+
+def _margin(pairs: pd.DataFrame, kind: str, other: str) -> tuple[float, float, float]:
+    """Success of one method minus another's, with its interval, whichever of the two the row names first."""
+    same = pairs[(pairs["kind"] == kind) & (pairs["other"] == other)]
+    if len(same):
+        row = same.iloc[0]
+        return row["difference"], row["low"], row["high"]
+    row = pairs[(pairs["kind"] == other) & (pairs["other"] == kind)].iloc[0]
+    return -row["difference"], -row["high"], -row["low"]
+
+
+def _sets_of_winner(row: pd.Series) -> str:
+    if not row["sets"] > 0:
+        return "no random sets were run beside it, so whether any neurons would do is open"
+    none = f"none of {counted(int(row['sets']), 'random set')} reaches it"
+    few = row["sets"] < SETS_FOR_A_CLAIM
+    return f"{none}, too few to exclude chance ({SETS_FOR_A_CLAIM})" if few else none

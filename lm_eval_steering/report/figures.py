@@ -38,6 +38,7 @@ from lm_eval_steering.languages import english_name, family_of, same_language
 from lm_eval_steering.metrics.language_id import UNKNOWN
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.report.effects import ALPHA, Effects
+from lm_eval_steering.report.method_comparison import BEST, MethodComparison
 from lm_eval_steering.report.naming import (
     CROSS,
     DAMAGES,
@@ -50,7 +51,7 @@ from lm_eval_steering.report.naming import (
     sign_of,
 )
 from lm_eval_steering.report.read import LABELS, Sweep
-from lm_eval_steering.report.tables import Results, ordered, single
+from lm_eval_steering.report.tables import Results, deciding, ordered, single
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -272,14 +273,75 @@ def at_equal_damage(table: pd.DataFrame, theme: Theme) -> Figure:
     return figure
 
 
+def success_against_damage(comparison: MethodComparison, theme: Theme) -> Figure:
+    """Success against damage: a panel for each language and one for their mean, one line a method.
+
+    A method with one point, such as an instruction, is one marker. The mean is over the languages of all methods with a
+    row in `comparison.rows`; its points are at the damages that were asked for.
+    """
+    points, rows = comparison.points, comparison.rows
+    points = points[points["damage"].notna()]
+    codes = ordered(points["steered"].unique())[: _PANELS - 1]
+    means = rows[(rows["steered"] == "") & (rows["at"] != BEST) & (rows["missing"] == "")]
+    panels = [(english_name(code.split("+", maxsplit=1)[0]), points[points["steered"] == code]) for code in codes]
+    if len(means):
+        panels.append((f"mean of {int(means['languages'].max())} languages", means))
+    kinds = list(dict.fromkeys(points["kind"]))
+    columns = min(_PER_ROW if len(panels) > 4 else 3, len(panels))
+    height = -(-len(panels) // columns)
+    figure = new_figure(PAGE, 0.75 + 1.7 * height + 0.16 * -(-len(kinds) // 2))
+    grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (title, shown) in zip(grid, panels, strict=False):
+        axes.axhline(shown["baseline"].mean(), color=theme.ink, linewidth=0.7, linestyle=(0, (4, 3)))
+        for place, kind in enumerate(kinds):
+            own = shown[shown["kind"] == kind].sort_values("damage")
+            colour, marker = CYCLE[place % len(CYCLE)], MARKERS[place % len(MARKERS)]
+            axes.plot(
+                own["damage"], own["success"], color=colour, marker=marker, markersize=4, linewidth=1.1, label=kind
+            )
+        axes.set_title(title, fontsize=8)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    grid[0].set_xscale("symlog", linthresh=0.1, linscale=0.6)
+    ticks = [tick for tick in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0) if tick <= max(1.2 * points["damage"].max(), 0.3)]
+    grid[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    grid[0].minorticks_off()
+    grid[0].set_ylim(-0.04, 1.04)
+    for place, axes in enumerate(grid[: len(panels)]):
+        if place % columns == 0:
+            axes.set_ylabel(readable_metric(comparison.metric))
+        if place + columns >= len(panels):
+            axes.set_xlabel("damage, nats per token")
+            axes.tick_params(labelbottom=True)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _of_methods(results: Results) -> list[Picture]:
+    comparison = results.methods
+    if comparison is None or comparison.points["damage"].notna().sum() < 2:
+        return []
+    points = comparison.points
+    caption = (
+        f"{readable_metric(comparison.metric)} on {comparison.family} against damage, the rise in nats per token of "
+        "the steered language's own text: one line a method, one marker where it has one setting; dashed: the "
+        f"{results.sweep.against}. Means are at the damages that were asked for, over the same languages for every "
+        f"line; n = {int(points['n'].min()):,} to {int(points['n'].max()):,} items a point and language."
+    )
+    return [Picture(_file("methods", comparison.family, comparison.metric), caption,
+                    _bind(success_against_damage, comparison))]  # fmt: skip
+
+
 def _of_equal_damage(results: Results) -> list[Picture]:
     table, pictures = results.equal, []
     drawn = drawn_metrics(results.effects.frame)
     for (family, metric), rows in table.groupby(["family", "metric"], sort=False):
         if not any((family, metric) == (name, of) for name, of, _ in drawn):
             continue
-        relation = next(name for name in (SELF, SEVERAL, CROSS) if (rows["items_in"] == name).any())
-        own = rows[rows["items_in"] == relation]
+        own = deciding(rows, "items_in")
         sets = int(own["sets"].max())
         beside = f"dotted: {counted(sets, 'random set')} at the same damage" if sets else "no random sets"
         caption = (
@@ -461,7 +523,7 @@ def gallery(results: Results) -> list[Picture]:
     """All figures, in the order of the page."""
     effects, sweep = results.effects, results.sweep
     searched = searched_kinds(effects.frame)
-    pictures = _of_equal_damage(results)
+    pictures = [*_of_methods(results), *_of_equal_damage(results)]
     for family, metric, kind in drawn_metrics(effects.frame):
         if kind not in searched:
             pictures += _of_setting(results, family, metric, kind)
