@@ -38,7 +38,7 @@ from lm_eval_steering.languages import english_name, family_of, same_language
 from lm_eval_steering.metrics.language_id import UNKNOWN
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.report.effects import ALPHA, Effects
-from lm_eval_steering.report.method_comparison import BEST, MethodComparison
+from lm_eval_steering.report.method_comparison import BEST, MEAN_OVER, MethodComparison
 from lm_eval_steering.report.naming import (
     CROSS,
     DAMAGES,
@@ -276,13 +276,14 @@ def at_equal_damage(table: pd.DataFrame, theme: Theme) -> Figure:
 def success_against_damage(comparison: MethodComparison, theme: Theme) -> Figure:
     """Success against damage: a panel for each language and one for their mean, one line a method.
 
-    A method with one point, such as an instruction, is one marker. The mean is over the languages of all methods with a
-    row in `comparison.rows`; its points are at the damages that were asked for.
+    A method with one point, such as an instruction, is one marker. The mean is over all languages, at damages that were
+    asked for and that a method does in all of them.
     """
     points, rows = comparison.points, comparison.rows
     points = points[points["damage"].notna()]
     codes = ordered(points["steered"].unique())[: _PANELS - 1]
-    means = rows[(rows["steered"] == "") & (rows["at"] != BEST) & (rows["missing"] == "")]
+    means = rows[(rows["steered"] == MEAN_OVER) & (rows["at"] != BEST) & (rows["missing"] == "")]
+    means = means[means["languages"] == rows.loc[rows["steered"] != MEAN_OVER, "steered"].nunique()]
     panels = [(english_name(code.split("+", maxsplit=1)[0]), points[points["steered"] == code]) for code in codes]
     if len(means):
         panels.append((f"mean of {int(means['languages'].max())} languages", means))
@@ -325,11 +326,13 @@ def _of_methods(results: Results) -> list[Picture]:
     if comparison is None or comparison.points["damage"].notna().sum() < 2:
         return []
     points = comparison.points
+    languages = points["steered"].nunique()
+    some = f" (the first {_PANELS - 1} of {languages} languages)" if languages >= _PANELS else ""
     caption = (
         f"{readable_metric(comparison.metric)} on {comparison.family} against damage, the rise in nats per token of "
         "the steered language's own text: one line a method, one marker where it has one setting; dashed: the "
-        f"{results.sweep.against}. Means are at the damages that were asked for, over the same languages for every "
-        f"line; n = {int(points['n'].min()):,} to {int(points['n'].max()):,} items a point and language."
+        f"{results.sweep.against}{some}. The mean is over all languages, at damages that a method does in all of "
+        f"them; n = {int(points['n'].min()):,} to {int(points['n'].max()):,} items a point and language."
     )
     return [Picture(_file("methods", comparison.family, comparison.metric), caption,
                     _bind(success_against_damage, comparison))]  # fmt: skip
