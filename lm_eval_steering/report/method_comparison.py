@@ -427,7 +427,7 @@ def _over_languages(blocks: Sequence[_Language], at: float | str) -> tuple[list[
         n = sum(pair.n for pair in of_languages)
         pairs[name] = _Pair(n, difference, float(low), float(high), np.nan, drawn[str(place)][:, None])
     common = {"at": _at(at), "steered": MEAN_OVER, "languages": len(most)}
-    rows = [common | {"kind": kind} | _mean_row(kind, whole, most, pairs, there[kind]) for kind in kinds]
+    rows = [common | {"kind": kind} | _mean_row(kind, whole, most, pairs, blocks) for kind in kinds]
     named = [common | _pair_row(one, other, pair) for (one, other), pair in pairs.items() if one is not None]
     return rows, named
 
@@ -437,11 +437,12 @@ def _mean_row(
     whole: Sequence[str],
     blocks: Sequence[_Language],
     pairs: Mapping[tuple[str | None, str], _Pair],
-    there: Sequence[_Language],
+    everywhere: Sequence[_Language],
 ) -> dict[str, Any]:
     if kind not in whole:
-        codes = [block.steered for block in there]
-        why = f"of other languages: {listed(codes)}" if codes else "in no language"
+        codes = [block.steered for block in everywhere if kind in block.points]
+        reasons = dict.fromkeys(block.missing[kind] for block in everywhere if kind in block.missing)
+        why = f"of other languages: {listed(codes)}" if codes else listed(list(reasons))
         return {"wins": False, "ahead_of": "", "missing": why}
     rows = [block.row(kind) for block in blocks]
     means = {

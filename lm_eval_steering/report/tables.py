@@ -441,8 +441,8 @@ def means_of_sets(by_cell: Sequence[dict[int, float]]) -> dict[int, float]:
 # where it has split its items, else those of a seeded hash of the document number.
 
 _BEST_COLUMNS = (
-    "family", "metric", "kind", "steered", "on", "factors", "factor", "n_choose", "n", "baseline", "score",
-    "difference", "low", "high", "p", "higher_is_better",
+    "family", "metric", "kind", "steered", "on", "factors", "factor", "n_choose", "score_choose", "n", "baseline",
+    "score", "difference", "low", "high", "p", "higher_is_better",
 )  # fmt: skip
 
 
@@ -450,9 +450,10 @@ def best_factors(sweep: Sweep, effects: Effects) -> pd.DataFrame:
     """One row a language, intervention, task family and metric.
 
     Columns: `on` (self, several or cross: which cells decide; the self cell where there is one), `factors` tried,
-    `factor` chosen, `n_choose` and `n` (items that it was chosen on, and other ones that it is reported on), and what
-    it does on the latter. The first of equals is taken, in the order of the factors. Only where two factors or more
-    were evaluated, the items can be halved, and it is known whether more is better.
+    `factor` chosen, `n_choose` and `n` (items that it was chosen on, and other ones that it is reported on), its score
+    on the former (`score_choose`), and what it does on the latter. The first of equals is taken, in the order of the
+    factors. Only where two factors or more were evaluated, the items can be halved, and it is known whether more is
+    better.
     """
     import pandas as pd
 
@@ -496,6 +497,7 @@ def _choose(
         "factors": rows["factor"].nunique(),
         "factor": factor,
         "n_choose": sizes[factor],
+        "score_choose": objective[factor],
         "cells": list(rows.loc[rows["factor"] == factor, "cell"]),
     }
 

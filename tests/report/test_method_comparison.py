@@ -11,7 +11,7 @@ import pytest
 
 from lm_eval_steering.analysis.style import LIGHT
 from lm_eval_steering.metrics.statistics import Arm, compare
-from lm_eval_steering.report.conclusions import answer
+from lm_eval_steering.report.conclusions import _winner, answer
 from lm_eval_steering.report.effects import halves_of
 from lm_eval_steering.report.figures import success_against_damage
 from lm_eval_steering.report.method_comparison import BEST, MEAN_OVER, MethodComparison
@@ -151,10 +151,8 @@ def test_one_method_is_no_comparison(tmp_path: Path) -> None:
     assert compared(tmp_path, CELLS[:4]).methods is None
 
 
-def sentences_of(rows: list[tuple[str, float]], sets: int, reached: int, low: float) -> list[str]:
-    """The sentences of two methods on one language, the first of which exceeds the other by an interval from `low`."""
-    from lm_eval_steering.report.conclusions import _methods
-
+def sentence_of(rows: list[tuple[str, float]], sets: int, reached: int, low: float) -> str:
+    """The sentence of two methods on one language, the first of which exceeds the other by an interval from `low`."""
     table = pd.DataFrame([
         {"at": "0.3", "steered": "deu_Latn", "languages": 1, "kind": kind, "success": success, "damage": 0.3, "n": 40,
          "missing": "", "wins": low > 0 and kind == "a", "sets": sets, "random_reached": reached}
@@ -169,23 +167,28 @@ def sentences_of(rows: list[tuple[str, float]], sets: int, reached: int, low: fl
         "low": -0.4,
         "high": -low,
     }
-    return _methods(MethodComparison("forcing", "lfs_clean", table, pd.DataFrame([pair]), pd.DataFrame()))
+    return _winner(MethodComparison("forcing", "lfs_clean", table, pd.DataFrame([pair]), pd.DataFrame()), "0.3")
 
 
 @pytest.mark.parametrize(
     ("sets", "reached", "low", "verdict", "why"),
     [
-        (20, 0, 0.1, "it wins, exceeding b by +0.2 [+0.1, +0.4]", "none of 20 random sets reaches it."),
-        (5, 0, 0.1, "it wins", "none of 5 random sets reaches it, too few to exclude chance (20)"),
-        (0, 0, 0.1, "it wins", "no random sets were run beside it"),
-        (20, 3, 0.1, "no evidence for it", "3 of 20 random sets reach it"),
-        (20, 0, -0.1, "no winner", "exceeds b by +0.2 [-0.1, +0.4], which includes 0"),
+        (
+            20,
+            0,
+            0.1,
+            "The winner is a (0.6, n = 40), exceeding b by +0.2 [+0.1, +0.4]",
+            "none of 20 controls reaches it.",
+        ),
+        (5, 0, 0.1, "The winner is a", "none of 5 controls reaches it, too few to exclude chance (20)"),
+        (0, 0, 0.1, "The winner is a", "no controls were run beside it"),
+        (20, 3, 0.1, "No evidence for the highest, a", "3 of 20 controls reach it"),
+        (20, 0, -0.1, "No winner", "exceeds b by +0.2 [-0.1, +0.4], which includes 0"),
     ],
 )
 def test_the_sentence_follows_the_decision_table(sets: int, reached: int, low: float, verdict: str, why: str) -> None:
-    (text,) = sentences_of([("a", 0.6), ("b", 0.4)], sets, reached, low)
-    assert text.startswith("At a damage of 0.3 nats per token, clean LFS on German is highest under a (0.6, n = 40)")
-    assert verdict in text and why in text
+    text = sentence_of([("a", 0.6), ("b", 0.4)], sets, reached, low)
+    assert text.startswith(verdict) and why in text
 
 
 def test_printed_drawn_and_told(results: Results, comparison: MethodComparison) -> None:
@@ -203,4 +206,8 @@ def test_printed_drawn_and_told(results: Results, comparison: MethodComparison) 
     order = list(dict.fromkeys(comparison.points["kind"]))
     mean = dict(zip(order, lengths[-1], strict=True))
     assert mean == {"scale": 2, "add 1": 1, "set 1": 1}, "only damages that a method does in all languages"
-    assert any("highest under" in text for text in answer(results).sentences)
+    sentences = answer(results).sentences
+    (at_damage,) = [text for text in sentences if text.startswith("At a damage of 0.1 ")]
+    assert "exceeds scale by" in at_damage and "winners by language: none" in at_damage
+    (at_best,) = [text for text in sentences if text.startswith("Each at its best")]
+    assert "winners by language: add 1 on German" in at_best
