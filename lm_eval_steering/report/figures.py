@@ -47,6 +47,7 @@ from lm_eval_steering.report.naming import (
     SUCCESSES,
     counted,
     is_lss,
+    listed,
     readable_metric,
     sign_of,
 )
@@ -288,9 +289,9 @@ def success_against_damage(comparison: MethodComparison, theme: Theme) -> Figure
     if len(means):
         panels.append((f"mean of {int(means['languages'].max())} languages", means))
     kinds = list(dict.fromkeys(points["kind"]))
-    columns = min(_PER_ROW if len(panels) > 4 else 3, len(panels))
+    columns = min(_PER_ROW, len(panels))
     height = -(-len(panels) // columns)
-    figure = new_figure(PAGE, 0.75 + 1.7 * height + 0.16 * -(-len(kinds) // 2))
+    figure = new_figure(PAGE if columns > 2 else COLUMN, 0.75 + 1.7 * height + 0.16 * -(-len(kinds) // 2))
     grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (title, shown) in zip(grid, panels, strict=False):
         axes.axhline(shown["baseline"].mean(), color=theme.ink, linewidth=0.7, linestyle=(0, (4, 3)))
@@ -328,11 +329,15 @@ def _of_methods(results: Results) -> list[Picture]:
     points = comparison.points
     languages = points["steered"].nunique()
     some = f" (the first {_PANELS - 1} of {languages} languages)" if languages >= _PANELS else ""
+    measured = points[points["damage"].notna()]
+    absent = [kind for kind in dict.fromkeys(points["kind"]) if kind not in set(measured["kind"])]
+    fewest, most = int(measured["n"].min()), int(measured["n"].max())
     caption = (
         f"{readable_metric(comparison.metric)} on {comparison.family} against damage, the rise in nats per token of "
         "the steered language's own text: one line a method, one marker where it has one setting; dashed: the "
         f"{results.sweep.against}{some}. The mean is over all languages, at damages that a method does in all of "
-        f"them; n = {int(points['n'].min()):,} to {int(points['n'].max()):,} items a point and language."
+        f"them; n = {fewest:,}{f' to {most:,}' if most > fewest else ''} items a point and language."
+        f"{f' Not drawn, because their damage was not measured: {listed(absent)}.' if absent else ''}"
     )
     return [Picture(_file("methods", comparison.family, comparison.metric), caption,
                     _bind(success_against_damage, comparison))]  # fmt: skip
