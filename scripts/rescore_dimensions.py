@@ -24,6 +24,7 @@ from lm_eval_steering.files import read_json_lines
 from lm_eval_steering.languages import normalise
 
 _NAME = re.compile(r"en\.control\.(\d+)\.(\d+\.\d+)\.([a-z]+)\.jsonl?")
+_LAYER = 18  # of their notebook
 _SETTING = ["model", "layer", "strength", "target"]
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     table = pd.DataFrame([row for file in sorted(outputs.rglob("en.control.*")) for row in rows_of(file)])
     table.to_json(out / "texts.jsonl", orient="records", lines=True, force_ascii=False)
     subprocess.run([sys.executable, "-m", "lm_eval_steering", "rescore", str(out / "texts.jsonl")], check=True)
-    (scored,) = out.glob("rescored_samples_texts_texts.jsonl_*.jsonl")
+    (scored,) = out.glob("rescored_samples_texts_*.jsonl")
     scores = pd.DataFrame(list(read_json_lines(scored))).set_index("doc_id")
     names = ["lfs", "lfs_clean", "degenerate", "lang_unknown"]
     by_setting = table.join(scores).groupby(_SETTING)
@@ -59,12 +60,16 @@ def main() -> None:
         n = of_model.drop_duplicates("target").set_index("target")["n"].to_dict()
         print(f"\n{model}, n of each setting: {n}")
         best = of_model.loc[of_model.groupby(["layer", "target"])["lfs_clean"].idxmax()]
-        shown = best["lfs_clean"].map("{:.3f}".format) + " (" + best["strength"].map("{:g}".format) + ")"
-        print(best.assign(best=shown).pivot(index="layer", columns="target", values="best").fillna("").to_markdown())
-        whole = of_model.groupby(["layer", "strength"]).agg(languages=("target", "size"), success=("lfs_clean", "mean"))
-        print(
-            whole[whole["languages"] == whole["languages"].max()]["success"].unstack().round(3).fillna("").to_markdown()
-        )
+        shown = best["lfs_clean"].map("{:.2f}".format) + " at " + best["strength"].map("{:g}".format)
+        print(best.assign(shown=shown).pivot(index="layer", columns="target", values="shown").to_markdown())
+        _print(of_model[of_model["layer"] == _LAYER], "target", "lfs_clean")
+        _print(of_model[of_model["layer"] == _LAYER], "target", "degenerate")
+        _print(of_model, "layer", "lfs_clean")  # the mean over languages
+
+
+def _print(success: pd.DataFrame, rows: str, values: str) -> None:
+    table = success.pivot_table(index=rows, columns="strength", values=values).map("{:.2f}".format).replace("nan", "")
+    print(f"\n{values}\n{table.to_markdown(disable_numparse=True)}")
 
 
 if __name__ == "__main__":
