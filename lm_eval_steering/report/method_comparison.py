@@ -34,6 +34,7 @@ from lm_eval_steering.report.tables import (
     damages_of,
     deciding,
     means_of_sets,
+    on_the_same_tasks,
     scores_at_damage,
     single,
 )  # fmt: skip
@@ -150,7 +151,7 @@ def compare_methods(
 
 def _of_success(effects: Effects) -> pd.DataFrame | None:
     """Effects of the first success that was measured, on the family of tasks that has most items of it."""
-    frame = single(effects)
+    frame = on_the_same_tasks(single(effects))
     frame = frame[~frame["deactivation"] & frame["score"].notna()]
     names = frame["metric"].map(lambda metric: str(metric).partition("@")[0])
     for success in SUCCESSES:

@@ -284,7 +284,7 @@ def damage(effects: Effects) -> pd.DataFrame:
     """
     import pandas as pd
 
-    frame = _on_the_same_tasks(single(effects))
+    frame = on_the_same_tasks(single(effects))
     unit = next((name for name in DAMAGES if (frame["metric"] == name).any()), "")
     success = next((name for name in (CLEAN, FORCED) if (frame["metric"] == name).any()), FORCED)
     rows = []
@@ -312,7 +312,7 @@ def damage(effects: Effects) -> pd.DataFrame:
     return result[result[measured].notna().any(axis=1)].reset_index(drop=True) if len(result) else result
 
 
-def _on_the_same_tasks(frame: pd.DataFrame) -> pd.DataFrame:
+def on_the_same_tasks(frame: pd.DataFrame) -> pd.DataFrame:
     """Of each metric the tasks that every factor was run on: only the chosen factors have those of `then`."""
     first = frame[frame["stage"] == 1].groupby("metric")["task"].agg(set)
     kept = [name not in first or task in first[name] for name, task in zip(frame["metric"], frame["task"], strict=True)]
