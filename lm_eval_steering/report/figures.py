@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _WIDE = 9  # columns; more need the whole page
+_LONG_NAME = 22  # letters; of longer ones a column holds no two
 _CROWDED = 24  # columns; in more no number can be read
 _LABELS = {SELF: "self", CROSS: "cross", SEVERAL: "items in several languages"}
 _COLOURS = {SELF: BLUE, CROSS: VERMILION, SEVERAL: GREEN}
@@ -231,10 +232,11 @@ def at_equal_damage(table: pd.DataFrame, theme: Theme) -> Figure:
         table: rows of one family, metric and relation of `tables.equal_damage`.
         theme: colours.
     """
-    figure = new_figure(COLUMN, 2.7)
+    kinds = list(dict.fromkeys(table["kind"]))
+    columns = 1 if max(map(len, kinds)) > _LONG_NAME else 2  # of the legend
+    figure = new_figure(COLUMN, 2.4 + 0.15 * -(-len(kinds) // columns))
     axes = figure.subplots()
     damages = sorted(table["damage"].unique())
-    kinds = list(dict.fromkeys(table["kind"]))
     most = table.groupby("kind")["languages"].max().max()
     for place, kind in enumerate(kinds):
         own = table[table["kind"] == kind].sort_values("damage")
@@ -270,7 +272,7 @@ def at_equal_damage(table: pd.DataFrame, theme: Theme) -> Figure:
     axes.set_ylabel(readable_metric(metric))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -543,7 +545,7 @@ def gallery(results: Results) -> list[Picture]:
             caption = f"Languages of the outputs against the factor, {kind}; n = {n:,} outputs."
             pictures.append(Picture(_file("languages", kind), caption, _bind(output_languages, counts)))
         damage = results.damage[results.damage["kind"] == kind] if len(results.damage) else results.damage
-        if len(damage) and price_of(damage):
+        if kind not in searched and len(damage) and damage["factor"].notna().any() and price_of(damage):
             caption = f"Success of the steered language against damage, {kind}; each point is a factor."
             pictures.append(Picture(_file("trade-off", kind), caption, _bind(trade_off, damage)))
     neurons = results.neurons

@@ -144,8 +144,9 @@ def _printed_methods(results: Results) -> dict[str, tuple[pd.DataFrame, str]]:
         caption = (
             f"{readable_metric(comparison.metric)} on {comparison.family} of every method on each language, {where}: "
             f"difference from the {results.sweep.against} with its 95 % interval, LSS, the damage that was measured, "
-            "and how many random sets reach it. An asterisk: the method exceeds every other one by the whole paired "
-            "interval (same items; means over languages: of languages and items)."
+            "and how many controls (random neurons or directions, the instruction naming other languages) reach it. An "
+            "asterisk: the method exceeds every other one by the whole paired interval (same items; means over "
+            "languages: of languages and items)."
         )
         if len(rows) <= PRINTED_ROWS and (rows["missing"] == "").any():
             name = "".join(c if c.isalnum() or c == "." else "-" for c in f"methods-{at}")
@@ -165,7 +166,7 @@ def methods_text(rows: pd.DataFrame) -> pd.DataFrame:
             "language": row["steered"] or whole, "method": row["kind"], "factor": number(row["factor"]),
             "success": f"{number(row['success'])}{'*' if row['wins'] else ''}",
             "difference": with_interval(row["difference"], row["low"], row["high"]), "LSS": number(row["lss"]),
-            "damage": number(row["damage"]), "degenerate": number(row["degenerate"]), "random sets": reached,
+            "damage": number(row["damage"]), "degenerate": number(row["degenerate"]), "controls": reached,
             "n": _whole(row["n"]), "missing": row["missing"],
         })  # fmt: skip
     table = pd.DataFrame(found).fillna("")
