@@ -182,7 +182,7 @@ class _Facts:
             asked = sorted({target for text in group["damage_asked"] for target in damages_of(text)})
             point = _Point(float(factor), measured, tuple(asked), cells)
             curves.setdefault(kind, {}).setdefault(steered, []).append(point)
-        order = {kind: place for place, kind in enumerate(dict.fromkeys(rows["kind"]))}
+        order = {kind: index for index, kind in enumerate(dict.fromkeys(rows["kind"]))}
         self.curves: _Curves = {kind: curves[kind] for kind in sorted(curves, key=order.__getitem__)}
 
     def points(self) -> Iterable[_Point]:
@@ -247,8 +247,8 @@ class _Facts:
         cells, half = list(point.cells.values()), at == BEST
         common = (self.metric, self.scores)
         for damage in point.asked if isinstance(at, str) else (at,):
-            found = [scores_at_damage(self.sweep, cell, *common, self.by_damage, damage, half) for cell in cells]
-            if values := means_of_sets(found):
+            of_cells = [scores_at_damage(self.sweep, cell, *common, self.by_damage, damage, half) for cell in cells]
+            if values := means_of_sets(of_cells):
                 return values
         return means_of_sets([control_scores(self.sweep, cell, *common, self.by_place, half) for cell in cells])
 
@@ -307,15 +307,15 @@ class _Language:
         self.facts, self.steered, self.at = facts, steered, at
         self.half = True if at == BEST else None
         self.missing = {kind: point for kind, point in points.items() if isinstance(point, str)}
-        there = {kind: point for kind, point in points.items() if isinstance(point, _Point)}
-        for kind in [kind for kind, point in there.items() if facts.values([point], self.half) is None]:
-            del there[kind]
+        compared = {kind: point for kind, point in points.items() if isinstance(point, _Point)}
+        for kind in [kind for kind, point in compared.items() if facts.values([point], self.half) is None]:
+            del compared[kind]
             self.missing[kind] = "its items were not kept" if self.half is None else "its items cannot be halved"
-        values = facts.values(list(there.values()), self.half) if there else []
+        values = facts.values(list(compared.values()), self.half) if compared else []
         if values is None:  # methods that were run on other tasks each
-            self.missing |= dict.fromkeys(there, "no task that all methods have")
-            there, values = {}, []
-        self.points, self._values = there, values
+            self.missing |= dict.fromkeys(compared, "no task that all methods have")
+            compared, values = {}, []
+        self.points, self._values = compared, values
         self.pairs = self._compared()
 
     def _compared(self) -> dict[tuple[str | None, str], _Pair]:
@@ -326,17 +326,17 @@ class _Language:
             return {}
         first, second = (np.array(column) for column in zip(*numbers, strict=True))
         compared = [compare(Arm(part).of(first), Arm(part).of(second)) for part in self._values]
-        found = {}
-        for place, (one, other) in enumerate(numbers):
-            replicates = np.column_stack([of_task.replicates[:, place] for of_task in compared])
+        pairs = {}
+        for index, (one, other) in enumerate(numbers):
+            replicates = np.column_stack([of_task.replicates[:, index] for of_task in compared])
             alone = compared[0] if len(compared) == 1 else None
-            low, high = interval_of(replicates.mean(axis=1)) if alone is None else (alone.low[place], alone.high[place])
-            found[sides[one], str(sides[other])] = _Pair(
-                sum(int(of_task.n[place]) for of_task in compared),
-                float(np.mean([of_task.difference[place] for of_task in compared])), float(low), float(high),
-                float("nan") if alone is None else float(alone.p_value[place]), replicates,
+            low, high = interval_of(replicates.mean(axis=1)) if alone is None else (alone.low[index], alone.high[index])
+            pairs[sides[one], str(sides[other])] = _Pair(
+                sum(int(of_task.n[index]) for of_task in compared),
+                float(np.mean([of_task.difference[index] for of_task in compared])), float(low), float(high),
+                float("nan") if alone is None else float(alone.p_value[index]), replicates,
             )  # fmt: skip
-        return found
+        return pairs
 
     def success(self, kind: str | None) -> float:
         """Mean over the tasks; of the baseline for None."""
@@ -409,24 +409,24 @@ def _against_sets(success: float, sets: Mapping[int, float]) -> dict[str, Any]:
 def _over_languages(blocks: Sequence[_Language], at: float | str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and pairs of the means over the languages of the methods that have most; other methods are missing."""
     kinds = list(blocks[0].facts.curves)
-    there = {kind: [block for block in blocks if kind in block.points] for kind in kinds}
-    most = max(there.values(), key=len)
+    blocks_of = {kind: [block for block in blocks if kind in block.points] for kind in kinds}
+    most = max(blocks_of.values(), key=len)
     if len(most) < 2:
         return [], []
-    whole = [kind for kind in kinds if there[kind] == most]
+    whole = [kind for kind in kinds if blocks_of[kind] == most]
     names = [(one, other) for one, other in most[0].pairs if other in whole and one in (None, *whole)]
     replicates = [block.pairs[name].replicates for name in names for block in most]
-    owners = [place for place, name in enumerate(names) for block in most for _ in block.pairs[name].replicates.T]
+    owners = [index for index, name in enumerate(names) for block in most for _ in block.pairs[name].replicates.T]
     codes = [block.steered for name in names for block in most for _ in block.pairs[name].replicates.T]
-    groups = {str(place): np.array(owners) == place for place in range(len(names))}
+    groups = {str(index): np.array(owners) == index for index in range(len(names))}
     drawn = over_languages(np.concatenate(replicates, axis=1), codes, codes, groups)
     pairs: dict[tuple[str | None, str], _Pair] = {}
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         of_languages = [block.pairs[name] for block in most]
-        low, high = interval_of(drawn[str(place)])
+        low, high = interval_of(drawn[str(index)])
         difference = float(np.mean([pair.difference for pair in of_languages]))
         n = sum(pair.n for pair in of_languages)
-        pairs[name] = _Pair(n, difference, float(low), float(high), np.nan, drawn[str(place)][:, None])
+        pairs[name] = _Pair(n, difference, float(low), float(high), np.nan, drawn[str(index)][:, None])
     common = {"at": _at(at), "steered": MEAN_OVER, "languages": len(most)}
     rows = [common | {"kind": kind} | _mean_row(kind, whole, most, pairs, blocks) for kind in kinds]
     named = [common | _pair_row(one, other, pair) for (one, other), pair in pairs.items() if one is not None]
