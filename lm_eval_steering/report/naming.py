@@ -23,6 +23,7 @@ DAMAGES = (NATS, "token_perplexity", "bits_per_byte", "byte_perplexity", "word_p
 
 _OUR_CODE = re.compile(r"_[a-z]{3}_[A-Z][a-z]{3}(?=_|$)")
 _OTHERS = "others"
+_ROUNDING = 1e-12
 METRIC_NAMES = {
     "lfs": "LFS", "lpr": "LPR", "wpr": "WPR", "lfs_clean": "clean LFS", "lss": "LSS", "acc": "accuracy",
     "acc_norm": "accuracy (normalised)", "bleu": "BLEU",
@@ -142,9 +143,10 @@ def language_name(code: str) -> str:
 
 
 def number(value: Any, signed: bool = False) -> str:
-    """Three significant digits; empty for nan."""
+    """Three significant digits; empty for nan. What a difference of equal means leaves is 0."""
     if value is None or math.isnan(value):
         return ""
+    value = 0.0 if abs(value) < _ROUNDING else value
     text = f"{value:+.3g}" if signed else f"{value:.3g}"
     return f"{value:+,.0f}" if signed and "e" in text and abs(value) >= 1 else text
 
