@@ -30,7 +30,13 @@ from lm_eval_steering.sweep.damage_search import LONGEST, Line
 from lm_eval_steering.sweep.halves import ALL, CHOOSE, REPORT, can_be_split, positions_of
 from lm_eval_steering.sweep.plan import STEERED_VLLM, InterventionEntry, PlanError, SweepPlan
 from lm_eval_steering.sweep.plan_tasks import TaskBook
-from lm_eval_steering.vllm.arguments import CAPACITY, capacity_of, refuse_what_hooks_do
+from lm_eval_steering.vllm.arguments import (
+    CAPACITY,
+    HIDDEN_STATES,
+    capacity_of,
+    edits_hidden_states,
+    refuse_what_hooks_do,
+)
 from lm_eval_steering.vllm.layers import refuse_unknown
 
 # --- From the entries of a plan to single interventions: one for each language, factor and random control
@@ -429,6 +435,7 @@ _IRRELEVANT = {"batch_size", "max_batch_size", "device", "parallelize", "max_mem
 _PLACE = {
     "tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "gpu_memory_utilization",
     "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "disable_log_stats", CAPACITY,
+    HIDDEN_STATES,
 }  # fmt: skip
 _ENDS = 1 << 20  # bytes read at either end of a weight file
 _LONGEST = 200  # characters of a readable name: file systems end at 255 bytes
@@ -832,6 +839,7 @@ def engine_arguments(grid: Grid) -> dict[str, Any]:
         return arguments
     neuron_set = grid.neuron_set
     room = {CAPACITY: capacity_of(None, neuron_set, neuron_set.provenance.units)}
+    room |= {HIDDEN_STATES: edits_hidden_states(None, neuron_set)}
     return arguments | {"batch_size": "auto"} | room | dict(engine.arguments)
 
 

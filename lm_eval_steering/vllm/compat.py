@@ -121,6 +121,11 @@ def additional_config(worker: Any) -> dict[str, Any]:
     return dict(worker.vllm_config.additional_config)
 
 
+def hidden_size(worker: Any) -> int:
+    """Number of dimensions of the hidden states, of which each worker holds all."""
+    return int(worker.model_config.get_hidden_size())
+
+
 def ranks_of(worker: Any) -> dict[str, int]:
     """Number of a worker, and its rank among how many in tensor and in pipeline parallelism."""
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size

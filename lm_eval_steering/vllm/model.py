@@ -31,7 +31,9 @@ from lm_eval_steering.vllm import compat
 from lm_eval_steering.vllm.arguments import (
     CAPACITY,
     DRIVER,
+    HIDDEN_STATES,
     capacity_of,
+    edits_hidden_states,
     for_vllm,
     refuse_what_hooks_do,
     split,
@@ -52,9 +54,9 @@ WORKER = "lm_eval_steering.vllm.worker.SteeredWorker"
 class SteeredVLLM(SteeredLM, VLLM):
     """`VLLM` whose workers apply a stored language-neuron intervention.
 
-    Takes every argument that `vllm` takes, those of `SteeringArguments`, and `steered_units`
-    (`arguments.capacity_of`). Answers are lm-eval's own types with a
-    memory: log-likelihoods are `Score`, generated texts are `IdentifiedText`.
+    Takes every argument that `vllm` takes, those of `SteeringArguments`, `steered_units` (`arguments.capacity_of`) and
+    `steered_residual` (`arguments.edits_hidden_states`). Answers are lm-eval's own types with a memory:
+    log-likelihoods are `Score`, generated texts are `IdentifiedText`.
     """
 
     def __init__(self, pretrained: str, **arguments: Any) -> None:
@@ -77,8 +79,9 @@ class SteeredVLLM(SteeredLM, VLLM):
             refuse_other_name(neuron_set, pretrained)
             refuse_other_weights(neuron_set, self.weights, pretrained, self.adapter)
         capacity = capacity_of(rest.get(CAPACITY), neuron_set, self._shape.units)
+        residual = edits_hidden_states(rest.get(HIDDEN_STATES), neuron_set)
         os.environ[DRIVER] = f"{socket.gethostname()} {os.getpid()}"
-        super().__init__(pretrained, **with_worker(rest, WORKER, capacity))
+        super().__init__(pretrained, **with_worker(rest, WORKER, capacity, residual))
         self.steering = SteeredEngine(self.model, self._shape)
         self._drawn: Counter[tuple[int, ...]] = Counter()
         self.scored = self.generated = 0
