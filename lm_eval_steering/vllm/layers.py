@@ -101,13 +101,25 @@ def install(
         if not compat.is_elsewhere(layer):
             steered = _replace(layer, number, family, capacity, real)
             if dimensions is not None:
-                steered = replace(steered, hidden_states=_hook(layer, family.returns, dimensions, real))
+                steered = replace(steered, hidden_states=steer_what_it_returns(layer, family.returns, dimensions, real))
             installed[number] = steered
     return installed
 
 
-def _hook(layer: nn.Module, returns: Returns, dimensions: int, real: torch.Tensor) -> SteeredHiddenStates:
-    """Edit what a layer returns: its own name, class and attributes stay, which the model and vLLM may look at."""
+def steer_what_it_returns(
+    layer: nn.Module, returns: Returns, dimensions: int, real: torch.Tensor
+) -> SteeredHiddenStates:
+    """Put a hook on a layer that edits what it returns.
+
+    Its name, class and attributes stay, which vLLM may look at. Compiled code contains what hooks do that were there
+    before.
+
+    Args:
+        layer: of vLLM, not yet compiled.
+        returns: what it returns.
+        dimensions: of the hidden states.
+        real: see `SteeredModule`.
+    """
     module = SteeredHiddenStates(returns, dimensions, real)
     layer.add_module(_HIDDEN_STATES, module)
     layer.register_forward_hook(_steered)

@@ -17,6 +17,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from lm_eval_steering.architectures import model_type_of, shape_of
+from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.arguments import (
     plan_before_loading,
     read_config,
@@ -63,7 +64,8 @@ class SteeredVLLM(SteeredLM, VLLM):
         """Check every argument, start the engine as `vllm` does with our worker, and write the intervention.
 
         Raises:
-            SteeringError: before the engine starts, for anything that would make the score wrong.
+            SteeringError: before the engine starts, for anything that would make the score wrong; or if it does not
+                start.
         """
         compat.warn_if_untested(RELEASE)
         ours, rest = split(arguments, VLLM, compat.engine_arguments())
@@ -81,7 +83,13 @@ class SteeredVLLM(SteeredLM, VLLM):
         capacity = capacity_of(rest.get(CAPACITY), neuron_set, self._shape.units)
         residual = edits_hidden_states(rest.get(HIDDEN_STATES), neuron_set)
         os.environ[DRIVER] = f"{socket.gethostname()} {os.getpid()}"
-        super().__init__(pretrained, **with_worker(rest, WORKER, capacity, residual))
+        arguments = with_worker(rest, WORKER, capacity, residual)
+        try:
+            super().__init__(pretrained, **arguments)
+        except SteeringError:
+            raise
+        except Exception as error:  # vLLM's own errors differ by what failed and in which process
+            raise compat.did_not_start(error) from error
         self.steering = SteeredEngine(self.model, self._shape)
         self._drawn: Counter[tuple[int, ...]] = Counter()
         self.scored = self.generated = 0

@@ -55,7 +55,7 @@ class SteeredWorker(_PlatformWorker):
         super().load_model(*args, **kwargs)
         additional = compat.additional_config(self)
         self._capacity = int(additional[CAPACITY_KEY])
-        dimensions = compat.hidden_size(self) if additional[RESIDUAL_KEY] else None
+        dimensions = compat.hidden_size(self.model_config) if additional[RESIDUAL_KEY] else None
         self._steered, self._problem, self._forwards = {}, "", 0
         self._real = torch.zeros(1, dtype=torch.int64, device=self.device)
         config = self.model_config.hf_config
@@ -82,7 +82,9 @@ class SteeredWorker(_PlatformWorker):
         """Where this worker stands and which units and hidden states it holds, or why it cannot be steered."""
         layers = {str(number): [each.first, each.activation.width, each.full] for number, each in self._steered.items()}
         dimensions = {
-            str(number): each.hidden_states.width for number, each in self._steered.items() if each.hidden_states is not None
+            str(number): each.hidden_states.width
+            for number, each in self._steered.items()
+            if each.hidden_states is not None
         }
         layout = {"layout": LAYOUT, "capacity": self._capacity, "problem": self._problem}
         layout |= {"layers": layers, "dimensions": dimensions}
