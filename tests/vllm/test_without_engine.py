@@ -436,5 +436,5 @@ def test_a_layer_that_edited_less_than_was_asked_is_an_error() -> None:
     engine.prove([output])
     assert engine.evidence().positions == engine.evidence().asked == 8
     workers.tokens += 7
-    with pytest.raises(DidNotHappenError, match="mlp of layer 0 of worker 0 edited 7 tokens .* needed 8"):
+    with pytest.raises(DidNotHappenError, match=r"mlp of layer 0 of worker 0 edited 7 tokens .* needed 8"):
         engine.prove([output])
