@@ -30,9 +30,9 @@ from lm_eval_steering.vllm.arguments import CAPACITY_KEY, DRIVER, RESIDUAL_KEY
 from lm_eval_steering.vllm.layers import SteeredLayer, install
 
 MLP = "mlp"  # what a steered module edits; the other one edits `residual`
-# What is expected of the edited units, which units those are, and pairs of what came and what went: of the edited
-# units first, then of all that must be as it came in the other units.
-_Comparable = tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]
+# (..., unit) what is expected and what came out; (unit,) bool, which of them are edited; and pairs of what is expected
+# to be equal in all others.
+_Comparable = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]
 _PlatformWorker: Any = compat.platform_worker()
 
 
@@ -171,12 +171,12 @@ class SteeredWorker(_PlatformWorker):
         comparison: dict[str, Any] = {"calls": len(self._watched), "edited": 0, "furthest": 0.0, "others": True}
         define = self._mlp_by_definition if edits == MLP else self._hidden_states_by_definition
         for inputs, output in self._watched:
-            expected, touched, pairs = define(self._steered[layer], messages, inputs, output)
-            difference = (pairs[0][1] - expected).float().abs() / expected.float().abs().clamp(min=1.0)
+            expected, actual, touched, pairs = define(self._steered[layer], messages, inputs, output)
+            difference = (actual - expected).float().abs() / expected.float().abs().clamp(min=1.0)
             comparison["edited"] = int(touched.sum())
             if touched.any():
                 comparison["furthest"] = max(comparison["furthest"], float(difference[..., touched].max()))
-            others = [torch.equal(after[..., ~touched], before[..., ~touched]) for before, after in pairs[1:]]
+            others = [torch.equal(after[..., ~touched], before[..., ~touched]) for before, after in pairs]
             comparison["others"] &= all(others)
         return comparison
 
@@ -185,9 +185,9 @@ class SteeredWorker(_PlatformWorker):
     ) -> _Comparable:
         module, width = steered.activation, steered.activation.width
         original = module.original(inputs)
-        expected, touched = original.clone(), torch.zeros(width, dtype=torch.bool)
+        expected, touched = original.clone(), torch.zeros(width, dtype=torch.bool, device=output.device)
         for message in sorted(messages, key=lambda message: SITES.index(message["site"])):
-            units, scale, shift, written = self._held(message, steered)
+            units, scale, shift, written = (each.to(output.device) for each in self._held(message, steered))
             if not len(units):
                 continue
             gated = message["site"] == SITES[0] and module.function is not None
@@ -197,7 +197,7 @@ class SteeredWorker(_PlatformWorker):
             after = (torch.where(written, 0.0, before.float() * scale) + shift).to(output.dtype)
             expected[..., units] = after * inputs[..., width:][..., units] if gated else after
             touched[units] = True
-        return expected, touched, [(original, output), (original, output)]
+        return expected, output, touched, [(original, output)]
 
     def _hidden_states_by_definition(
         self, steered: SteeredLayer, messages: Sequence[Mapping[str, Any]], inputs: Any, output: Any
@@ -205,24 +205,25 @@ class SteeredWorker(_PlatformWorker):
         module = steered.hidden_states
         assert module is not None
         before = module.hidden_states(inputs)
-        expected, touched = before.clone(), torch.zeros(module.width, dtype=torch.bool)
+        expected, touched = before.clone(), torch.zeros(module.width, dtype=torch.bool, device=before.device)
         for message in messages:
-            units, scale, shift, written = self._held(message, steered)
+            units, scale, shift, written = (each.to(before.device) for each in self._held(message, steered))
             after = torch.where(written, 0.0, before[..., units].float() * scale) + shift
             expected[..., units] = after.to(before.dtype)
             touched[units] = True
-        parts = [each if isinstance(each, tuple) else (each,) for each in (inputs, output)]
-        return expected, touched, [(before, module.hidden_states(output)), *zip(*parts, strict=True)]
+        came, went = (each if isinstance(each, tuple) else (each,) for each in (inputs, output))
+        return expected, module.hidden_states(output), touched, list(zip(came, went, strict=True))
 
     def _held(self, edit: Mapping[str, Any], steered: SteeredLayer) -> list[torch.Tensor]:
         """Units of an edit that this worker holds, counted from its first, and their scale, shift and written.
 
-        Dimensions of hidden states are held whole.
+        Dimensions of hidden states are held by each worker.
         """
-        units = np.frombuffer(edit["units"], dtype=np.int64)
-        if edit["site"] != RESIDUAL:
-            units = units - steered.first
-        held = (units >= 0) & (units < (steered.activation.width if edit["site"] != RESIDUAL else np.inf))
+        first, width = steered.first, steered.activation.width
+        if edit["site"] == RESIDUAL:
+            first, width = 0, steered.hidden_states.width if steered.hidden_states is not None else 0
+        units = np.frombuffer(edit["units"], dtype=np.int64) - first
+        held = (units >= 0) & (units < width)
         numbers = [
             np.frombuffer(edit[name], dtype=kind)[held]
             for name, kind in (("scale", np.float32), ("shift", np.float32), ("written", np.bool_))
