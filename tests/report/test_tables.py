@@ -16,6 +16,7 @@ from lm_eval_steering.report.comparison import compare_interventions, compare_ru
 from lm_eval_steering.report.figures import draw, gallery
 from lm_eval_steering.report.naming import families, kind_of, silenced
 from lm_eval_steering.report.page import Report, render
+from lm_eval_steering.report.conclusions import answer
 from lm_eval_steering.report.read import ReportError, add_baseline, read_results
 from lm_eval_steering.report.table_files import latex, markdown
 from lm_eval_steering.report.tables import Results, compute
@@ -136,6 +137,15 @@ def test_a_cell_without_a_baseline_has_a_score_and_no_difference(tmp_path: Path)
     assert "1 steered cells have no finished baseline" in found.sweep.facts.notes[0]
 
 
+def test_lss_has_no_baseline_by_definition_and_none_is_missed(tmp_path: Path) -> None:
+    made = FolderOfCells(tmp_path / "sweep")
+    made.add("made_up_lss", {"lss": right(0.6)}, "deu_Latn", 2)
+    found = compute(read_results(tmp_path / "sweep"))
+    assert found.sweep.facts.notes == []
+    verdict = answer(found).sentences[0]
+    assert "LSS is 0.6" in verdict and "improved" not in verdict
+
+
 def test_a_plain_lm_eval_run_is_a_baseline(tmp_path: Path) -> None:
     made = FolderOfCells(tmp_path / "sweep")
     made.add("made_up", {"acc": right(0.6)}, "deu_Latn", 2)
@@ -172,7 +182,7 @@ def test_names_of_interventions_and_families() -> None:
         "p_max, others silenced"
     )
     assert kind_of("op:add|value:diffmean|factor:2|lang:fra_Latn|site:residual|dims:400|layers:14", None, "") == (
-        "add diffmean at residual, 400 dimensions, layers 14"
+        "add diffmean at residual, 400 dimensions, layer 14"
     )
     clas = "op:add|value:clas_diffmean|factor:5|lang:fra_Latn|source:eng_Latn|site:residual|layers:14"
     assert kind_of(clas, "clas_diffmean", "") == "clas_diffmean at residual, from eng_Latn, layers 14"
