@@ -13,10 +13,10 @@ import pytest
 
 from lm_eval_steering.report import tables
 from lm_eval_steering.report.comparison import compare_interventions, compare_runs
+from lm_eval_steering.report.conclusions import answer
 from lm_eval_steering.report.figures import draw, gallery
 from lm_eval_steering.report.naming import families, kind_of, silenced
 from lm_eval_steering.report.page import Report, render
-from lm_eval_steering.report.conclusions import answer
 from lm_eval_steering.report.read import ReportError, add_baseline, read_results
 from lm_eval_steering.report.table_files import latex, markdown
 from lm_eval_steering.report.tables import Results, compute
@@ -185,7 +185,7 @@ def test_names_of_interventions_and_families() -> None:
         "add diffmean at residual, 400 dimensions, layer 14"
     )
     clas = "op:add|value:clas_diffmean|factor:5|lang:fra_Latn|source:eng_Latn|site:residual|layers:14"
-    assert kind_of(clas, "clas_diffmean", "") == "clas_diffmean at residual, from eng_Latn, layers 14"
+    assert kind_of(clas, "clas_diffmean", "") == "clas_diffmean at residual, from eng_Latn, layer 14"
     assert silenced(["deu", "fra"], ["fra+ita", "deu+ita"]) == ["others", "others"]
     assert silenced(["deu", "fra"], ["ita", "ita"]) == ["ita", "ita"]
     assert set(families(["xcopa_it", "xcopa_id", "steering_xcopa_ita_Latn"]).values()) != {""}
