@@ -54,7 +54,7 @@ class Report:
 
 
 def write_report(sweep: Sweep, out: Path, command: Sequence[str] = ()) -> Report:
-    """Write the page, `figures/` (SVG, PDF, PNG), `tables/` (CSV, parquet, Markdown, LaTeX) and `methods/` (LaTeX).
+    """Write the page, `figures/` (SVG, PDF, PNG), `tables/` (CSV, parquet, Markdown, LaTeX) and `methods/`.
 
     Args:
         sweep: as `read_results` or `comparison` gave it.

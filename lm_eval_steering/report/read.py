@@ -179,7 +179,7 @@ def read_results(path: Path | str, max_samples: int = MAX_SAMPLES, evaluated: Ma
         evaluated: task -> language of its items, for tasks whose name and metadata do not say it.
 
     Raises:
-        SteeringError: if it is neither of these, is damaged, or holds no finished cell.
+        SteeringError: if it is none of these, is damaged, or holds no finished cell.
     """
     path, evaluated = Path(path), evaluated or {}
     if (path / "sweep.json").is_file():

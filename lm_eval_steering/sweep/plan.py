@@ -205,7 +205,7 @@ class Choose(_Part):
     at_most: Mapping[str, Number] = Field(
         default_factory=dict,
         description="Largest allowed rise over the baseline on the items to choose on, by metric, such as "
-        "`{degenerate: 0.1, nats_per_token: 0.5}`; where no candidate keeps to it, the baseline is chosen.",
+        "`{degenerate: 0.1, nats_per_token: 0.5}`; if no candidate is within them, the baseline is chosen.",
     )
     by: Literal["language", "intervention"] = Field(
         "language", description="`language`: one for each language; `intervention`: one factor for each entry too."
@@ -213,8 +213,12 @@ class Choose(_Part):
     split: Literal["half", "whole"] = Field(
         "half", description="`half`: chosen on one half of the source items, reported on the other; or `whole`."
     )
-    tasks: tuple[str, ...] | None = Field(None, description="Tasks to choose on; all that have the metric by default.")
-    goal: Literal["max", "min"] | None = Field(None, description="By default what the task says is better.")
+    tasks: tuple[str, ...] | None = Field(
+        None, description="Tasks whose scores decide; by default all that have the metric."
+    )
+    goal: Literal["max", "min"] | None = Field(
+        None, description="`max` or `min`; by default the direction that the task declares as better."
+    )
     seed: int = Field(0, ge=0, description="Of the split.")
     item: str | None = Field(
         None,
@@ -244,8 +248,8 @@ class Slurm(_Part):
     gpus: int = Field(
         1,
         ge=0,
-        description="GPUs per job, each with a process of its own; of `steered-vllm` the tensor-parallel size, unless "
-        "its arguments say another.",
+        description="GPUs per job, one process each; with `steered-vllm` the tensor-parallel size, unless its "
+        "arguments give another.",
     )
     cpus: int = Field(8, ge=1, description="CPU cores per GPU.")
     memory_gb: int | None = Field(None, gt=0, description="Memory per job.")
@@ -283,7 +287,7 @@ class SweepPlan(_Part):
     choose: Choose | None = Field(None, description="Choose a factor.")
     then: Then | None = Field(None, description="Evaluate the chosen ones elsewhere.")
     engine: Engine = Field(
-        default_factory=lambda: Engine.model_validate({}), description="What runs the cells; a name alone will do."
+        default_factory=lambda: Engine.model_validate({}), description="What runs the cells; a name is enough."
     )
     evaluated: Mapping[str, str] = Field(
         default_factory=dict,
@@ -295,15 +299,13 @@ class SweepPlan(_Part):
     num_fewshot: int | None = Field(None, ge=0, description="Examples in the prompt; the task's own by default.")
     apply_chat_template: bool = Field(False, description="Put prompts into the tokenizer's chat template.")
     system_instruction: str | None = Field(None, description="For the chat template.")
-    gen_kwargs: Mapping[str, Any] | None = Field(None, description="Arguments of generation over the task's own.")
+    gen_kwargs: Mapping[str, Any] | None = Field(None, description="Arguments of generation that override the task's.")
     bootstrap_iters: int = Field(BOOTSTRAPS, ge=0, description="Of standard errors that are not analytic; lm-eval's.")
     include_path: tuple[str, ...] = Field((), description="Folders with more task files.")
     metadata: Mapping[str, Any] = Field(default_factory=dict, description="For the tasks, such as data_dir.")
     allow_empty: bool = Field(False, description="Accept a language without neurons.")
     force: bool = Field(False, description="Use a neuron set that was found in other weights.")
-    slurm: Slurm = Field(
-        default_factory=lambda: Slurm.model_validate({}), description="What the scheduler is asked for."
-    )
+    slurm: Slurm = Field(default_factory=lambda: Slurm.model_validate({}), description="Resources of the SLURM jobs.")
 
     @field_validator("languages")
     @classmethod

@@ -301,7 +301,7 @@ class Store:
         return table(rows, ("cell", "metric", "filter"))
 
     def items(self) -> pd.DataFrame:
-        """One row per finished cell and item, with every number that the item got."""
+        """One row per finished cell and item; `metrics` holds the item's scores as JSON."""
 
         self._refuse_no_sweep()
         rule = self.rule()
