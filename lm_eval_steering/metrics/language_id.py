@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -110,6 +110,15 @@ class LanguageIdentifier:
         if not path.is_file():
             raise SteeringError(f"language identification: no model file and no name {name}{did_you_mean(name, NAMES)}")
         return cls(path, threshold, letters)
+
+    @classmethod
+    def from_arguments(cls, given: Mapping[str, Any]) -> LanguageIdentifier:
+        """The identifier that `lid`, `lid_threshold` and `lid_letters` name; the default of each that is not given."""
+        return cls.named(
+            str(given.get("lid", DEFAULT)),
+            float(given.get("lid_threshold", THRESHOLD)),
+            int(given.get("lid_letters", LETTERS)),
+        )
 
     @property
     def file(self) -> Path:

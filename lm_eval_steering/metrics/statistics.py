@@ -259,7 +259,6 @@ class Comparison:
         tests: name of each cell's test, or why there is no p (`NO_ITEMS`, `ONE_ITEM`, `NO_SPREAD`, `NOT_FINITE`).
         n: items that both sides have.
         replicates: (resamples, cells) of the difference.
-        baseline_replicates: (resamples, cells).
     """
 
     baseline: Array
@@ -271,7 +270,6 @@ class Comparison:
     tests: tuple[str, ...]
     n: NDArray[np.int64]
     replicates: Array
-    baseline_replicates: Array
 
 
 def compare(
@@ -310,7 +308,7 @@ def compare(
     n = present.sum(axis=0)
     low, high = interval_of_items(replicates, n, level)
     p_value, tests = p_values(baseline, steered)
-    return Comparison(score_before, score, difference, low, high, p_value, tests, n, replicates, before)
+    return Comparison(score_before, score, difference, low, high, p_value, tests, n, replicates)
 
 
 # --- Tests
