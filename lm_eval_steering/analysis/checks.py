@@ -6,12 +6,12 @@ numbers as values, so that they are defined for every neuron set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from lm_eval_steering.architectures import ModelSites, Shape, text_config_of
 from lm_eval_steering.architectures.weights import weights_digest
 from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance
+from lm_eval_steering.progress import Log
 from lm_eval_steering.steering.attach import Steering, steer
 
 # --- A loaded model, rows of tokens, and forward passes with and without padding and cache
@@ -147,17 +148,14 @@ class Bench:
     def watching(self, site: str) -> Iterator[list[torch.Tensor]]:
         """The units of every layer at this site as these hooks see them, [(..., unit)] by layer."""
         seen: list[torch.Tensor] = []
-        handles = []
-        for layer in self.sites.layers:
-            if site == "activation":
-                handles.append(layer.activation.register_forward_hook(lambda _m, _i, out: seen.append(out.clone())))
-            else:
-                handles.append(layer.down.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].clone())))
-        try:
+        with ExitStack() as stack:
+            for layer in self.sites.layers:
+                if site == "activation":
+                    handle = layer.activation.register_forward_hook(lambda _m, _i, out: seen.append(out.clone()))
+                else:
+                    handle = layer.down.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].clone()))
+                stack.enter_context(handle)
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def hooks(self) -> int:
         """Number of hooks on all modules."""
@@ -226,6 +224,21 @@ class Check:
 
 
 Finding = tuple[bool, str, str, str]  # passed, found, expected, detail of a Check
+PlannedCheck = tuple[str, Callable[[], Finding]]  # what must hold, how to find out
+
+
+def results_of(planned: Sequence[PlannedCheck], log: Log) -> list[Check]:
+    """The results of checks, in their order; an error inside one is a failure and does not end the others."""
+    results = []
+    with log.bar("checking", len(planned), "check") as bar:
+        for name, check in planned:
+            try:
+                results.append(Check(name, *check()))
+            except Exception as error:
+                detail = (str(error) or "no message").splitlines()[0]
+                results.append(Check(name, False, type(error).__name__, "no error", detail))
+            bar.update(1)
+    return results
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -235,37 +248,42 @@ def tolerance(dtype: torch.dtype) -> float:
 
 # --- The architecture
 
+Key = TypeVar("Key")
 
-def runs_once(bench: Bench) -> Finding:
-    """Every layer's activation module and last linear layer are called once in a forward pass, steered or not."""
-    modules = [module for layer in bench.sites.layers for module in (layer.activation, layer.down)]
-    counts = dict.fromkeys(range(len(modules)), 0)
 
-    def count(number: int) -> Callable[..., None]:
+@contextmanager
+def _counting(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, int]]:
+    """How often each module runs inside."""
+    calls = dict.fromkeys(modules, 0)
+
+    def count(key: Key) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            counts[number] += 1
+            calls[key] += 1
 
         return hook
 
-    handles = [module.register_forward_hook(count(number)) for number, module in enumerate(modules)]
-    try:
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            stack.enter_context(module.register_forward_hook(count(key)))
+        yield calls
+
+
+def runs_once(bench: Bench) -> Finding:
+    """Every layer's activation module and last linear layer are called once in a forward pass, steered or not."""
+    modules = dict(enumerate(module for layer in bench.sites.layers for module in (layer.activation, layer.down)))
+    with _counting(modules) as calls:
         bench.logits(bench.row)
-    finally:
-        for handle in handles:
-            handle.remove()
-    wrong = [f"{bench.path(modules[number])} ran {times} times" for number, times in counts.items() if times != 1]
+    wrong = [f"{bench.path(modules[number])} ran {times} times" for number, times in calls.items() if times != 1]
     return not wrong, f"{len(modules) - len(wrong)} of {len(modules)} modules", "all", listed(wrong)
 
 
 def output_is_used(bench: Bench) -> Finding:
     """The output of the activation module reaches the last linear layer, whose input is 0 where it is 0."""
-    handles = [layer.activation.register_forward_hook(lambda _m, _i, out: out * 0) for layer in bench.sites.layers]
-    try:
-        with bench.watching("product") as inputs:
-            bench.logits(bench.row)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer in bench.sites.layers:
+            stack.enter_context(layer.activation.register_forward_hook(lambda _m, _i, out: out * 0))
+        inputs = stack.enter_context(bench.watching("product"))
+        bench.logits(bench.row)
     if len(inputs) != len(bench.sites.layers):
         return False, f"{len(inputs)} layers", f"{len(bench.sites.layers)}", "a last linear layer did not run once"
     bypassed = [
@@ -497,26 +515,14 @@ def one_after_another(bench: Bench) -> Finding:
 
 def foreign_hooks(bench: Bench) -> Finding:
     """Hooks of other libraries on the same modules run before, during and after steering."""
-    calls = {"activation": 0, "down": 0, "decoder": 0}
-
-    def count(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            calls[name] += 1
-
-        return hook
-
     layer = bench.sites.layers[int(bench.neurons.neurons(bench.languages[0])[0, 0])]
     modules = {"activation": layer.activation, "down": layer.down, "decoder": bench.sites.decoder}
-    handles = [module.register_forward_hook(count(name)) for name, module in modules.items()]
-    try:
+    with _counting(modules) as calls:
         bench.logits(bench.row)
         for site in SITES:
             with bench.steer(site=site, **STRONG):
                 bench.logits(bench.row)
         bench.logits(bench.row)
-    finally:
-        for handle in handles:
-            handle.remove()
     missing = [
         f"a hook on {bench.path(modules[name])} ran {number} times" for name, number in calls.items() if number != 4
     ]

@@ -446,11 +446,8 @@ def head_at(head: nn.Module, nodes: torch.Tensor) -> Iterator[None]:
         row, position = nodes.to(args[0].device)
         return (args[0][row, position].unsqueeze(0), *args[1:])
 
-    handle = head.register_forward_pre_hook(torch.compiler.disable(gather))
-    try:
+    with head.register_forward_pre_hook(torch.compiler.disable(gather)):
         yield
-    finally:
-        handle.remove()
     if calls != 1:
         raise DidNotHappenError(f"the head ran {calls} times in a forward pass, expected once")
 
