@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -121,28 +120,23 @@ app.add_typer(sets.neurons, name="neurons")
 
 
 def main() -> None:
-    """Entry point: our own errors are one line and exit code 2."""
+    """Entry point: what a user can mend is one line and exit code 2."""
     try:
         app()
-    except (SteeringError, DidNotHappenError) as error:
-        from lm_eval_steering.lmeval.registration import debugging, one_line
-
-        if debugging():
-            raise
-        typer.echo(one_line(error), err=True)
-        sys.exit(2)
+        return
     except ModuleNotFoundError as error:
         extra = extras.extra_of(error.name or "")
         if extra is None:
             raise
-        typer.echo(
+        message = (
             f"lm-eval-steering: error: {error.name} is not installed; the extra {extra!r} installs it: "
-            f'pip install "lm-eval-steering[{extra}]"',
-            err=True,
+            f'pip install "lm-eval-steering[{extra}]"'
         )
-        sys.exit(2)
-    except OSError as error:
-        if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
+    except (SteeringError, DidNotHappenError, OSError) as error:  # OSError names the file: a full disk, a missing right
+        from lm_eval_steering.lmeval.registration import debugging, one_line
+
+        if debugging():
             raise
-        typer.echo(f"lm-eval-steering: error: {error}", err=True)  # names the file: a full disk, a missing right
-        sys.exit(2)
+        message = one_line(error)
+    typer.echo(message, err=True)
+    sys.exit(2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -92,8 +93,8 @@ def _load(value: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """How the command line prints an error of ours."""
-    kind = "error" if isinstance(error, SteeringError) else "the intervention did not take place"
+    """How the command line prints an error that needs no traceback."""
+    kind = "the intervention did not take place" if isinstance(error, DidNotHappenError) else "error"
     return f"lm-eval-steering: {kind}: {error}"
 
 
@@ -113,8 +114,9 @@ def keep_answers(error: BaseException) -> None:
 
 
 def debugging() -> bool:
-    """Whether the user wants tracebacks: LMEVAL_LOG_LEVEL=DEBUG or --verbosity DEBUG, which lm-eval applies late."""
+    """Whether the user wants tracebacks: LMEVAL_LOG_LEVEL=DEBUG or --verbosity DEBUG; lm-eval reads both late."""
     asked = "--verbosity=DEBUG" in sys.argv or ("--verbosity", "DEBUG") in zip(sys.argv, sys.argv[1:], strict=False)
+    asked = asked or os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG"
     return asked or logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG)
 
 
