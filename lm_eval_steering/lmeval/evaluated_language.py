@@ -168,8 +168,8 @@ def _code(iso: str, script: str | None) -> str | None:
 
 def _by_name(task: str) -> str | None:
     if task.startswith("steering_"):
-        found = set(_OUR_CODE.findall(task))
-        return found.pop() if len(found) == 1 else None
+        named = set(_OUR_CODE.findall(task))
+        return named.pop() if len(named) == 1 else None
     pair = re.fullmatch(r"mlqa_([a-z]{2})_([a-z]{2})", task)
     if pair:
         return _turned(mlqa.CODES).get(pair[1]) if pair[1] == pair[2] else None

@@ -197,14 +197,14 @@ def _in_script_of(code: str, label: str, letters: Counter[str]) -> str:
     return UNKNOWN
 
 
-def in_language(found: str, wanted: str) -> bool:
+def in_language(identified: str, wanted: str) -> bool:
     """Whether an identified language is the wanted one; `unknown` never is.
 
     Compared as `languages.same_language` does; lid.176's Serbo-Croatian and Quechua count for each of their members.
     """
-    if found == UNKNOWN:
+    if identified == UNKNOWN:
         return False
-    return wanted.split("_", maxsplit=1)[0] in _COVERS.get(found, ()) or same_language(found, wanted)
+    return wanted.split("_", maxsplit=1)[0] in _COVERS.get(identified, ()) or same_language(identified, wanted)
 
 
 def _predict(model: Any, line: str) -> tuple[str, float]:
@@ -235,7 +235,7 @@ def _languages(file: Path) -> frozenset[str]:
 
 @cache
 def _knows(file: Path, code: str) -> bool:
-    return any(in_language(found, code) for found in _languages(file))
+    return any(in_language(known, code) for known in _languages(file))
 
 
 @cache

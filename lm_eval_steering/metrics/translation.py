@@ -55,10 +55,10 @@ def require_tokenizer(name: str, target: str) -> None:
         _bleu(name)
     except (ImportError, RuntimeError, OSError, SteeringError) as error:
         detail = str(error).strip().splitlines()[0]
-        way = _HOW.get(name, "").format(folder=_models_folder())
+        how = _HOW.get(name, "").format(folder=_models_folder())
         raise SteeringError(
             f"BLEU into {target} needs sacreBLEU's tokenizer {name}, which is not available here ({detail})"
-            f'{": " + way if way else ""}; or --metadata \'{{"bleu_tokenizer": "char"}}\' (characters), '
+            f'{": " + how if how else ""}; or --metadata \'{{"bleu_tokenizer": "char"}}\' (characters), '
             'or "none" for chrF++ alone'
         ) from error
 
