@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families.xcopa import as_lm_eval
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
+from lm_eval_steering.metrics.likelihood import NEEDS_UNSTEERED_SCORE
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
 
 DATA = Path(os.environ.get("LM_EVAL_STEERING_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "evaluation"
@@ -127,7 +127,7 @@ SHAPES: dict[str, Callable[[int], Pairs]] = {
 
 def requests_of(items: Pairs, twice: bool = False) -> list[Instance]:
     """lm-eval's requests; scored with and without the intervention if they are LSS pairs."""
-    doc = {UNSTEERED_TWIN: True} if twice else {}
+    doc = {NEEDS_UNSTEERED_SCORE: True} if twice else {}
     return [Instance("loglikelihood", doc, pair, index) for item in items for index, pair in enumerate(item)]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 from lm_eval_steering.errors import SteeringError
 
 # A document with this key set has its requests scored a second time, without the intervention.
-UNSTEERED_TWIN = "needs_unsteered_score"
+NEEDS_UNSTEERED_SCORE = "needs_unsteered_score"
 # A document with this key was made for these target languages and no others.
 MADE_FOR = "made_for"
 

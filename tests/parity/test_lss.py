@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.lmeval import registration
 from lm_eval_steering.lmeval.model import SteeredHFLM
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN, Score, lss, preference_shift
+from lm_eval_steering.metrics.likelihood import NEEDS_UNSTEERED_SCORE, Score, lss, preference_shift
 from lm_eval_steering.resources import tasks_folder
 from tests.conftest import make_set, tiny_model, tiny_tokenizer
 
@@ -88,7 +88,7 @@ def test_an_identity_in_bfloat16_has_lss_0_exactly(identity: dict[str, Any], sco
         (" ".join(f"w{n + k}" for k in range(n % 4 + 1)), (f" w{n + 7} w{n}", f" w{2 * n + 3}")) for n in range(12)
     ]
     requests = [
-        Instance("loglikelihood", {UNSTEERED_TWIN: True}, (prompt, answer), number)
+        Instance("loglikelihood", {NEEDS_UNSTEERED_SCORE: True}, (prompt, answer), number)
         for number, (prompt, answer) in enumerate((prompt, answer) for prompt, both in pairs for answer in both)
     ]
     for arguments in ({"op": "add", "value": 3.0}, identity):  # the unsteered scores of the first are used again
