@@ -33,7 +33,7 @@ Array = NDArray[np.float64]
 
 
 @lru_cache(maxsize=4)
-def resampling_weights(items: int, resamples: int = RESAMPLES, seed: int = SEED) -> NDArray[np.float32]:
+def resampling_weights(items: int, resamples: int = RESAMPLES) -> NDArray[np.float32]:
     """How often each resample holds each item, (resamples, items); the same for all cells with so many items.
 
     Raises:
@@ -41,7 +41,7 @@ def resampling_weights(items: int, resamples: int = RESAMPLES, seed: int = SEED)
     """
     if items < 1:
         raise SteeringError("a comparison over no items")
-    drawn = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=resamples)
+    drawn = np.random.default_rng(SEED).multinomial(items, np.full(items, 1 / items), size=resamples)
     return drawn.astype(np.float32)  # counts, so exact; sums over items keep six digits, which an interval has not
 
 
@@ -83,8 +83,8 @@ def interval_of(replicates: Array, level: float = LEVEL) -> tuple[Array, Array]:
     return ends[0].reshape(replicates.shape[1:]), ends[1].reshape(replicates.shape[1:])
 
 
-def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """Bootstrap interval of the mean over items; nan for one item.
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over items; nan for one item.
 
     Raises:
         SteeringError: for no values.
@@ -93,7 +93,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float,
         raise SteeringError("an interval of no values")
     array = np.asarray(values, dtype=np.float64)
     replicates = resampling_weights(len(array)).astype(np.float64) @ array / len(array)
-    low, high = interval_of_items(replicates[:, None], np.array([len(array)]), level)
+    low, high = interval_of_items(replicates[:, None], np.array([len(array)]))
     return float(low[0]), float(high[0])
 
 
@@ -107,15 +107,15 @@ def interval_high(values: Sequence[float]) -> float:
     return mean_interval(values)[1]
 
 
-def wilson_interval(successes: int, trials: int, level: float = LEVEL) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927); sensible at shares of 0 and 1, and for few trials.
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson 1927); sensible at shares of 0 and 1, and for few trials.
 
     Raises:
         SteeringError: for no trials, or more successes than trials.
     """
     if not 0 <= successes <= trials or not trials:
         raise SteeringError(f"a share of {successes} in {trials} is not defined")
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     share = successes / trials
     centre = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -404,7 +404,6 @@ def over_languages(
     steered: Sequence[str],
     evaluated: Sequence[str],
     groups: Mapping[str, NDArray[np.bool_]],
-    seed: int = SEED,
 ) -> dict[str, Array]:
     """Replicates of the mean over cells, with languages resampled together with the items.
 
@@ -417,7 +416,6 @@ def over_languages(
         steered: language of each cell.
         evaluated: language of each cell; that of `steered` where its items are in several.
         groups: name -> which cells.
-        seed: of the resampling of languages.
 
     Returns:
         Name -> (resamples,).
@@ -425,8 +423,7 @@ def over_languages(
     codes = sorted({*steered, *evaluated})
     number_of = {code: number for number, code in enumerate(codes)}
     rows, columns = ([number_of[code] for code in role] for role in (steered, evaluated))
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(len(codes), np.full(len(codes), 1 / len(codes)), size=len(replicates))
+    drawn = resampling_weights(len(codes), len(replicates))
     same = np.array(rows) == np.array(columns)
     counts = np.where(same, drawn[:, rows], drawn[:, rows] * drawn[:, columns]).astype(np.float64)
     counts[np.isnan(replicates)] = 0.0
