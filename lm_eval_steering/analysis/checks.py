@@ -409,14 +409,14 @@ def _by_definition(old: torch.Tensor, amount: float, op: str, factor: float, **_
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest |difference|; 0 where all values are equal, infinite where one is NaN."""
+    """Largest |difference| of two tensors of one shape; 0 where all values are equal, infinite where one is NaN."""
     if torch.equal(one, other):
         return 0.0
     return float((one.cpu().double() - other.cpu().double()).abs().nan_to_num(nan=torch.inf).max())
 
 
 def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest |difference| relative to the largest |value| of the other; infinite if one is not finite."""
+    """Largest |difference| of two tensors of one shape, over the largest |value| of the other; infinite for a NaN."""
     one, other = one.cpu().double(), other.cpu().double()
     largest = (one - other).abs().nan_to_num(nan=torch.inf).max()
     return float(largest / other.abs().max().clamp(min=1e-30))

@@ -67,7 +67,7 @@ class TokenLabels:
         self.script = np.full(vocabulary, -1)
 
     def learn(self, tokens: NDArray[np.int64]) -> None:
-        """Look up tokens that are not known yet."""
+        """Look up those of the tokens, (token,) ids, that are not known yet."""
         new = np.unique(tokens[self.language[tokens] < 0])
         texts = [self._text(int(token)) for token in new]
         for token, text, identified in zip(new, texts, self._identifier.identify(texts), strict=True):

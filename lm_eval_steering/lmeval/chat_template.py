@@ -23,8 +23,7 @@ _LONGEST_MARK = 40  # characters
 
 def opened_thought(context: str) -> str:
     """The mark at the end of a prompt that opens a thought; empty where it opens none."""
-    end = context[-_LONGEST_MARK:].rstrip()
-    match = _OPENED.search(end) if end.endswith((">", "]")) else None
+    match = _OPENED.search(context[-_LONGEST_MARK:].rstrip())
     return match[1] if match else ""
 
 

@@ -60,7 +60,8 @@ def _register_metrics(_module: ModuleType) -> None:
     for name, value in AGGREGATIONS.items():
         if name not in registry.aggregation_registry:
             # The function itself: lm-eval compares aggregations by identity.
-            registry.aggregation_registry.register(name, target=_load(value))
+            function = EntryPoint(name, value, "lm_eval.aggregations").load()
+            registry.aggregation_registry.register(name, target=function)
     for name, metric in METRICS.items():
         if name not in registry.metric_registry:
             registry.metric_registry.register(name, target=metric)
@@ -85,11 +86,6 @@ _REGISTRARS: dict[str, Callable[[Any], None]] = {
     "lm_eval.api.metrics": _register_metrics,
     "lm_eval.tasks.manager": _register_tasks,
 }
-
-
-def _load(value: str) -> Any:
-    module, _, name = value.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def one_line(error: BaseException) -> str:

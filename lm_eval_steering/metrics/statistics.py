@@ -205,11 +205,11 @@ class Arm:
         return Arm(self.numerator[:, None], None if self.denominator is None else self.denominator[:, None])
 
     def of_items(self, chosen: NDArray[np.bool_]) -> Arm:
-        """These items of each cell."""
+        """The chosen items, (items,) bool, of each cell."""
         return Arm(self.numerator[chosen], None if self.denominator is None else self.denominator[chosen])
 
     def of(self, columns: NDArray[np.int64]) -> Arm:
-        """These columns, in this order."""
+        """The columns of these indices, (cells,); one may come more than once."""
         return Arm(self.numerator[:, columns], None if self.denominator is None else self.denominator[:, columns])
 
     def only(self, present: NDArray[np.bool_]) -> Arm:
