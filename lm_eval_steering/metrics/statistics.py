@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.metrics.compat import corpus_scores
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -489,13 +490,13 @@ def compare_corpora(
     if not len(references):
         raise SteeringError("a comparison over no segments")
     weights = _corpus_weights(len(references), resamples)
-    before, before_replicates = _corpus_scores(metric, baseline, weights)
+    before, before_replicates = corpus_scores(metric, baseline, weights)
     signature = metric.get_signature()
     signature.update("seed", _corpus_seed())
     signature.update("bs", resamples)
     compared = {}
     for name, hypotheses in systems.items():
-        score, replicates = _corpus_scores(metric, hypotheses, weights)
+        score, replicates = corpus_scores(metric, hypotheses, weights)
         p_value, test = _shifted_p(score - before, replicates - before_replicates, len(references))
         compared[name] = CorpusComparison(before, score, p_value, test, replicates - before_replicates, str(signature))
     return compared
@@ -512,7 +513,7 @@ def corpus_half_width(metric: Any, hypotheses: Sequence[str], references: Sequen
     """
     if len(hypotheses) == 1:
         return math.nan
-    _, replicates = _corpus_scores(metric, hypotheses, _corpus_weights(len(hypotheses), resamples), references)
+    _, replicates = corpus_scores(metric, hypotheses, _corpus_weights(len(hypotheses), resamples), references)
     ordered, tail = np.sort(replicates), resamples // 40
     return float(ordered[resamples - tail - 1] - ordered[tail]) / 2
 
@@ -529,16 +530,6 @@ def _corpus_weights(segments: int, resamples: int) -> Array:
     weights = np.zeros((resamples, segments))
     np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1)
     return weights
-
-
-def _corpus_scores(
-    metric: Any, hypotheses: Sequence[str], weights: Array, references: Sequence[str] | None = None
-) -> tuple[float, Array]:
-    """A corpus's score, and (resamples,) those of its resamples; the metric's own references by default."""
-    segments = metric._extract_corpus_statistics(list(hypotheses), None if references is None else [list(references)])
-    sums = weights @ np.array(segments, dtype=np.float64)
-    replicates = np.array([metric._compute_score_from_stats(row).score for row in sums], dtype=np.float64)
-    return float(metric._aggregate_and_compute(segments).score), replicates
 
 
 def _shifted_p(difference: float, replicates: Array, segments: int) -> tuple[float, str]:
