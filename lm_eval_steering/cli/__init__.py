@@ -109,12 +109,16 @@ def where(name: Annotated[WhereName, typer.Argument(help="What to look up.")]) -
     typer.echo(answers[name]())
 
 
-for verb in (
-    finding.find, finding.record, finding.select, finding.calibrate, sets.inspect, rescore.rescore, environment.env,
-):  # fmt: skip
-    app.command(verb.__name__)(_with_extra(verb.__name__, verb))
-app.command("import")(sets.import_)
-for name, command in (analysis.COMMANDS | sweep.COMMANDS | tasks.COMMANDS | export.COMMANDS | report.COMMANDS).items():
+# In the order in which the help shows them.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "find": finding.find, "record": finding.record, "select": finding.select, "calibrate": finding.calibrate,
+    "inspect": sets.inspect, "rescore": rescore.rescore, "env": environment.env, "import": sets.import_,
+    "doctor": analysis.doctor, "stepwise": analysis.stepwise, "logit-lens": analysis.logit_lens,
+    "sweep": sweep.sweep, "plans": sweep.plans, "status": sweep.status, "merge": sweep.merge,
+    "tasks": tasks.tasks, "fetch-data": tasks.fetch_data, "export": export.export,
+    "report": report.report, "compare": report.compare,
+}  # fmt: skip
+for name, command in COMMANDS.items():
     app.command(name)(_with_extra(name, command))
 app.add_typer(sets.neurons, name="neurons")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -235,6 +235,3 @@ def _targets(text: str | None, neurons: NeuronSet | None) -> tuple[str, ...]:
         known = f"; the set has {', '.join(neurons.languages)}" if neurons else ""
         raise SteeringError(f"--target is missing: say whose mass to draw, such as fra_Latn{known}")
     return tuple(dict.fromkeys(normalise(code) for code in text.split("+")))
-
-
-COMMANDS: dict[str, Any] = {"doctor": doctor, "stepwise": stepwise, "logit-lens": logit_lens}
