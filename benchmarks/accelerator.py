@@ -79,18 +79,18 @@ def ceiling(model: nn.Module, side: int) -> float:
 
 def operations(model: nn.Module, work: Callable[[], Any]) -> float:
     """Floating-point operations of the linear layers while `work` runs."""
-    found = 0
+    total = 0
 
     def count(module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-        nonlocal found
+        nonlocal total
         assert isinstance(module, nn.Linear)
-        found += 2 * module.in_features * output.numel()
+        total += 2 * module.in_features * output.numel()
 
     handles = [each.register_forward_hook(count) for each in model.modules() if isinstance(each, nn.Linear)]
     work()
     for handle in handles:
         handle.remove()
-    return found
+    return total
 
 
 def rounds_for(works: Works, seconds: float) -> int:
@@ -106,10 +106,10 @@ def compare(works: Works, models: Mapping[str, nn.Module], rival: str, most: flo
     """Medians, ratios to the rival, and each model's share of the ceiling."""
     rounds = rounds_for(works, seconds)
     times = interleaved(works, rounds)
-    medians = {name: statistics.median(own) for name, own in times.items()}
+    medians = {name: statistics.median(each) for name, each in times.items()}
     return {
         "rounds": rounds,
-        "seconds": {name: round(own, 5) for name, own in medians.items()},
+        "seconds": {name: round(median, 5) for name, median in medians.items()},
         "ratios": {name: round(ratio(times, name, rival), 4) for name in works if name != rival},
         "share": {
             name: round(operations(model, works[name]) / medians[name] / most, 4) for name, model in models.items()
@@ -139,18 +139,18 @@ def recording(model: Any, quick: bool, most: float, seconds: float) -> dict[str,
             sites.decoder(**batch.inputs, use_cache=False)
 
     works = {"bare": bare, "record": lambda: count_active(sites, batches), "again": bare}
-    found = compare(works, {"bare": model, "record": model}, "bare", most, seconds)
-    return found | {"tokens a second": round(tokens.size / found["seconds"]["record"])}
+    compared = compare(works, {"bare": model, "record": model}, "bare", most, seconds)
+    return compared | {"tokens a second": round(tokens.size / compared["seconds"]["record"])}
 
 
 def hooks(model: Any, most: float, seconds: float) -> dict[str, Any]:
     """Steered against unsteered: one forward pass of 8 x 128 tokens, and 32 tokens generated for 8 rows."""
     neurons = neurons_of(model)
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for name, task in zip(("prefill", "decode"), tasks(model).values(), strict=True):
         works = with_each_intervention(model, neurons, task)
-        found[name] = compare(works, {"none": model}, "none", most, seconds / 2)
-    return found
+        compared[name] = compare(works, {"none": model}, "none", most, seconds / 2)
+    return compared
 
 
 def memory() -> dict[str, Any]:
@@ -163,14 +163,14 @@ def memory() -> dict[str, Any]:
 def main() -> None:
     options = options_of(__doc__).parse_args()
     start, part = time.perf_counter(), 0.05 if options.quick else 1.0
-    seconds = {name: own * (0.05 if options.quick else 1.0) for name, own in SECONDS.items()}
+    seconds = {name: share * part for name, share in SECONDS.items()}
     plain, ours = rivals(build(options.quick))
     most = ceiling(ours.model, SIDE // 8 if options.quick else SIDE)
     limits = DeviceLimits.of(ours.device, ours.model.dtype, ours.model.config)
     result: dict[str, Any] = {"ceiling, TFLOP/s": round(most / 1e12, 3), "limits of a batch": asdict(limits)}
 
-    def done(name: str, found: Any) -> None:
-        result[name] = found
+    def done(name: str, measured: Any) -> None:
+        result[name] = measured
         result["seconds so far"] = round(time.perf_counter() - start, 1)
         report(result | memory(), options.json)
 

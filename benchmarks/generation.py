@@ -22,22 +22,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.items import demo_model, rivals, texts
 from benchmarks.measure import interleaved, interval, options_of, ratio, report
+from benchmarks.models import SMALL
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"until": [], "do_sample": False, "max_gen_toks": 16, "min_new_tokens": 16},
     "clauses": {"until": [",", "."], "do_sample": False, "max_gen_toks": 48},
 }
 LIMIT = 1.0
-SMALL = LlamaConfig(
-    hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, vocab_size=8192,
-    max_position_embeddings=1024, initializer_range=0.1,
-)  # fmt: skip
 
 
 def random_model() -> Any:
     """A random Llama of 8 layers."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(SMALL).eval()
+    config = LlamaConfig(**SMALL, vocab_size=8192, max_position_embeddings=1024, initializer_range=0.1)
+    return LlamaForCausalLM(config).eval()
 
 
 def measured(build: Callable[[], Any], number: int, rounds: int) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from lm_eval.api.instance import Instance
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from benchmarks.items import DEMO, SHAPES, checkpoint, random_set, requests_of
+from benchmarks.items import DEMO, SHAPES, checkpoint, requests_of
 from benchmarks.measure import options_of, report
+from benchmarks.models import random_set
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 
@@ -57,7 +58,7 @@ def of_model(
     """Shape -> method -> scores, of one loaded model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = build()
-    found: dict[str, dict[str, dict[str, Scores]]] = {shape: {} for shape in items}
+    by_shape: dict[str, dict[str, dict[str, Scores]]] = {shape: {} for shape in items}
     for method in methods:
         for shape, number in items.items():
             pairs = SHAPES[shape](number)
@@ -68,11 +69,11 @@ def of_model(
                 arguments["softmax_dtype"] = "float32"
             lm = SteeredHFLM(model, tokenizer=tokenizer, **arguments)
             intervene(lm)
-            found[shape][method] = scores(lm, requests_of(pairs), len(pairs[0]))
+            by_shape[shape][method] = scores(lm, requests_of(pairs), len(pairs[0]))
             lm.intervene(None)
             del lm
             gc.collect()
-    return found
+    return by_shape
 
 
 def errors(values: Scores) -> dict[str, Any]:
@@ -86,11 +87,11 @@ def errors(values: Scores) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compared(shape: str, truth: dict[str, Scores], found: dict[str, Scores]) -> dict[str, Any]:
+def compared(shape: str, truth: dict[str, Scores], measured: dict[str, Scores]) -> dict[str, Any]:
     """One method against float32."""
-    shift, expected = (each["steered"] - each["unsteered"] for each in (found, truth))
+    shift, expected = (each["steered"] - each["unsteered"] for each in (measured, truth))
     rows: dict[str, Any] = {
-        "log-likelihoods": errors(found["unsteered"] - truth["unsteered"]),
+        "log-likelihoods": errors(measured["unsteered"] - truth["unsteered"]),
         "steered minus unsteered": errors(shift - expected),
     }
     if shape == "lss":  # the second option is the steered language's
@@ -99,7 +100,7 @@ def compared(shape: str, truth: dict[str, Scores], found: dict[str, Scores]) -> 
         rows["other sign"] = round(float(((ours > 0) != (theirs > 0)).mean()), 4)
     else:
         rows["other choice"] = {
-            name: round(float((found[name].argmax(1) != truth[name].argmax(1)).mean()), 4) for name in found
+            name: round(float((measured[name].argmax(1) != truth[name].argmax(1)).mean()), 4) for name in measured
         }
     return rows
 
@@ -159,9 +160,9 @@ def main() -> None:
         )  # fmt: skip
 
     def of(dtype: str, *methods: str) -> dict[str, dict[str, dict[str, Scores]]]:
-        found = of_model(checkpoint(options.model, dtype), options.model, intervene, items, methods)
+        by_shape = of_model(checkpoint(options.model, dtype), options.model, intervene, items, methods)
         gc.collect()
-        return found
+        return by_shape
 
     wide = of("float32", "hf, 1", "packed, N")
     half = of(options.dtype, "hf, 1", "hf, 1, wide softmax", "hf, N", "packed, N")
@@ -171,7 +172,7 @@ def main() -> None:
         result[shape] = {
             "batch size N": BATCHES[shape],
             "float32: packed, N": compared(shape, truth, wide[shape]["packed, N"]),
-            **{method: compared(shape, truth, found) for method, found in half[shape].items()},
+            **{method: compared(shape, truth, measured) for method, measured in half[shape].items()},
             "hf, N against hf, 1": compared(shape, half[shape]["hf, 1"], half[shape]["hf, N"]),
             "packed, N against hf, 1": compared(shape, half[shape]["hf, 1"], half[shape]["packed, N"]),
             "steered minus unsteered in float32": errors(truth["steered"] - truth["unsteered"]),

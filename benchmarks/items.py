@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.models import random_set
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families.xcopa import as_lm_eval
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
-from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
+from lm_eval_steering.metrics.likelihood import NEEDS_UNSTEERED_SCORE
 
 DATA = Path(os.environ.get("LM_EVAL_STEERING_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "evaluation"
 DEMO = Path(__file__).parents[1] / "lm_eval_steering" / "demo" / "demo-model"
@@ -27,7 +26,6 @@ LARGE_VOCABULARY = LlamaConfig(
     max_position_embeddings=2048, tie_word_embeddings=False,
 )  # fmt: skip
 LANGUAGES = ("eng_Latn", "deu_Latn", "fra_Latn")
-STEERED = 1 / 32  # share of the units that are steered in each layer
 Pairs = list[list[tuple[str, str]]]  # of each item: (context, continuation) of each option
 
 
@@ -127,27 +125,13 @@ SHAPES: dict[str, Callable[[int], Pairs]] = {
 
 def requests_of(items: Pairs, twice: bool = False) -> list[Instance]:
     """lm-eval's requests; scored with and without the intervention if they are LSS pairs."""
-    doc = {UNSTEERED_TWIN: True} if twice else {}
+    doc = {NEEDS_UNSTEERED_SCORE: True} if twice else {}
     return [Instance("loglikelihood", doc, pair, index) for item in items for index, pair in enumerate(item)]
 
 
 def rolling_of(paragraphs: list[str]) -> list[Instance]:
     """lm-eval's requests for rolling likelihood."""
     return [Instance("loglikelihood_rolling", {}, (text,), 0) for text in paragraphs]
-
-
-def random_set(model: Any) -> NeuronSet:
-    """A random neuron set of a model, 1 unit of 32 in each layer."""
-    generator = np.random.default_rng(0)
-    layers, units = model.config.num_hidden_layers, model.config.intermediate_size
-    rows = np.array([
-        [layer, unit]
-        for layer in range(layers)
-        for unit in np.sort(generator.choice(units, int(units * STEERED), replace=False))
-    ])  # fmt: skip
-    return NeuronSet(
-        ("fra_Latn",), {"fra_Latn": rows}, Provenance("random", "", model.config.model_type, layers, units), None
-    )
 
 
 def demo_model() -> Any:

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import interleaved, options_of, ratio, report
+from benchmarks.models import LARGE, SMALL, STEERED, random_set
 from lm_eval_steering import steer
-from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance, Statistics, union_of
+from lm_eval_steering.neurons.neuron_set import NeuronSet, Statistics
 
-SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
-LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-STEERED = 1 / 32  # share of the units that are steered in each layer
 INTERVENTIONS: dict[str, dict[str, Any]] = {
     "scale": {"op": "scale", "factor": 3.0},
     "add": {"op": "add", "value": "mean", "factor": 3.0},
@@ -52,17 +51,10 @@ def build(quick: bool) -> tuple[Any, NeuronSet]:
 
 def neurons_of(model: Any) -> NeuronSet:
     """A random neuron set of a Llama, with statistics."""
-    generator = np.random.default_rng(0)
-    units, layers = model.config.intermediate_size, model.config.num_hidden_layers
-    rows = np.array([
-        [layer, unit]
-        for layer in range(layers)
-        for unit in np.sort(generator.choice(units, int(units * STEERED), replace=False))
-    ])  # fmt: skip
-    table = generator.normal(size=(len(rows), 1)).astype(np.float32)
-    known = Statistics(union_of([rows]), ("fra_Latn",), {"activation": {"mean": table}})
-    provenance = Provenance("random", "", "llama", layers, units)
-    return NeuronSet(("fra_Latn",), {"fra_Latn": rows}, provenance, known)
+    neurons = random_set(model)
+    means = np.random.default_rng(0).normal(size=(len(neurons.union()), 1)).astype(np.float32)
+    calibrated = Statistics(neurons.union(), ("fra_Latn",), {"activation": {"mean": means}})
+    return replace(neurons, calibrated=calibrated)
 
 
 def tasks(model: Any) -> dict[str, Callable[[], Any]]:

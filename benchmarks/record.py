@@ -17,12 +17,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import interleaved, options_of, ratio, report
+from benchmarks.models import LARGE, SMALL
 from lm_eval_steering.architectures import sites_of
 from lm_eval_steering.neurons.rows import TokenRows
 from lm_eval_steering.neurons.running import Batches, count_active
-
-SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
-LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 
 
 def build(quick: bool) -> tuple[Any, Batches]:

@@ -24,25 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 CODES = [
-    "arb_Arab",
-    "deu_Latn",
-    "eng_Latn",
-    "est_Latn",
-    "fra_Latn",
-    "hin_Deva",
-    "ind_Latn",
-    "ita_Latn",
-    "jpn_Jpan",
-    "kor_Hang",
-    "por_Latn",
-    "rus_Cyrl",
-    "spa_Latn",
-    "swh_Latn",
-    "tam_Taml",
-    "tha_Thai",
-    "tur_Latn",
-    "zho_Hans",
-]
+    "arb_Arab", "deu_Latn", "eng_Latn", "est_Latn", "fra_Latn", "hin_Deva", "ind_Latn", "ita_Latn", "jpn_Jpan",
+    "kor_Hang", "por_Latn", "rus_Cyrl", "spa_Latn", "swh_Latn", "tam_Taml", "tha_Thai", "tur_Latn", "zho_Hans",
+]  # fmt: skip
 FACTORS = (0.5, 1.5, 2, 2.5, 3, 4, 6, 8, 12)
 ACCURACIES = ("xcopa", "xnli", "belebele", "xwinograd")
 PERPLEXITY = "demo_perplexity"
@@ -120,14 +104,13 @@ def main() -> None:
     from lm_eval_steering.report.page import write_report
     from lm_eval_steering.report.read import read_results
 
-    marks = {}
     sweep = read_results(folder)
-    marks["read"] = time.perf_counter() - started
+    read = time.perf_counter() - started
     report = write_report(sweep, folder / "report")
     results = {
         "cells": len(sweep.cells),
         "items": int(sum(len(items.docs) for items in sweep.items.values())),
-        "seconds_read": round(marks["read"], 1),
+        "seconds_read": round(read, 1),
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),

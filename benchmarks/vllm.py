@@ -27,11 +27,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.measure import interleaved, interval, options_of, ratio, report
+from benchmarks.models import LARGE, SMALL
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
 from lm_eval_steering.vllm.activation import SiteEdit, SteeredActivation
 
-SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
-LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 VOCABULARY, STEERED = 8192, 32  # every 32nd unit is steered
 INTERVENTION: dict[str, Any] = {"language": "fra_Latn", "op": "scale", "factor": 1.5}
 

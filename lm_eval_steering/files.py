@@ -192,10 +192,10 @@ def read_tensors(
         return _checked_metadata(path, kind, file.metadata(), error, newest), tensors
 
 
-def read_metadata(path: Path, kind: str, error: ErrorClass, newest: int = FORMAT_VERSION) -> dict[str, Any]:
+def read_metadata(path: Path, kind: str, error: ErrorClass) -> dict[str, Any]:
     """Metadata of a file; its tensors stay on disk. Raises as `read_tensors` does."""
     with _opened(path, error) as file:
-        return _checked_metadata(path, kind, file.metadata(), error, newest)
+        return _checked_metadata(path, kind, file.metadata(), error, FORMAT_VERSION)
 
 
 def memory_map(path: Path, name: str) -> NDArray[Any]:

@@ -5,7 +5,6 @@ import pytest
 from lm_eval_steering import languages
 from lm_eval_steering.errors import UnknownLanguageError
 from lm_eval_steering.languages import normalise, spellings
-from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from tests.test_language_families import FLORES_200
 
 
@@ -67,15 +66,6 @@ def test_the_nearest_available_language_is_proposed() -> None:
 )  # fmt: skip
 def test_languages_are_compared_at_the_identifiers_grain(first: str, second: str, same: bool) -> None:
     assert languages.same_language(first, second) is same
-
-
-def test_every_label_of_lid176_has_a_code_of_its_own() -> None:
-    labels, _ = LanguageIdentifier()._model.predict("a", k=-1, threshold=-1)
-    assert len(labels) == 176
-    codes = {label: languages.from_fasttext(label) for label in labels}
-    assert len(set(codes.values())) == 176, "two labels share a code"
-    for code in codes.values():
-        assert languages.normalise(code) == code
 
 
 @pytest.mark.parametrize("code", FLORES_200)

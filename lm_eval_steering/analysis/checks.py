@@ -6,12 +6,12 @@ numbers as values, so that they are defined for every neuron set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from lm_eval_steering.architectures import ModelSites, Shape, hidden_states, tex
 from lm_eval_steering.architectures.weights import weights_digest
 from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
+from lm_eval_steering.progress import Log
 from lm_eval_steering.steering.attach import Steering, steer
 from lm_eval_steering.steering.intervention import RESIDUAL, SITES
 
@@ -174,26 +175,22 @@ class Bench:
             first: before the hooks that are there already, rather than after them.
         """
         seen: list[torch.Tensor] = []
-        handles = []
-        for layer in self.sites.layers:
-            if site == "activation":
-                hook = layer.activation.register_forward_hook(
-                    lambda _m, _i, out: seen.append(out.clone()), prepend=first
-                )
-            elif site == RESIDUAL:
-                hook = layer.block.register_forward_hook(
-                    lambda _m, _i, out: seen.append(hidden_states(out).clone()), prepend=first
-                )
-            else:
-                hook = layer.down.register_forward_pre_hook(
-                    lambda _m, inputs: seen.append(inputs[0].clone()), prepend=first
-                )
-            handles.append(hook)
-        try:
+        with ExitStack() as stack:
+            for layer in self.sites.layers:
+                if site == "activation":
+                    hook = layer.activation.register_forward_hook(
+                        lambda _m, _i, out: seen.append(out.clone()), prepend=first
+                    )
+                elif site == RESIDUAL:
+                    hook = layer.block.register_forward_hook(
+                        lambda _m, _i, out: seen.append(hidden_states(out).clone()), prepend=first
+                    )
+                else:
+                    hook = layer.down.register_forward_pre_hook(
+                        lambda _m, inputs: seen.append(inputs[0].clone()), prepend=first
+                    )
+                stack.enter_context(hook)
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def hooks(self) -> int:
         """Number of hooks on all modules."""
@@ -262,6 +259,21 @@ class Check:
 
 
 Finding = tuple[bool, str, str, str]  # passed, found, expected, detail of a Check
+PlannedCheck = tuple[str, Callable[[], Finding]]  # what must hold, how to find out
+
+
+def results_of(planned: Sequence[PlannedCheck], log: Log) -> list[Check]:
+    """The results of checks, in their order; an error inside one is a failure and does not end the others."""
+    results = []
+    with log.bar("checking", len(planned), "check") as bar:
+        for name, check in planned:
+            try:
+                results.append(Check(name, *check()))
+            except Exception as error:
+                detail = (str(error) or "no message").splitlines()[0]
+                results.append(Check(name, False, type(error).__name__, "no error", detail))
+            bar.update(1)
+    return results
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -271,37 +283,44 @@ def tolerance(dtype: torch.dtype) -> float:
 
 # --- The architecture
 
+Key = TypeVar("Key")
 
-def runs_once(bench: Bench) -> Finding:
-    """Every layer, its activation module and its last linear layer are called once in a forward pass."""
-    modules = [module for layer in bench.sites.layers for module in (layer.activation, layer.down, layer.block)]
-    counts = dict.fromkeys(range(len(modules)), 0)
 
-    def count(number: int) -> Callable[..., None]:
+@contextmanager
+def _counting(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, int]]:
+    """How often each module runs inside."""
+    calls = dict.fromkeys(modules, 0)
+
+    def count(key: Key) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            counts[number] += 1
+            calls[key] += 1
 
         return hook
 
-    handles = [module.register_forward_hook(count(number)) for number, module in enumerate(modules)]
-    try:
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            stack.enter_context(module.register_forward_hook(count(key)))
+        yield calls
+
+
+def runs_once(bench: Bench) -> Finding:
+    """Every layer, its activation module and its last linear layer are called once in a forward pass."""
+    modules = dict(
+        enumerate(module for layer in bench.sites.layers for module in (layer.activation, layer.down, layer.block))
+    )
+    with _counting(modules) as calls:
         bench.logits(bench.row)
-    finally:
-        for handle in handles:
-            handle.remove()
-    wrong = [f"{bench.path(modules[number])} ran {times} times" for number, times in counts.items() if times != 1]
+    wrong = [f"{bench.path(modules[number])} ran {times} times" for number, times in calls.items() if times != 1]
     return not wrong, f"{len(modules) - len(wrong)} of {len(modules)} modules", "all", listed(wrong)
 
 
 def output_is_used(bench: Bench) -> Finding:
     """The output of the activation module reaches the last linear layer, whose input is 0 where it is 0."""
-    handles = [layer.activation.register_forward_hook(lambda _m, _i, out: out * 0) for layer in bench.sites.layers]
-    try:
-        with bench.watching("product") as inputs:
-            bench.logits(bench.row)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer in bench.sites.layers:
+            stack.enter_context(layer.activation.register_forward_hook(lambda _m, _i, out: out * 0))
+        inputs = stack.enter_context(bench.watching("product"))
+        bench.logits(bench.row)
     if len(inputs) != len(bench.sites.layers):
         return False, f"{len(inputs)} layers", f"{len(bench.sites.layers)}", "a last linear layer did not run once"
     bypassed = [
@@ -443,14 +462,14 @@ def _by_definition(old: torch.Tensor, amount: float, op: str, factor: float, **_
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest |difference|; 0 where all values are equal, infinite where one is NaN."""
+    """Largest |difference| of two tensors of one shape; 0 where all values are equal, infinite where one is NaN."""
     if torch.equal(one, other):
         return 0.0
     return float((one.cpu().double() - other.cpu().double()).abs().nan_to_num(nan=torch.inf).max())
 
 
 def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest |difference| relative to the largest |value| of the other; infinite if one is not finite."""
+    """Largest |difference| of two tensors of one shape, over the largest |value| of the other; infinite for a NaN."""
     one, other = one.cpu().double(), other.cpu().double()
     largest = (one - other).abs().nan_to_num(nan=torch.inf).max()
     return float(largest / other.abs().max().clamp(min=1e-30))
@@ -549,28 +568,16 @@ def one_after_another(bench: Bench) -> Finding:
 
 def foreign_hooks(bench: Bench) -> Finding:
     """Hooks of other libraries on the same modules run before, during and after steering."""
-    calls = {"activation": 0, "down": 0, "block": 0, "decoder": 0}
-
-    def count(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            calls[name] += 1
-
-        return hook
-
     layer = bench.sites.layers[int(bench.neurons.neurons(bench.languages[0])[0, 0])]
     modules = {
         "activation": layer.activation, "down": layer.down, "block": layer.block, "decoder": bench.sites.decoder,
     }  # fmt: skip
-    handles = [module.register_forward_hook(count(name)) for name, module in modules.items()]
-    try:
+    with _counting(modules) as calls:
         bench.logits(bench.row)
         for site in SITES:
             with bench.steer(site=site, **STRONG):
                 bench.logits(bench.row)
         bench.logits(bench.row)
-    finally:
-        for handle in handles:
-            handle.remove()
     expected = 2 + len(SITES)
     missing = [
         f"a hook on {bench.path(modules[name])} ran {number} times"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from lm_eval_steering.analysis import checks
-from lm_eval_steering.analysis.checks import Bench, Check, Finding, random_neurons
+from lm_eval_steering.analysis.checks import Bench, Check, PlannedCheck, random_neurons, results_of
 from lm_eval_steering.architectures import model_type_of, sites_of
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.architectures.weights import weights_digest
@@ -63,17 +63,12 @@ def examine(
     first, shape = model_sites.layers[0], model_sites.shape
     kind = "gated MLP" if model_sites.gated else "plain MLP"
     paths = f"{bench.path(first.activation)}, {bench.path(first.down)}, ..."
-    results = [Check("the units are found", True, f"{shape.layers} x {shape.units:,}", kind, paths)]
-    planned = list(_checks(bench))
-    with log.bar("checking", len(planned), "check") as bar:
-        for title, check in planned:
-            results.append(_result(title, check))
-            bar.update(1)
-    return results
+    units = Check("the units are found", True, f"{shape.layers} x {shape.units:,}", kind, paths)
+    return [units, *results_of(list(_checks(bench)), log)]
 
 
-def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """(what must hold, its check) in the order of the table."""
+def _checks(bench: Bench) -> Iterator[PlannedCheck]:
+    """In the order of the table."""
     digest = weights_digest(bench.model)
     _ = bench.languages  # raises if no language has neurons
     yield "layers and their modules run once a forward", partial(checks.runs_once, bench)
@@ -97,14 +92,6 @@ def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], Finding]]]:
     yield "two steerings one after another", partial(checks.one_after_another, bench)
     yield "hooks of others survive", partial(checks.foreign_hooks, bench)
     yield "the weights are untouched", partial(checks.weights_untouched, bench, digest)
-
-
-def _result(title: str, check: Callable[[], Finding]) -> Check:
-    """The result of a check; an error inside it is a failure and does not end the other checks."""
-    try:
-        return Check(title, *check())
-    except Exception as error:
-        return Check(title, False, type(error).__name__, "no error", (str(error) or "no message").splitlines()[0])
 
 
 def passed(results: Sequence[Check]) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lm_eval_steering.analysis.checks import ROW_LENGTHS, Check, Finding, random_neurons
+from lm_eval_steering.analysis.checks import ROW_LENGTHS, Check, Finding, PlannedCheck, random_neurons, results_of
 from lm_eval_steering.architectures import model_type_of, shape_of
 from lm_eval_steering.lmeval.arguments import read_config
 from lm_eval_steering.neurons.neuron_set import NeuronSet
@@ -62,25 +62,22 @@ def examine_engine(
     made_up = neurons is None
     neurons = neurons or random_neurons(shape_of(config), model_type_of(config), seed)
     given = dict(arguments) | {"force": made_up or bool(arguments.get("force"))}
-    result: list[Check] = []
+    results: list[Check] = []
     eager: _Scores | None = None
     for is_eager in [True] if given.get("enforce_eager") else [True, False]:
         lm = SteeredVLLM(pretrained, **given | {"enforce_eager": is_eager, "batch_size": 1})
         try:
             bench = _EngineBench(lm, neurons, seed, bool(given["force"]))
-            wanted = list(_eager_checks(bench)) if is_eager else []
+            planned = list(_eager_checks(bench)) if is_eager else []
             if not is_eager or given.get("enforce_eager"):
-                wanted += list(_checks(bench, eager))
-            with log.bar("checking", len(wanted), "check") as bar:
-                for title, check in wanted:
-                    result.append(_result(title, check))
-                    bar.update(1)
+                planned += _checks(bench, eager)
+            results += results_of(planned, log)
             if is_eager:
                 eager = bench.steered_scores()
         finally:
             compat.shut_down(lm.model)
             compat.release_memory()
-    return result
+    return results
 
 
 _Scores = list[float]
@@ -137,14 +134,14 @@ class _EngineBench:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def _eager_checks(bench: _EngineBench) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """(what must hold, how to find out) of an eager engine, in the order of the table."""
+def _eager_checks(bench: _EngineBench) -> Iterator[PlannedCheck]:
+    """Of an eager engine, in the order of the table."""
     layers = sorted({int(layer) for layer in np.unique(bench.neurons.neurons(bench.language)[:, 0])})
     for layer in dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])):
         yield f"layer {layer} follows the definition", partial(_definition, bench, layer)
 
 
-def _checks(bench: _EngineBench, eager: _Scores | None) -> Iterator[tuple[str, Callable[[], Finding]]]:
+def _checks(bench: _EngineBench, eager: _Scores | None) -> Iterator[PlannedCheck]:
     yield "each unit of each layer is held by a worker", partial(_held, bench)
     yield "scale by 1 is bit-equal to no intervention", partial(_identity, bench, {"op": "scale", "factor": 1})
     yield (
@@ -158,14 +155,6 @@ def _checks(bench: _EngineBench, eager: _Scores | None) -> Iterator[tuple[str, C
     yield "the model is restored, cached prefixes too", partial(_restored, bench)
     yield "nothing is compiled when the intervention changes", partial(_compiles_nothing, bench)
     yield "compiled graphs are kept apart from a plain engine's", partial(_apart, bench)
-
-
-def _result(title: str, check: Callable[[], Finding]) -> Check:
-    """The result of a check; an error inside it is a failure and does not end the other checks."""
-    try:
-        return Check(title, *check())
-    except Exception as error:
-        return Check(title, False, type(error).__name__, "no error", (str(error) or "no message").splitlines()[0])
 
 
 def _definition(bench: _EngineBench, layer: int) -> Finding:
@@ -210,19 +199,20 @@ def _takes_place(bench: _EngineBench) -> Finding:
 
 def _as_eager(bench: _EngineBench, eager: _Scores) -> Finding:
     furthest = _furthest(bench.steered_scores(), eager)
-    tolerance = max(_EXACT, _HALF * float(torch.finfo(_dtype(bench)).eps)) if _dtype(bench) != torch.float32 else _EXACT
+    tolerance = max(_EXACT, _HALF * float(torch.finfo(_dtype(bench)).eps))
     return furthest <= tolerance, f"{furthest:.1e}", f"{tolerance:.1e} x max(1, |log-likelihood|)", ""
 
 
 def _counted(bench: _EngineBench) -> Finding:
     bench.steered_scores()
     evidence, tokens = bench.lm.steering.evidence(), sum(ROW_LENGTHS)
-    counts = {count for worker in evidence.workers if worker["edited_layers"] for count in _range_of(worker)}
+    counts = {
+        int(worker[name])
+        for worker in evidence.workers
+        if worker["edited_layers"]
+        for name in ("fewest_tokens", "most_tokens")
+    }
     return counts == {tokens}, f"{sorted(counts)} tokens", f"{tokens}", ""
-
-
-def _range_of(worker: Mapping[str, Any]) -> tuple[int, int]:
-    return int(worker["fewest_tokens"]), int(worker["most_tokens"])
 
 
 def _restored(bench: _EngineBench) -> Finding:

@@ -64,9 +64,9 @@ def layer_counts(neuron_set: NeuronSet) -> NDArray[np.int64]:
     return np.array(rows, dtype=np.int64).reshape(-1, layers)
 
 
-def distinct_by_layer(neuron_set: NeuronSet) -> NDArray[np.int64]:
-    """Distinct neurons in each layer, (layer,): one that several languages share counts once."""
-    return np.bincount(neuron_set.union()[:, 0], minlength=neuron_set.provenance.layers)
+def distinct_by_layer(neuron_set: NeuronSet, languages: Sequence[str] | None = None) -> NDArray[np.int64]:
+    """Distinct neurons of some languages, by default all, in each layer, (layer,): a shared one counts once."""
+    return np.bincount(neuron_set.union(languages)[:, 0], minlength=neuron_set.provenance.layers)
 
 
 def multiplicity(neuron_set: NeuronSet) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ is the model's own output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from inspect import signature
@@ -67,7 +67,7 @@ class TokenLabels:
         self.script = np.full(vocabulary, -1)
 
     def learn(self, tokens: NDArray[np.int64]) -> None:
-        """Look up tokens that are not known yet."""
+        """Look up those of the tokens, (token,) ids, that are not known yet."""
         new = np.unique(tokens[self.language[tokens] < 0])
         texts = [self._text(int(token)) for token in new]
         for token, text, identified in zip(new, texts, self._identifier.identify(texts), strict=True):
@@ -160,15 +160,11 @@ class ModelHead:
     def states(self) -> Iterator[list[torch.Tensor]]:
         """Outputs (row, position, hidden) of every layer in the forward pass that follows, in the order of layers."""
         seen: list[torch.Tensor] = []
-        handles = [
-            layer.register_forward_hook(lambda _m, _i, output: seen.append(_hidden(output).detach()))
-            for layer in self.layers
-        ]
-        try:
+        with ExitStack() as stack:
+            for layer in self.layers:
+                hook = layer.register_forward_hook(lambda _m, _i, output: seen.append(_hidden(output).detach()))
+                stack.enter_context(hook)
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -180,11 +176,8 @@ class ModelHead:
         device = self._model.get_input_embeddings().weight.device
         # The layers' output for these tokens is not used.
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=device)
-        handle = self.layers[-1].register_forward_hook(_replaced_by(states[:, None]))
-        try:
+        with self.layers[-1].register_forward_hook(_replaced_by(states[:, None])):
             return self._model(ids, use_cache=False).logits[:, -1]
-        finally:
-            handle.remove()
 
 
 def _layers_of(sites: ModelSites) -> Sequence[nn.Module]:

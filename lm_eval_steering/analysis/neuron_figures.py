@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from lm_eval_steering.analysis.inspect import (
     EntropyDistribution,
+    distinct_by_layer,
     entropy_distribution,
     jaccard,
     layer_counts,
@@ -68,12 +69,11 @@ def by_layer(neuron_set: NeuronSet, languages: Sequence[str] | None = None, them
     row = 0.2 if rows <= 16 else 0.14
     relatives = _Relatives.of(codes, _letters(row))
     width, right = (PAGE if layers > 16 else 4.8), max(1.2, relatives.width)
-    distinct = np.bincount(neuron_set.union(codes)[:, 0], minlength=layers)
     inner, height, bars_height = width - _LEFT - right, row * rows, 0.6
     figure = new_figure(width, height + bars_height + 0.82, None)
     heat = _axes(figure, _LEFT, 0.45, inner, height)
     bars = _axes(figure, _LEFT, 0.45 + height + 0.1, inner, bars_height)
-    bars.bar(range(layers), distinct, width=0.8, color=theme.ink)
+    bars.bar(range(layers), distinct_by_layer(neuron_set, codes), width=0.8, color=theme.ink)
     bars.set_ylabel("distinct")
     bars.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
     bars.spines[["top", "right"]].set_visible(False)
@@ -250,7 +250,7 @@ class _Relatives:
         for depth, width in ((2, 0.3), (1, 0.8)):
             for first, _, _ in _runs(self.codes, depth)[1:]:
                 for line in (axes.axhline, axes.axvline)[: 1 + columns]:
-                    line(first - 0.5, color=_line_colour(), linewidth=width)
+                    line(first - 0.5, color=mpl.rcParams["axes.edgecolor"], linewidth=width)
 
     def bracket(self, figure: Figure, axes: mpl.axes.Axes) -> None:
         """On the right of the axes: the branches, and farther out the families."""
@@ -277,8 +277,3 @@ def _runs(codes: Sequence[str], depth: int) -> list[tuple[int, int, str]]:
 def _longest(runs: Sequence[tuple[int, int, str]], size: float) -> float:
     """Points that the longest text takes."""
     return max((TextPath((0, 0), text, size=size).get_extents().width for _, _, text in runs), default=0.0)
-
-
-def _line_colour() -> str:
-    """Of the theme that is being drawn in."""
-    return str(mpl.rcParams["axes.edgecolor"])

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from lm_eval_steering import languages
 from lm_eval_steering.analysis.prompts import PromptBatch, Prompts, batches, pad_token
 from lm_eval_steering.analysis.run_record import fingerprint_of, made_with, signature_of, write_csv
-from lm_eval_steering.analysis.style import CYCLE, PAGE, new_figure, write_figure
+from lm_eval_steering.analysis.style import CYCLE, PAGE, ink_on, new_figure, write_figure
 from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.errors import DidNotHappenError, NeuronSetError, SteeringError
 from lm_eval_steering.files import write_json
@@ -60,6 +60,11 @@ class DeactivationStep:
     fingerprint: str
     evidence: Mapping[str, Any] | None
     seconds: float
+
+    @property
+    def name(self) -> str:
+        """`+ fra_Latn`, the language that was deactivated last, or `nothing`."""
+        return f"+ {self.deactivated[-1]}" if self.deactivated else "nothing"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -220,15 +225,14 @@ def table(fallback: Fallback) -> str:
 
     `in off` is the share of the outputs in languages that are deactivated; the most frequent languages follow.
     """
-    width = max(len(step.deactivated[-1]) + 2 if step.deactivated else 7 for step in fallback.steps)
+    width = max(len(step.name) for step in fallback.steps)
     lines = [f"step  {'off':<{width}}  neurons  in off  unknown  empty  most frequent"]
     for number, step in enumerate(fallback.steps):
-        name = f"+ {step.deactivated[-1]}" if step.deactivated else "nothing"
         shares = [f"{code} {share:.2f}" for code, share in step.shares.items() if code not in {UNKNOWN, EMPTY}]
         more = f"  and {len(shares) - 4} more" if len(shares) > 4 else ""
         unknown, empty = (step.shares.get(label, 0.0) for label in (UNKNOWN, EMPTY))
-        start = f"{number:>4}  {name:<{width}}  {step.neurons:>7,}  {step.in_off:>6.2f}  {unknown:>7.2f}  {empty:>5.2f}"
-        lines.append(f"{start}  {'  '.join(shares[:4])}{more}")
+        numbers = f"{step.neurons:>7,}  {step.in_off:>6.2f}  {unknown:>7.2f}  {empty:>5.2f}"
+        lines.append(f"{number:>4}  {step.name:<{width}}  {numbers}  {'  '.join(shares[:4])}{more}")
     return "\n".join(lines)
 
 
@@ -266,7 +270,7 @@ def write(fallback: Fallback, folder: Path) -> list[Path]:
 
 # --- The figure
 
-_OTHER, _UNKNOWN = "0.62", "0.88"  # greys
+_OTHER_GREY, _UNKNOWN_GREY = "0.62", "0.88"
 
 
 def stacked_steps(steps: Sequence[DeactivationStep]) -> Figure:
@@ -293,7 +297,7 @@ def stacked_steps(steps: Sequence[DeactivationStep]) -> Figure:
         off += [share * _is_off(part.name, step) for share, step in zip(part.shares, steps, strict=True)]
     columns = np.arange(len(steps))[1:]
     axes.hlines(off[1:], columns - 0.47, columns + 0.47, color="black", linewidth=1.6, label="off below the line")
-    axes.set_xticks(range(len(steps)), [_step_name(step) for step in steps], rotation=60, ha="right", fontsize=6.5)
+    axes.set_xticks(range(len(steps)), [step.name for step in steps], rotation=60, ha="right", fontsize=6.5)
     for tick in axes.get_xticklabels():
         tick.set_rotation_mode("anchor")
     axes.set_xlabel("deactivated, one language more at each step")
@@ -324,16 +328,16 @@ def _stacked_bars(steps: Sequence[DeactivationStep]) -> list[_Bars]:
     for step in steps:
         for code, share in step.shares.items():
             totals[code] = totals.get(code, 0.0) + share
-    frequent = sorted(totals.keys() - {"unknown", "empty"}, key=lambda code: (-totals[code], code))[: 2 * len(CYCLE)]
+    frequent = sorted(totals.keys() - {UNKNOWN, EMPTY}, key=lambda code: (-totals[code], code))[: 2 * len(CYCLE)]
     order = steps[-1].deactivated
     named = [code for code in order if code in frequent] + [code for code in frequent if code not in order]
     bars = [
         _Bars(code, _shares(steps, [code]), CYCLE[n % len(CYCLE)], "" if n < len(CYCLE) else "//////")
         for n, code in enumerate(named)
     ]
-    bars.append(_Bars("other", _shares(steps, totals.keys() - {"unknown", "empty", *named}), _OTHER))
-    bars.append(_Bars("unknown", _shares(steps, ["unknown"]), _UNKNOWN))
-    bars.append(_Bars("empty", _shares(steps, ["empty"]), "white"))
+    bars.append(_Bars("other", _shares(steps, totals.keys() - {UNKNOWN, EMPTY, *named}), _OTHER_GREY))
+    bars.append(_Bars(UNKNOWN, _shares(steps, [UNKNOWN]), _UNKNOWN_GREY))
+    bars.append(_Bars(EMPTY, _shares(steps, [EMPTY]), "white"))
     return [part for part in bars if part.shares.any()]
 
 
@@ -342,18 +346,12 @@ def _shares(steps: Sequence[DeactivationStep], codes: Collection[str]) -> NDArra
 
 
 def _code(axes: mpl.axes.Axes, column: float, height: float, part: _Bars, size: float) -> None:
-    red, green, blue = mpl.colors.to_rgb(part.colour)
-    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-    text = {"unknown": "?", "empty": "–"}.get(part.name, part.name.split("_", maxsplit=1)[0])
+    text = {UNKNOWN: "?", EMPTY: "–"}.get(part.name, part.name.split("_", maxsplit=1)[0])
     # A patch of the colour behind it, so that it can be read on hatching.
     patch = {"facecolor": part.colour, "edgecolor": "none", "pad": 0.6} if part.hatch else None
-    colour = "white" if dark else "black"
+    colour = ink_on(mpl.colors.to_rgb(part.colour))
     axes.text(column, height, text, ha="center", va="center", fontsize=size, color=colour, bbox=patch)
 
 
 def _is_off(name: str, step: DeactivationStep) -> bool:
     return "_" in name and any(in_language(name, code) for code in step.deactivated)
-
-
-def _step_name(step: DeactivationStep) -> str:
-    return f"+ {step.deactivated[-1]}" if step.deactivated else "nothing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -110,39 +109,38 @@ def where(name: Annotated[WhereName, typer.Argument(help="What to look up.")]) -
     typer.echo(answers[name]())
 
 
-for verb in (
-    finding.find, finding.record, finding.select, finding.calibrate, sets.inspect, rescore.rescore, environment.env,
-):  # fmt: skip
-    app.command(verb.__name__)(_with_extra(verb.__name__, verb))
-app.command("import")(sets.import_)
-for name, command in (analysis.COMMANDS | sweep.COMMANDS | tasks.COMMANDS | export.COMMANDS | report.COMMANDS).items():
+# In the order in which the help shows them.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "find": finding.find, "record": finding.record, "select": finding.select, "calibrate": finding.calibrate,
+    "inspect": sets.inspect, "rescore": rescore.rescore, "env": environment.env, "import": sets.import_,
+    "doctor": analysis.doctor, "stepwise": analysis.stepwise, "logit-lens": analysis.logit_lens,
+    "sweep": sweep.sweep, "plans": sweep.plans, "status": sweep.status, "merge": sweep.merge,
+    "tasks": tasks.tasks, "fetch-data": tasks.fetch_data, "export": export.export,
+    "report": report.report, "compare": report.compare,
+}  # fmt: skip
+for name, command in COMMANDS.items():
     app.command(name)(_with_extra(name, command))
 app.add_typer(sets.neurons, name="neurons")
 
 
 def main() -> None:
-    """Entry point: our own errors are one line and exit code 2."""
+    """Entry point: what a user can mend is one line and exit code 2."""
     try:
         app()
-    except (SteeringError, DidNotHappenError) as error:
-        from lm_eval_steering.lmeval.registration import debugging, one_line
-
-        if debugging():
-            raise
-        typer.echo(one_line(error), err=True)
-        sys.exit(2)
+        return
     except ModuleNotFoundError as error:
         extra = extras.extra_of(error.name or "")
         if extra is None:
             raise
-        typer.echo(
+        message = (
             f"lm-eval-steering: error: {error.name} is not installed; the extra {extra!r} installs it: "
-            f'pip install "lm-eval-steering[{extra}]"',
-            err=True,
+            f'pip install "lm-eval-steering[{extra}]"'
         )
-        sys.exit(2)
-    except OSError as error:
-        if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
+    except (SteeringError, DidNotHappenError, OSError) as error:  # OSError names the file: a full disk, a missing right
+        from lm_eval_steering.lmeval.registration import debugging, one_line
+
+        if debugging():
             raise
-        typer.echo(f"lm-eval-steering: error: {error}", err=True)  # names the file: a full disk, a missing right
-        sys.exit(2)
+        message = one_line(error)
+    typer.echo(message, err=True)
+    sys.exit(2)

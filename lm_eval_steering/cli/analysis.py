@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -115,7 +115,7 @@ def stepwise(
     from lm_eval_steering.analysis.stepwise import Decoding, deactivate_stepwise, order_of, table, write
     from lm_eval_steering.progress import Log
 
-    _check_folder(out)
+    options.check_folder(out)
     neuron_set = _load(neurons)
     languages, left_out = order_of(neuron_set, order)
     signature_of({"deactivate": "+".join(languages)}, neuron_set)
@@ -162,7 +162,7 @@ def logit_lens(
     from lm_eval_steering.analysis.run_record import signature_of
     from lm_eval_steering.progress import Log
 
-    _check_folder(out)
+    options.check_folder(out)
     given = {
         "language": language, "op": op, "value": value, "factor": factor, "site": site, "layers": layers,
         "deactivate": deactivate,
@@ -235,12 +235,3 @@ def _targets(text: str | None, neurons: NeuronSet | None) -> tuple[str, ...]:
         known = f"; the set has {', '.join(neurons.languages)}" if neurons else ""
         raise SteeringError(f"--target is missing: say whose mass to draw, such as fra_Latn{known}")
     return tuple(dict.fromkeys(normalise(code) for code in text.split("+")))
-
-
-def _check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise SteeringError(f"--out {out}: expected a folder, found a file")
-    options.check_out(out / "file")
-
-
-COMMANDS: dict[str, Any] = {"doctor": doctor, "stepwise": stepwise, "logit-lens": logit_lens}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -99,6 +99,3 @@ def read_factors(text: str | None) -> tuple[float, ...]:
         return tuple(dict.fromkeys(float(part) for part in text.split(","))) if text is not None else ()
     except ValueError:
         raise SteeringError(f"--factors {text}: expected numbers joined by commas, such as 0.5,1.5,2,3") from None
-
-
-COMMANDS: dict[str, Any] = {"export": export}

@@ -38,7 +38,7 @@ def find(
     search = text.read(percentiles, residual)
     check_languages(search.languages)
     folder = recording or out.with_name(out.name.replace("-{rate}", "").replace("{rate}", "")).with_suffix(".recording")
-    options.check_folder(folder)
+    options.check_folder(folder, "--recording")
     runner = options.runner_of(model, batch_size, text.context, bos)
     neuron_sets = find_with(Recorder(runner, search, RecordingFolder(folder)), method)
     if runner.ranks.first:

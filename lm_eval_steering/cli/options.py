@@ -332,14 +332,14 @@ def check_out(path: Path, suffix: str = "") -> None:
         raise SteeringError(f"--out {path}: a neuron set's name ends in {suffix}")
 
 
-def check_folder(path: Path) -> None:
-    """Refuse a folder that could not be made or written.
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Refuse a folder that could not be made or written, naming the option that it is of.
 
     Raises:
         SteeringError: naming it.
     """
     if (path.exists() and not path.is_dir()) or not _writable(path):
-        raise SteeringError(f"{path}: expected a folder that can be written")
+        raise SteeringError(f"{option} {path}: expected a folder that can be written")
 
 
 def _writable(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -100,6 +100,3 @@ def _print(made: Report) -> None:
     for sentence in made.sentences:
         typer.echo(sentence)
     typer.echo(f"wrote {made.page} and {len(made.files) - 1} figures and tables beside it")
-
-
-COMMANDS: dict[str, Any] = {"report": report, "compare": compare}

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lm_eval_steering.errors import SteeringError
+
+if TYPE_CHECKING:
+    from lm_eval_steering.sweep.cells import Grid
+    from lm_eval_steering.sweep.runner import Outcome
 
 _INTERRUPTED = "interrupted; run the same command again to go on"
 Folder = Annotated[Path, typer.Argument(help="Folder of a sweep.")]
@@ -41,6 +45,7 @@ def sweep(
     from lm_eval_steering.lmeval.compat import be_quiet
     from lm_eval_steering.neurons.running import launched
     from lm_eval_steering.plans.shipped import find_plan
+    from lm_eval_steering.sweep.cells import spell_out
     from lm_eval_steering.sweep.plan import read_plan
     from lm_eval_steering.sweep.run import run_sweep
     from lm_eval_steering.sweep.runner import Shard
@@ -48,8 +53,6 @@ def sweep(
     overrides = [*(set_ or ()), *([f"limit={limit}"] if limit else ())]
     spec = read_plan(find_plan(plan), overrides)
     part = Shard.parse(shard) if shard else None
-    from lm_eval_steering.sweep.cells import spell_out
-
     if launcher is not Launcher.NONE and part is not None:
         raise SteeringError(
             "--shard conflicts with --launcher, which makes the shards itself: leave one of the two out"
@@ -104,7 +107,7 @@ def merge(
         typer.echo(line)
 
 
-def _launch(grid: Any, out: Path, launcher: Launcher, workers: int | None, retry_failed: bool) -> None:
+def _launch(grid: Grid, out: Path, launcher: Launcher, workers: int | None, retry_failed: bool) -> None:
     from lm_eval_steering.sweep.launch import launch_local, launch_slurm
     from lm_eval_steering.sweep.status import describe
 
@@ -126,7 +129,7 @@ def _launch(grid: Any, out: Path, launcher: Launcher, workers: int | None, retry
         raise typer.Exit(jobs.exit_code)
 
 
-def _report(outcome: Any, out: Path) -> None:
+def _report(outcome: Outcome, out: Path) -> None:
     typer.echo(f"{outcome.done} cells done, {outcome.ran} of them now; results are in {out}/cells")
     for line in outcome.waiting:
         typer.echo(f"waiting for {line}; run again when they are done")
@@ -146,6 +149,3 @@ def _stop_on_sigterm() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-
-
-COMMANDS: dict[str, Any] = {"sweep": sweep, "plans": plans, "status": status, "merge": merge}

@@ -96,6 +96,3 @@ def fetch_data(
         typer.echo(f"{counted(written, 'set')} of rows at hand; set HF_DATASETS_OFFLINE=1 where there is no network")
     else:
         typer.echo(f"wrote {counted(written, 'file')}; export STEERING_DATA={out.resolve()} where there is no network")
-
-
-COMMANDS = {"tasks": tasks, "fetch-data": fetch_data}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from lm_eval_steering.export.fold import Fold
 from lm_eval_steering.export.layer_maps import LayerMap
 from lm_eval_steering.export.layouts import Target, exported_family, tensor_location
 from lm_eval_steering.export.source import CheckpointSource, Tensors, skeleton_of
+from lm_eval_steering.files import write_json
 from lm_eval_steering.progress import Log
 
 
@@ -67,7 +67,7 @@ class Checkpoint:
                 del made
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / "model.safetensors.index.json", index, indent=2)
 
     def _tensors(self, tensors: Tensors) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         """Name in the export -> the model's name, and -> an empty tensor of its shape; the files' names are kept."""

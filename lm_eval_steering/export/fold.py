@@ -45,7 +45,7 @@ class Fold:
         return indices
 
     def gate(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        """Weight of the layer before the activation in a gated MLP; units along `axis`."""
+        """Weight of the layer before the activation in a gated MLP, a matrix of units (`axis`) and hidden features."""
         grown = _grown(tensor, axis, self.width)
         return _written(grown, axis, [*self.map.units[self.map.silent], *self._constant_units], 0.0)
 
@@ -54,7 +54,7 @@ class Fold:
         return _written(self.gate(tensor, 0), 0, self._constant_units, GATE_BIAS)
 
     def up(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        """Weight or bias of the up projection."""
+        """Weight of the up projection, units along `axis`, or its bias, (unit,) with `axis` 0."""
         lifted = tensor.index_select(axis, _index(self.map.units[self._lifted])).double() / self.gate_value
         grown = _written(_grown(tensor, axis, self.width), axis, self.map.units[self.map.silent], 0.0)
         return _written(grown, axis, self._constant_units, lifted)
@@ -68,7 +68,7 @@ class Fold:
         return _written(tensor.clone(), axis, np.concatenate([units + self.units * k for k in range(copies)]), 0.0)
 
     def down(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        """Weight of the last linear layer; units along `axis`."""
+        """Weight of the last linear layer, a matrix of units (`axis`) and hidden features."""
         columns = tensor.index_select(axis, _index(self.map.units)).double()
         grown = _grown(tensor, axis, self.width)
         grown = _written(grown, axis, self.map.units, columns * _along(self.map.product, axis))

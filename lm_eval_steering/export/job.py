@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from lm_eval_steering.export.layer_maps import LayerMap, layer_maps, refuse_dyna
 from lm_eval_steering.export.layouts import exported_family, target_of
 from lm_eval_steering.export.source import CheckpointSource
 from lm_eval_steering.export.verify import Loader, VerificationError, refuse_unless_llama, verify
+from lm_eval_steering.files import write_json
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.progress import Log
 from lm_eval_steering.provenance import fingerprint, versions
@@ -156,8 +156,7 @@ class Card:
 
     def write(self, folder: Path) -> None:
         """Write README.md and steering.json."""
-        text = json.dumps(self.record(), indent=1, ensure_ascii=False)
-        (folder / RECORD).write_text(f"{text}\n", encoding="utf-8")
+        write_json(folder / RECORD, self.record())
         (folder / "README.md").write_text(self.text(), encoding="utf-8")
 
     def text(self) -> str:

@@ -23,9 +23,8 @@ _LONGEST_MARK = 40  # characters
 
 def opened_thought(context: str) -> str:
     """The mark at the end of a prompt that opens a thought; empty where it opens none."""
-    end = context[-_LONGEST_MARK:].rstrip()
-    found = _OPENED.search(end) if end.endswith((">", "]")) else None
-    return found[1] if found else ""
+    match = _OPENED.search(context[-_LONGEST_MARK:].rstrip())
+    return match[1] if match else ""
 
 
 def leaves_out_instruction(messages: Sequence[Mapping[str, Any]], prompt: str) -> bool:

@@ -94,8 +94,8 @@ def score_with_documents(
         return
 
     def process_results(self: Any, doc: Any, results: Any) -> Any:
-        names, found = values(self, doc, results)
-        return score(without_metrics(self, names), doc, results) | found if names else score(self, doc, results)
+        names, ours = values(self, doc, results)
+        return score(without_metrics(self, names), doc, results) | ours if names else score(self, doc, results)
 
     def build_all_requests(self: Any, *args: Any, **kwargs: Any) -> Any:
         built = build(self, *args, **kwargs)
@@ -209,11 +209,11 @@ def fed_to_model(context: list[int], continuation: list[int], max_length: int) -
 
 def strings_to_encode(pairs: Iterable[tuple[str, str]]) -> list[str]:
     """What `TemplateLM` encodes of (context, continuation): the former without its last blanks, and both."""
-    found: dict[str, None] = {}
+    strings: dict[str, None] = {}
     for context, continuation in pairs:
         if context:
-            found[context.rstrip()] = found[context + continuation] = None
-    return list(found)
+            strings[context.rstrip()] = strings[context + continuation] = None
+    return list(strings)
 
 
 def in_scoring_order(requests: Sequence[Any], shared: bool) -> Iterator[Any]:
@@ -267,9 +267,9 @@ def compile_config(device: str) -> Any:
     """Settings under which `generate` compiles the forward pass, on CPU as well."""
     from transformers import CompileConfig
 
-    found = CompileConfig(mode="reduce-overhead" if device == "cuda" else "default")
-    found._compile_all_devices = True
-    return found
+    config = CompileConfig(mode="reduce-overhead" if device == "cuda" else "default")
+    config._compile_all_devices = True
+    return config
 
 
 def decodes_by_backend(tokenizer: Any) -> bool:
@@ -300,7 +300,7 @@ def from_pretrained_arguments() -> frozenset[str]:
 
 def _keywords_read(function: Callable[..., Any]) -> set[str]:
     """Strings that a function's source looks up in its `kwargs`, with those of the tuples that it goes through."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
         texts: list[ast.expr] = []
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("pop", "get"):
@@ -309,5 +309,5 @@ def _keywords_read(function: Callable[..., Any]) -> set[str]:
             texts = node.iter.elts
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple | ast.List):
             texts = node.value.elts
-        found |= {each.value for each in texts if isinstance(each, ast.Constant) and isinstance(each.value, str)}
-    return found
+        names |= {each.value for each in texts if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+    return names

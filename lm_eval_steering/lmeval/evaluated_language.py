@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import cache
 
 from lm_eval_steering import languages
-from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.errors import SteeringError, UnknownLanguageError
 from lm_eval_steering.lmeval.task_families import belebele, include, mlqa, xcopa, xnli, xquad, xwinograd
 
 
@@ -135,8 +135,8 @@ def evaluated_language(task: str, given: Mapping[str, str] | None = None) -> str
     """Our code of the language that a task's items are in, or None where neither name nor user settles it.
 
     Args:
-        task: Its name, lm-eval's or ours.
-        said: What the user says of other tasks, `evaluated: {task: code}`.
+        task: its name, lm-eval's or ours.
+        given: what the user says of other tasks, `evaluated: {task: code}`.
 
     Raises:
         UnknownLanguageError: if what is given is no language.
@@ -151,18 +151,6 @@ def evaluated_language(task: str, given: Mapping[str, str] | None = None) -> str
     return by_name or code
 
 
-def needed_language(task: str, given: Mapping[str, str] | None = None) -> str:
-    """The same where a language is needed, as for telling self from cross.
-
-    Raises:
-        SteeringError: if it is not known; the message says how to say it.
-    """
-    found = evaluated_language(task, given)
-    if found is None:
-        raise SteeringError(f"{task}: the language of its items is not known; say `evaluated: {{{task}: fra_Latn}}`")
-    return found
-
-
 # Global PIQA's and MultiBLiMP's names hold ISO 639-3 codes, Global PIQA's with the script and sometimes a region.
 _SPELLED_OUT = re.compile(
     r"(?:global_piqa_(?:non)?parallel_(?:cloze|generation)_([a-z]{3})_(?=[a-z]{4})|multiblimp_([a-z]{3})$)"
@@ -174,14 +162,14 @@ def _code(iso: str, script: str | None) -> str | None:
     """Our code of an ISO 639-3 code; None where it names no language that we know, such as an extinct one."""
     try:
         return languages.normalise(f"{iso}_{script.title()}" if script else iso)
-    except (languages.UnknownLanguageError, SteeringError):
+    except UnknownLanguageError:
         return None
 
 
 def _by_name(task: str) -> str | None:
     if task.startswith("steering_"):
-        found = set(_OUR_CODE.findall(task))
-        return found.pop() if len(found) == 1 else None
+        named = set(_OUR_CODE.findall(task))
+        return named.pop() if len(named) == 1 else None
     pair = re.fullmatch(r"mlqa_([a-z]{2})_([a-z]{2})", task)
     if pair:
         return _turned(mlqa.CODES).get(pair[1]) if pair[1] == pair[2] else None

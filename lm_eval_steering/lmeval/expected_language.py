@@ -29,14 +29,14 @@ def expected_language(document: Any, metadata: Any) -> str | None:
         UnknownLanguageError: if what is said is no language.
     """
     if isinstance(document, Mapping) and EXPECTED_LANGUAGE in document:
-        said = document[EXPECTED_LANGUAGE]
+        named = document[EXPECTED_LANGUAGE]
     elif isinstance(metadata, Mapping):
-        said = metadata.get(EXPECTED_LANGUAGE) or metadata.get(EVALUATED_LANGUAGE)
+        named = metadata.get(EXPECTED_LANGUAGE) or metadata.get(EVALUATED_LANGUAGE)
     else:
-        said = None
-    if isinstance(said, list | tuple):
-        said = said[0] if len(said) == 1 else None
-    return normalise(str(said)) if said and "+" not in str(said) else None
+        named = None
+    if isinstance(named, list | tuple):
+        named = named[0] if len(named) == 1 else None
+    return normalise(str(named)) if named and "+" not in str(named) else None
 
 
 def options_of(document: Any, beside: Mapping[str, Any]) -> dict[str, Any]:

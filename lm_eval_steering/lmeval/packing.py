@@ -52,7 +52,7 @@ def scored_requests(requests: Sequence[Request], max_length: int) -> list[Scored
     Raises:
         SteeringError: for a request that cannot be scored: no context, no continuation, or one longer than the model.
     """
-    found = []
+    scored = []
     for number, (key, context, continuation) in enumerate(requests):
         if not context or not 0 < len(continuation) <= max_length:
             raise SteeringError(
@@ -61,8 +61,8 @@ def scored_requests(requests: Sequence[Request], max_length: int) -> list[Scored
             )
         tokens = fed_to_model(context, continuation, max_length)
         prompt = len(tokens) if key is None else len(tokens) - len(continuation) + 1
-        found.append(ScoredRequest(tuple(tokens), prompt, tuple(continuation), number))
-    return found
+        scored.append(ScoredRequest(tuple(tokens), prompt, tuple(continuation), number))
+    return scored
 
 
 @dataclass(frozen=True)
@@ -298,19 +298,19 @@ def alike(
         positions: of one, at which logits are made.
         budget: of each group.
     """
-    found: list[list[Item]] = []
+    groups: list[list[Item]] = []
     logits = pads = 0
     for item in sorted(items, key=lambda item: -length(item)):
-        if found:
-            longest = length(found[-1][0])
-            tokens = (len(found[-1]) + 1) * longest
+        if groups:
+            longest = length(groups[-1][0])
+            tokens = (len(groups[-1]) + 1) * longest
             logits, pads = logits + positions(item), pads + longest - length(item)
             if tokens <= budget.tokens and logits <= budget.positions and pads <= budget.pads:
-                found[-1].append(item)
+                groups[-1].append(item)
                 continue
-        found.append([item])
+        groups.append([item])
         logits, pads = positions(item), 0
-    return found
+    return groups
 
 
 class Masks(Enum):
@@ -446,11 +446,8 @@ def head_at(head: nn.Module, nodes: torch.Tensor) -> Iterator[None]:
         row, position = nodes.to(args[0].device)
         return (args[0][row, position].unsqueeze(0), *args[1:])
 
-    handle = head.register_forward_pre_hook(torch.compiler.disable(gather))
-    try:
+    with head.register_forward_pre_hook(torch.compiler.disable(gather)):
         yield
-    finally:
-        handle.remove()
     if calls != 1:
         raise DidNotHappenError(f"the head ran {calls} times in a forward pass, expected once")
 

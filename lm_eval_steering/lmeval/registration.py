@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -59,7 +60,8 @@ def _register_metrics(_module: ModuleType) -> None:
     for name, value in AGGREGATIONS.items():
         if name not in registry.aggregation_registry:
             # The function itself: lm-eval compares aggregations by identity.
-            registry.aggregation_registry.register(name, target=_load(value))
+            function = EntryPoint(name, value, "lm_eval.aggregations").load()
+            registry.aggregation_registry.register(name, target=function)
     for name, metric in METRICS.items():
         if name not in registry.metric_registry:
             registry.metric_registry.register(name, target=metric)
@@ -86,14 +88,9 @@ _REGISTRARS: dict[str, Callable[[Any], None]] = {
 }
 
 
-def _load(value: str) -> Any:
-    module, _, name = value.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def one_line(error: BaseException) -> str:
-    """How the command line prints an error of ours."""
-    kind = "error" if isinstance(error, SteeringError) else "the intervention did not take place"
+    """How the command line prints an error that needs no traceback."""
+    kind = "the intervention did not take place" if isinstance(error, DidNotHappenError) else "error"
     return f"lm-eval-steering: {kind}: {error}"
 
 
@@ -113,8 +110,9 @@ def keep_answers(error: BaseException) -> None:
 
 
 def debugging() -> bool:
-    """Whether the user wants tracebacks: LMEVAL_LOG_LEVEL=DEBUG or --verbosity DEBUG, which lm-eval applies late."""
+    """Whether the user wants tracebacks: LMEVAL_LOG_LEVEL=DEBUG or --verbosity DEBUG; lm-eval reads both late."""
     asked = "--verbosity=DEBUG" in sys.argv or ("--verbosity", "DEBUG") in zip(sys.argv, sys.argv[1:], strict=False)
+    asked = asked or os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG"
     return asked or logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG)
 
 

@@ -14,14 +14,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lm_eval_steering.errors import DidNotHappenError, SteeringError
 from lm_eval_steering.lmeval.compat import another_order, fed_to_model, in_scoring_order, strings_to_encode
-from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN
+from lm_eval_steering.metrics.likelihood import MADE_FOR, NEEDS_UNSTEERED_SCORE
 
 Request = tuple[Any, list[int], list[int]]  # what keys the cache (None in rolling), context tokens, continuation tokens
 
 
 def needs_unsteered_score(request: Instance) -> bool:
     """Whether a request is to be scored a second time, without the intervention."""
-    return isinstance(request.doc, dict) and bool(request.doc.get(UNSTEERED_TWIN))
+    return isinstance(request.doc, dict) and bool(request.doc.get(NEEDS_UNSTEERED_SCORE))
 
 
 def refuse_stale(requests: Sequence[Instance], targets: Sequence[str]) -> None:

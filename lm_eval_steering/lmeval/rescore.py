@@ -23,7 +23,7 @@ from lm_eval_steering.lmeval.expected_language import expected_language, options
 from lm_eval_steering.lmeval.registration import register_all
 from lm_eval_steering.lmeval.sources import LocatedRow, read_located, refuse_invalid_text
 from lm_eval_steering.metrics import pass_rates
-from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
+from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.metrics.output_language import EXPECTED, IdentifiedText, Value
 from lm_eval_steering.metrics.registered import METRICS, check_options, value_of
 from lm_eval_steering.provenance import fingerprint, versions
@@ -228,11 +228,7 @@ def _identifier(stored: Mapping[str, Any], steering: Mapping[str, Any], asked: R
         return asked.identifier
     arguments = (stored.get("config") or {}).get("model_args")
     arguments = arguments if steering and isinstance(arguments, Mapping) else {}
-    identifier = LanguageIdentifier.named(
-        str(arguments.get("lid", DEFAULT)),
-        float(arguments.get("lid_threshold", THRESHOLD)),
-        int(arguments.get("lid_letters", LETTERS)),
-    )
+    identifier = LanguageIdentifier.from_arguments(arguments)
     signature = steering.get("language_identifier")
     if signature and signature != identifier.signature():
         raise SteeringError(

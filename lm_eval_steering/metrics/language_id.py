@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -111,6 +111,15 @@ class LanguageIdentifier:
             raise SteeringError(f"language identification: no model file and no name {name}{did_you_mean(name, NAMES)}")
         return cls(path, threshold, letters)
 
+    @classmethod
+    def from_arguments(cls, given: Mapping[str, Any]) -> LanguageIdentifier:
+        """The identifier that `lid`, `lid_threshold` and `lid_letters` name; the default of each that is not given."""
+        return cls.named(
+            str(given.get("lid", DEFAULT)),
+            float(given.get("lid_threshold", THRESHOLD)),
+            int(given.get("lid_letters", LETTERS)),
+        )
+
     @property
     def file(self) -> Path:
         """The model file; downloaded where it is one of the hub's and not in the cache.
@@ -188,14 +197,14 @@ def _in_script_of(code: str, label: str, letters: Counter[str]) -> str:
     return UNKNOWN
 
 
-def in_language(found: str, wanted: str) -> bool:
+def in_language(identified: str, wanted: str) -> bool:
     """Whether an identified language is the wanted one; `unknown` never is.
 
     Compared as `languages.same_language` does; lid.176's Serbo-Croatian and Quechua count for each of their members.
     """
-    if found == UNKNOWN:
+    if identified == UNKNOWN:
         return False
-    return wanted.split("_", maxsplit=1)[0] in _COVERS.get(found, ()) or same_language(found, wanted)
+    return wanted.split("_", maxsplit=1)[0] in _COVERS.get(identified, ()) or same_language(identified, wanted)
 
 
 def _predict(model: Any, line: str) -> tuple[str, float]:
@@ -226,7 +235,7 @@ def _languages(file: Path) -> frozenset[str]:
 
 @cache
 def _knows(file: Path, code: str) -> bool:
-    return any(in_language(found, code) for found in _languages(file))
+    return any(in_language(known, code) for known in _languages(file))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Log-likelihoods that know how they were made, and the two quantities computed from them: perplexity and LSS."""
+"""Log-likelihoods that know how they were made; perplexity, and the shift of which LSS counts the positive ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Self
 from lm_eval_steering.errors import SteeringError
 
 # A document with this key set has its requests scored a second time, without the intervention.
-UNSTEERED_TWIN = "needs_unsteered_score"
+NEEDS_UNSTEERED_SCORE = "needs_unsteered_score"
 # A document with this key was made for these target languages and no others.
 MADE_FOR = "made_for"
 
@@ -65,7 +65,7 @@ class RollingScore(float):
 
 def token_perplexity(items: Sequence[tuple[float, int]]) -> float:
     """exp of the mean negative log-likelihood per token, over (summed log-probability, tokens) of all items."""
-    return math.exp(-sum(lp for lp, _ in items) / sum(tokens for _, tokens in items))
+    return math.exp(nats_per_token(items))
 
 
 def nats_per_token(items: Sequence[tuple[float, int]]) -> float:
@@ -76,8 +76,8 @@ def nats_per_token(items: Sequence[tuple[float, int]]) -> float:
 def preference_shift(base: Score, target: Score) -> float:
     """D_steered - D_unsteered of one item, in nats, where D = lp(target object) - lp(base object).
 
-    Source: Rahmanisa et al. 2025 (Language Steering Shift). Exactly 0 for an identity intervention, because both
-    passes score the same rows in the same batches.
+    Source: Rahmanisa et al. 2025, whose Language Steering Shift is the share of items with a shift above 0. It is
+    exactly 0 for an identity intervention, because both passes score the same rows in the same batches.
 
     Raises:
         SteeringError: if a score has no unsteered score.
@@ -88,8 +88,3 @@ def preference_shift(base: Score, target: Score) -> float:
             "task with the same request has filled: use another file for LSS"
         )
     return (target[0] - base[0]) - (target.unsteered - base.unsteered)
-
-
-def lss(shifts: Sequence[float]) -> float:
-    """Language Steering Shift: share of items whose preference moved towards the target language (> 0, strict)."""
-    return sum(shift > 0 for shift in shifts) / len(shifts)

@@ -17,7 +17,7 @@ from typing import Any
 
 from lm_eval_steering.errors import SteeringError, did_you_mean
 from lm_eval_steering.languages import normalise
-from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
+from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.metrics.output_language import EXPECTED, TARGET, Output, Value, measured, warn_once
 from lm_eval_steering.metrics.output_language import METRICS as DEFINITIONS
 
@@ -78,13 +78,7 @@ def value_of(name: str, text: Any, options: Mapping[str, Any], expected: str | N
 
 
 def _identifier(options: Mapping[str, Any]) -> LanguageIdentifier | None:
-    if not set(_LID) & set(options):
-        return None
-    return LanguageIdentifier.named(
-        str(options.get("lid", DEFAULT)),
-        float(options.get("lid_threshold", THRESHOLD)),
-        int(options.get("lid_letters", LETTERS)),
-    )
+    return LanguageIdentifier.from_arguments(options) if options.keys() & set(_LID) else None
 
 
 class Metric:

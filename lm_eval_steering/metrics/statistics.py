@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_eval_steering.errors import SteeringError
+from lm_eval_steering.metrics.compat import corpus_scores
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -33,7 +34,7 @@ Array = NDArray[np.float64]
 
 
 @lru_cache(maxsize=4)
-def resampling_weights(items: int, resamples: int = RESAMPLES, seed: int = SEED) -> NDArray[np.float32]:
+def resampling_weights(items: int, resamples: int = RESAMPLES) -> NDArray[np.float32]:
     """How often each resample holds each item, (resamples, items); the same for all cells with so many items.
 
     Raises:
@@ -41,7 +42,7 @@ def resampling_weights(items: int, resamples: int = RESAMPLES, seed: int = SEED)
     """
     if items < 1:
         raise SteeringError("a comparison over no items")
-    drawn = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=resamples)
+    drawn = np.random.default_rng(SEED).multinomial(items, np.full(items, 1 / items), size=resamples)
     return drawn.astype(np.float32)  # counts, so exact; sums over items keep six digits, which an interval has not
 
 
@@ -83,8 +84,8 @@ def interval_of(replicates: Array, level: float = LEVEL) -> tuple[Array, Array]:
     return ends[0].reshape(replicates.shape[1:]), ends[1].reshape(replicates.shape[1:])
 
 
-def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """Bootstrap interval of the mean over items; nan for one item.
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over items; nan for one item.
 
     Raises:
         SteeringError: for no values.
@@ -93,7 +94,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float,
         raise SteeringError("an interval of no values")
     array = np.asarray(values, dtype=np.float64)
     replicates = resampling_weights(len(array)).astype(np.float64) @ array / len(array)
-    low, high = interval_of_items(replicates[:, None], np.array([len(array)]), level)
+    low, high = interval_of_items(replicates[:, None], np.array([len(array)]))
     return float(low[0]), float(high[0])
 
 
@@ -107,15 +108,15 @@ def interval_high(values: Sequence[float]) -> float:
     return mean_interval(values)[1]
 
 
-def wilson_interval(successes: int, trials: int, level: float = LEVEL) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927); sensible at shares of 0 and 1, and for few trials.
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson 1927); sensible at shares of 0 and 1, and for few trials.
 
     Raises:
         SteeringError: for no trials, or more successes than trials.
     """
     if not 0 <= successes <= trials or not trials:
         raise SteeringError(f"a share of {successes} in {trials} is not defined")
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     share = successes / trials
     centre = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -205,11 +206,11 @@ class Arm:
         return Arm(self.numerator[:, None], None if self.denominator is None else self.denominator[:, None])
 
     def of_items(self, chosen: NDArray[np.bool_]) -> Arm:
-        """These items of each cell."""
+        """The chosen items, (items,) bool, of each cell."""
         return Arm(self.numerator[chosen], None if self.denominator is None else self.denominator[chosen])
 
     def of(self, columns: NDArray[np.int64]) -> Arm:
-        """These columns, in this order."""
+        """The columns of these indices, (cells,); one may come more than once."""
         return Arm(self.numerator[:, columns], None if self.denominator is None else self.denominator[:, columns])
 
     def only(self, present: NDArray[np.bool_]) -> Arm:
@@ -259,7 +260,6 @@ class Comparison:
         tests: name of each cell's test, or why there is no p (`NO_ITEMS`, `ONE_ITEM`, `NO_SPREAD`, `NOT_FINITE`).
         n: items that both sides have.
         replicates: (resamples, cells) of the difference.
-        baseline_replicates: (resamples, cells).
     """
 
     baseline: Array
@@ -271,7 +271,6 @@ class Comparison:
     tests: tuple[str, ...]
     n: NDArray[np.int64]
     replicates: Array
-    baseline_replicates: Array
 
 
 def compare(
@@ -310,7 +309,7 @@ def compare(
     n = present.sum(axis=0)
     low, high = interval_of_items(replicates, n, level)
     p_value, tests = p_values(baseline, steered)
-    return Comparison(score_before, score, difference, low, high, p_value, tests, n, replicates, before)
+    return Comparison(score_before, score, difference, low, high, p_value, tests, n, replicates)
 
 
 # --- Tests
@@ -406,7 +405,6 @@ def over_languages(
     steered: Sequence[str],
     evaluated: Sequence[str],
     groups: Mapping[str, NDArray[np.bool_]],
-    seed: int = SEED,
 ) -> dict[str, Array]:
     """Replicates of the mean over cells, with languages resampled together with the items.
 
@@ -419,7 +417,6 @@ def over_languages(
         steered: language of each cell.
         evaluated: language of each cell; that of `steered` where its items are in several.
         groups: name -> which cells.
-        seed: of the resampling of languages.
 
     Returns:
         Name -> (resamples,).
@@ -427,8 +424,7 @@ def over_languages(
     codes = sorted({*steered, *evaluated})
     number_of = {code: number for number, code in enumerate(codes)}
     rows, columns = ([number_of[code] for code in role] for role in (steered, evaluated))
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(len(codes), np.full(len(codes), 1 / len(codes)), size=len(replicates))
+    drawn = resampling_weights(len(codes), len(replicates))
     same = np.array(rows) == np.array(columns)
     counts = np.where(same, drawn[:, rows], drawn[:, rows] * drawn[:, columns]).astype(np.float64)
     counts[np.isnan(replicates)] = 0.0
@@ -494,13 +490,13 @@ def compare_corpora(
     if not len(references):
         raise SteeringError("a comparison over no segments")
     weights = _corpus_weights(len(references), resamples)
-    before, before_replicates = _corpus_scores(metric, baseline, weights)
+    before, before_replicates = corpus_scores(metric, baseline, weights)
     signature = metric.get_signature()
     signature.update("seed", _corpus_seed())
     signature.update("bs", resamples)
     compared = {}
     for name, hypotheses in systems.items():
-        score, replicates = _corpus_scores(metric, hypotheses, weights)
+        score, replicates = corpus_scores(metric, hypotheses, weights)
         p_value, test = _shifted_p(score - before, replicates - before_replicates, len(references))
         compared[name] = CorpusComparison(before, score, p_value, test, replicates - before_replicates, str(signature))
     return compared
@@ -517,7 +513,7 @@ def corpus_half_width(metric: Any, hypotheses: Sequence[str], references: Sequen
     """
     if len(hypotheses) == 1:
         return math.nan
-    _, replicates = _corpus_scores(metric, hypotheses, _corpus_weights(len(hypotheses), resamples), references)
+    _, replicates = corpus_scores(metric, hypotheses, _corpus_weights(len(hypotheses), resamples), references)
     ordered, tail = np.sort(replicates), resamples // 40
     return float(ordered[resamples - tail - 1] - ordered[tail]) / 2
 
@@ -534,16 +530,6 @@ def _corpus_weights(segments: int, resamples: int) -> Array:
     weights = np.zeros((resamples, segments))
     np.add.at(weights, (np.arange(resamples)[:, None], drawn), 1)
     return weights
-
-
-def _corpus_scores(
-    metric: Any, hypotheses: Sequence[str], weights: Array, references: Sequence[str] | None = None
-) -> tuple[float, Array]:
-    """A corpus's score, and (resamples,) those of its resamples; the metric's own references by default."""
-    segments = metric._extract_corpus_statistics(list(hypotheses), None if references is None else [list(references)])
-    sums = weights @ np.array(segments, dtype=np.float64)
-    replicates = np.array([metric._compute_score_from_stats(row).score for row in sums], dtype=np.float64)
-    return float(metric._aggregate_and_compute(segments).score), replicates
 
 
 def _shifted_p(difference: float, replicates: Array, segments: int) -> tuple[float, str]:

@@ -34,10 +34,8 @@ _FORMS = re.compile(r"[０-９Ａ-Ｚａ-ｚ\ufb00-\ufb06\ufb50-\ufdff\ufe70-\uf
 # A word of two or more letters, all of them capitals; the second pattern is of what may hold one, and is quick.
 _CAPITALS = regex.compile(r"(?<![\p{L}\p{M}])(?:\p{Lu}\p{M}*){2,}(?![\p{L}\p{M}])")
 _MAYBE_CAPITALS = re.compile(r"[A-ZÀ-ÞĀ-ɏΆ-ΫЀ-ЯѠ-ԯԱ-Ֆ]{2}")
-_MAYBE_MARKERS = re.compile(r"[<_]")
 
 NO_SCRIPT = "Zyyy"
-_KANA = {"Hira", "Kana"}
 # ISO 15924: scripts that languages of today are written in, the most frequent first, because they are tried in turn.
 _SCRIPTS = (
     "Latn", "Cyrl", "Hani", "Arab", "Hira", "Kana", "Hang", "Deva", "Grek", "Hebr", "Thai", "Beng", "Taml", "Telu",
@@ -75,9 +73,7 @@ def clean(text: str) -> str:
 
 def without_markers(text: str) -> str:
     """The text without markers of models, each of which becomes a blank, and without U+FFFD; lines stay."""
-    if _REPLACEMENT in text:
-        text = text.replace(_REPLACEMENT, "")
-    return _MARKERS.sub(" ", text) if _MAYBE_MARKERS.search(text) else text
+    return _MARKERS.sub(" ", text.replace(_REPLACEMENT, ""))
 
 
 def usual_letters(text: str) -> str:
@@ -118,9 +114,6 @@ def main_script(counts: Counter[str]) -> str:
 
     `Hani` stands for Han alone: letters do not tell simplified from traditional.
     """
-    if len(counts) == 1:  # most texts, and quick
-        (name,) = counts
-        return "Jpan" if name in _KANA else name
     letters = counts.copy()
     letters.pop(NO_SCRIPT, None)
     kana = letters.pop("Hira", 0) + letters.pop("Kana", 0)
@@ -134,8 +127,6 @@ def is_main_script(counts: Counter[str], code: str) -> bool:
 
     Kana count as one script where the code is not `Jpan`.
     """
-    if len(counts) == 1 and not counts.keys() & _KANA:
-        return next(iter(counts)) in _PARTS.get(code, (code,)) and code != NO_SCRIPT
     letters = Counter({**counts, "Kana": counts["Hira"] + counts["Kana"], "Hira": 0, NO_SCRIPT: 0})
     parts = _PARTS.get(code, (code,))
     written = sum(letters[name] for name in parts)

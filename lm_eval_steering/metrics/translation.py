@@ -43,21 +43,22 @@ def require_tokenizer(name: str, target: str) -> None:
     Raises:
         SteeringError: naming what is missing, how to get it, and how to go on without it.
     """
-    from sacrebleu.metrics.bleu import _TOKENIZERS
+    from sacrebleu.metrics import BLEU
 
     if name == NO_BLEU:
         return
-    if name not in _TOKENIZERS:
-        raise SteeringError(f"bleu_tokenizer={name!r}: expected one of {', '.join([NO_BLEU, *sorted(_TOKENIZERS)])}")
+    if name not in BLEU.TOKENIZERS:
+        known = ", ".join([NO_BLEU, *sorted(BLEU.TOKENIZERS)])
+        raise SteeringError(f"bleu_tokenizer={name!r}: expected one of {known}")
     try:
         _refuse_absent_file(name)
         _bleu(name)
     except (ImportError, RuntimeError, OSError, SteeringError) as error:
         detail = str(error).strip().splitlines()[0]
-        way = _HOW.get(name, "").format(folder=_models_folder())
+        how = _HOW.get(name, "").format(folder=_models_folder())
         raise SteeringError(
             f"BLEU into {target} needs sacreBLEU's tokenizer {name}, which is not available here ({detail})"
-            f'{": " + way if way else ""}; or --metadata \'{{"bleu_tokenizer": "char"}}\' (characters), '
+            f'{": " + how if how else ""}; or --metadata \'{{"bleu_tokenizer": "char"}}\' (characters), '
             'or "none" for chrF++ alone'
         ) from error
 

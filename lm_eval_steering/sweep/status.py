@@ -38,9 +38,10 @@ def status(out: Path) -> str:
     lines += [f"failed   {cell.name}  {store.why(cell)}" for cell in cells if states[cell.key] == FAILED]
     left = [cell for cell in cells if states[cell.key] in (MISSING, RUNNING)]
     lines += _cells_left(store, left)
-    if number := store.json("plan.json").get("searches"):
+    plan = store.json("plan.json")
+    if number := plan.get("searches"):
         lines.append(f"factors of equal damage are being searched for: {number} searches")
-    if not any(cell.stage == 2 for cell in cells) and (bound := _then_bound(store)):
+    if not any(cell.stage == 2 for cell in cells) and (bound := plan["then_bound"]):
         lines.append(f"then: at most {bound} more cells, known when the choosing cells are done")
     other = len(store.folders()) - sum(state == DONE for state in states.values())
     if other:
@@ -101,7 +102,3 @@ def _cells_left(store: Store, cells: Sequence[Cell]) -> list[str]:
     if seconds is None:
         return [f"{len(cells)} cells left; how long they take is known when the first are done"]
     return [f"{len(cells)} cells left, about {readable_seconds(seconds)} for one runner"]
-
-
-def _then_bound(store: Store) -> int:
-    return int(store.json("plan.json")["then_bound"])

@@ -29,6 +29,19 @@ from lm_eval_steering.provenance import versions
 from lm_eval_steering.sweep import locks
 from lm_eval_steering.sweep.halves import ALL, CHOOSE, REPORT, half_of, item_of
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lm_eval_steering.sweep.cells import Cell, Grid
+
+FORMAT_VERSION = 3
+# Files that other runners may have written already, before this one begins the sweep.
+_KNOWN_FILES = {
+    "plan.json", "factors", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs",
+    "missing.csv",
+}  # fmt: skip
+DONE, RUNNING, FAILED, MISSING = "done", "running", "failed", "missing"
+
 # --- One finished cell on disk, and JSON files of a sweep's folder, read with care
 
 
@@ -129,10 +142,6 @@ def as_json(content: Mapping[str, Any]) -> str:
 
 
 # --- Rows of the merged tables, from finished cells. No dates or machines, so equal work gives equal bytes
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 # Columns of a step; `value` is that of the metric.
 _STEP = {
@@ -257,18 +266,7 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from lm_eval_steering.sweep.cells import Cell, Grid
-
-FORMAT_VERSION = 3
-# Files that other runners may have written already, before this one begins the sweep.
-_KNOWN_FILES = {
-    "plan.json", "factors", "then", "cells", "halves", "timings", "failed", "locks", "controls", "damaged", "jobs",
-    "missing.csv",
-}  # fmt: skip
-DONE, RUNNING, FAILED, MISSING = "done", "running", "failed", "missing"
+# --- The folder
 
 
 class Store:
@@ -289,7 +287,6 @@ class Store:
         Raises:
             StoreError: if a finished cell is damaged; it names the file.
         """
-
         self._refuse_no_sweep()
         planned = {cell.key: cell for cell in self.planned()}
         rule = self.rule()
@@ -302,7 +299,6 @@ class Store:
 
     def items(self) -> pd.DataFrame:
         """One row per finished cell and item; `metrics` holds the item's scores as JSON."""
-
         self._refuse_no_sweep()
         rule = self.rule()
         rows = [row for stored in self.stored() for row in item_rows(stored, self.samples(stored.cell["key"]), rule)]
@@ -333,7 +329,6 @@ class Store:
 
     def timings(self) -> pd.DataFrame:
         """Seconds, tokens and machine of each finished cell: everything that differs from run to run."""
-
         return table([timing for _, timing in sorted(self.timing_files())], ("cell",))
 
     # --- finished cells ---------------------------------------------------------------------------------------------

@@ -215,15 +215,9 @@ def test_the_report_holds_results_model_set_and_versions() -> None:
 
 # --- the real command -----------------------------------------------------------------------------------------------
 
-# Registers the commands as the command line does, whether it has done so already or not.
 _COMMAND = """
 import sys
 from lm_eval_steering import cli
-from lm_eval_steering.cli import analysis
-known = {command.name for command in cli.app.registered_commands}
-for name, verb in analysis.COMMANDS.items():
-    if name not in known:
-        cli.app.command(name)(verb)
 BEFORE
 sys.argv = ["lm-eval-steering", *ARGUMENTS]
 cli.main()

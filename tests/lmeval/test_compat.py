@@ -1,4 +1,4 @@
-"""Private names of lm-eval and transformers stand in `compat.py` alone, and mean there what we take them to mean."""
+"""Private names of lm-eval, transformers and sacreBLEU stand in `compat.py` alone, and mean there what we expect."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from lm_eval.api.registry import get_model
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from sacrebleu.metrics import BLEU, CHRF
 from transformers import CompileConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import lm_eval_steering
 from lm_eval_steering.architectures import compat as of_architectures
 from lm_eval_steering.architectures.loading import commit_of
 from lm_eval_steering.lmeval import compat
+from lm_eval_steering.metrics import compat as of_metrics
 from lm_eval_steering.resources import tasks_folder
 from tests.conftest import tiny_model, tiny_tokenizer
 
 PACKAGE = Path(lm_eval_steering.__file__).parent
-LIBRARIES = {"lm_eval", "transformers"}
-ALLOWED = {Path("lmeval/compat.py"), Path("architectures/compat.py")}  # beside the start-up file, which imports nothing
+LIBRARIES = {"lm_eval", "transformers", "sacrebleu"}
+# Beside the start-up file, which imports nothing.
+ALLOWED = {Path("lmeval/compat.py"), Path("architectures/compat.py"), Path("metrics/compat.py")}
 SUBCLASSES = {
     Path("lmeval/steered_lm.py"), Path("lmeval/model.py"), Path("sweep/sweep_model.py"), Path("sweep/sweep_engine.py"),
     Path("vllm/model.py"),
 }  # fmt: skip
 INHERITED = ("self", "super()", "super(SteeredLM, self)")
-PRIVATE = compat.PRIVATE.keys() | of_architectures.PRIVATE.keys()
+PRIVATE = compat.PRIVATE.keys() | of_architectures.PRIVATE.keys() | of_metrics.PRIVATE.keys()
 FILES = [
     path.relative_to(PACKAGE)
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -44,7 +47,7 @@ TASK = "steering_demo_continuation_fra_Latn"
 def violations(source: str, path: Path) -> list[str]:  # noqa: PLR0912  # one branch a rule
     """What a module does that only `compat.py` may do."""
     tree, found = ast.parse(source), []
-    imported: set[str] = set()  # names that are bound to the two packages or parts of them
+    imported: set[str] = set()  # names that are bound to the packages or parts of them
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in LIBRARIES:
             imported |= {alias.asname or alias.name for alias in node.names}
@@ -85,7 +88,8 @@ def test_no_private_name_stands_elsewhere(path: Path) -> None:
     "source",
     [
         "task._instances = None", "getattr(config, '_attn_implementation')", "from lm_eval.tasks import _index",
-        "from lm_eval.tasks._yaml_loader import load_yaml", "import transformers._x", "database.__class__ = Salted",
+        "from lm_eval.tasks._yaml_loader import load_yaml", "from sacrebleu.metrics.bleu import _TOKENIZERS",
+        "import transformers._x", "database.__class__ = Salted",
         "from lm_eval.api.task import ConfigurableTask\nConfigurableTask.process_results = x",
         "from lm_eval import evaluator\nsetattr(evaluator, name, x)", "lm._model_call(x)", "config._name_or_path",
         "import lm_eval.tasks as tasks\ntasks.TaskManager.__init__ = x",
@@ -108,6 +112,9 @@ def test_every_listed_name_is_in_the_installed_releases() -> None:
     task = inspect.getsource(inspect.getmodule(ConfigurableTask))  # type: ignore[arg-type]
     for name in ("_instances", "_metric_fn_list", "_metric_fn_kwargs"):
         assert f"self.{name}" in task, f"lm-eval's tasks have no {name} any more: change compat.py"
+    for name in of_metrics.PRIVATE:
+        for metric in (BLEU, CHRF):
+            assert callable(getattr(metric, name, None)), f"sacreBLEU's {metric.__name__} has no {name} any more"
     config = PretrainedConfig()
     for name in ("_attn_implementation", "_name_or_path"):
         assert hasattr(config, name), f"transformers' configs have no {name} any more: change compat.py"

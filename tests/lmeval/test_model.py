@@ -17,7 +17,7 @@ from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval import cache
 from lm_eval_steering.lmeval.arguments import refuse_other_name, split
 from lm_eval_steering.lmeval.model import SteeredHFLM
-from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score
+from lm_eval_steering.metrics.likelihood import MADE_FOR, NEEDS_UNSTEERED_SCORE, Score
 from lm_eval_steering.metrics.output_language import IdentifiedText
 from lm_eval_steering.metrics.registered import lfs
 from lm_eval_steering.neurons.neuron_set import NeuronSet
@@ -47,7 +47,7 @@ def loaded(batch_size: int = 2, **arguments: Any) -> SteeredHFLM:
 
 
 def scoring(twin: bool = False) -> list[Instance]:
-    doc = {UNSTEERED_TWIN: True} if twin else {}
+    doc = {NEEDS_UNSTEERED_SCORE: True} if twin else {}
     return [Instance("loglikelihood", doc, pair, i) for i, pair in enumerate(PAIRS)]
 
 

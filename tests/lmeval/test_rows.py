@@ -20,7 +20,7 @@ from lm_eval_steering.errors import DidNotHappenError, SteeringError
 from lm_eval_steering.lmeval import requests as batches
 from lm_eval_steering.lmeval.arguments import SteeringArguments, split
 from lm_eval_steering.lmeval.model import SteeredHFLM
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
+from lm_eval_steering.metrics.likelihood import NEEDS_UNSTEERED_SCORE
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.intervention import from_arguments
 from tests.conftest import make_set, tiny_model, tiny_tokenizer
@@ -181,7 +181,7 @@ def test_beams_belong_to_their_prompt(neurons: NeuronSet) -> None:
 def test_twins_are_scored_in_the_same_rounds(neurons: NeuronSet) -> None:
     lm = loaded(batch_size=3)
     lm.intervene(neurons, **(FRENCH | {"op": "scale", "factor": 1, "positions": "prompt"}))
-    answers = lm.loglikelihood(scoring(doc={UNSTEERED_TWIN: True}))
+    answers = lm.loglikelihood(scoring(doc={NEEDS_UNSTEERED_SCORE: True}))
     assert all(score[0] == score.unsteered for score in answers)
 
 

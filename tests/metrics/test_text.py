@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
 from lm_eval_steering.metrics.text import (
     NO_SCRIPT,
     clean,
-    is_main_script,
     letters_or_words,
     main_script,
     script_share,
@@ -42,14 +39,6 @@ def test_a_text_is_cleaned(given: str, expected: str) -> None:
 )  # fmt: skip
 def test_the_script_is_that_of_most_letters(text: str, script: str) -> None:
     assert main_script(scripts(text)) == script
-
-
-@pytest.mark.parametrize("name", ["Latn", "Hani", "Hira", "Kana", "Zyyy", "Cyrl"])
-def test_a_text_of_one_script_is_judged_as_with_an_absent_second(name: str) -> None:
-    alone, beside = Counter({name: 3}), Counter({name: 3, "Grek": 0, "Thai": 0})
-    for code in ("Latn", "Hans", "Jpan", "Hira", "Kana", "Zyyy", "Kore", "Cyrl"):
-        assert is_main_script(alone, code) == is_main_script(beside, code), (name, code)
-    assert main_script(alone) == (NO_SCRIPT if name == NO_SCRIPT else main_script(beside))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import lm_eval
@@ -15,7 +16,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval_steering.languages import normalise
 from lm_eval_steering.lmeval import registration
 from lm_eval_steering.lmeval.model import SteeredHFLM
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN, Score, lss, preference_shift
+from lm_eval_steering.lmeval.task_families.demo import lss_metrics
+from lm_eval_steering.metrics.likelihood import MADE_FOR, NEEDS_UNSTEERED_SCORE, Score, preference_shift
 from lm_eval_steering.resources import tasks_folder
 from tests.conftest import make_set, tiny_model, tiny_tokenizer
 
@@ -74,7 +76,13 @@ def test_the_matrix_is_the_published_one_and_its_diagonal_is_blank(target: str, 
 
 @pytest.mark.parametrize(("steered", "baseline", "expected"), GOLDEN["eval_dod_examples"])
 def test_ties_do_not_count(steered: list[float], baseline: list[float], expected: float) -> None:
-    assert lss([s - b for s, b in zip(steered, baseline, strict=True)]) == pytest.approx(expected, abs=1e-6)
+    document = {"choices": [" a", " b"], MADE_FOR: ["fra_Latn"]}
+    base = Score((0.0, False), 1, 0.0, ["fra_Latn"])
+    moved = [
+        lss_metrics(document, (base, Score((with_, False), 1, without, ["fra_Latn"])))["lss"]
+        for with_, without in zip(steered, baseline, strict=True)
+    ]
+    assert fmean(moved) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("scoring", ["shared", "plain"])
@@ -88,11 +96,11 @@ def test_an_identity_in_bfloat16_has_lss_0_exactly(identity: dict[str, Any], sco
         (" ".join(f"w{n + k}" for k in range(n % 4 + 1)), (f" w{n + 7} w{n}", f" w{2 * n + 3}")) for n in range(12)
     ]
     requests = [
-        Instance("loglikelihood", {UNSTEERED_TWIN: True}, (prompt, answer), number)
+        Instance("loglikelihood", {NEEDS_UNSTEERED_SCORE: True}, (prompt, answer), number)
         for number, (prompt, answer) in enumerate((prompt, answer) for prompt, both in pairs for answer in both)
     ]
     for arguments in ({"op": "add", "value": 3.0}, identity):  # the unsteered scores of the first are used again
         lm.intervene(neurons, language="fra_Latn", **arguments)
         scores = lm.loglikelihood(requests)
     shifts = [preference_shift(base, target) for base, target in zip(scores[::2], scores[1::2], strict=True)]
-    assert shifts == [0.0] * len(pairs) and lss(shifts) == 0
+    assert shifts == [0.0] * len(pairs)

@@ -23,7 +23,7 @@ from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families.demo import sentence
 from lm_eval_steering.lmeval.task_families.parallel import joint
 from lm_eval_steering.metrics.degenerate import degenerate
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
+from lm_eval_steering.metrics.likelihood import NEEDS_UNSTEERED_SCORE
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.resources import demo_sentences
 
@@ -80,7 +80,7 @@ def items() -> list[Instance]:
         requests += [Instance("loglikelihood", {}, (premise, blank + option), 0) for option in (right, wrong)]
     for number in range(10, 20):
         base, target = clauses(number, ENGLISH), clauses(number, FRENCH)
-        document = {"id": number, UNSTEERED_TWIN: True}
+        document = {"id": number, NEEDS_UNSTEERED_SCORE: True}
         requests += [Instance("loglikelihood", document, (base[0], f" {part[1]}"), 0) for part in (base, target)]
     requests += [Instance("loglikelihood", {}, ("", sentence(number, FRENCH)), 0) for number in range(20, 30)]
     return requests

@@ -31,10 +31,6 @@ _SECOND_VERSION = {
 }  # fmt: skip
 
 
-def _version(template: str) -> str:
-    return "2.0" if template in _SECOND_VERSION else "1.0"
-
-
 def modules() -> dict[str, ModuleType]:
     """Every family's module by its name, which is also its folder under `tasks/`."""
     names = [info.name for info in pkgutil.iter_modules(__path__)]
@@ -57,7 +53,8 @@ def task_file(folder: str, template: str, name: str, tag: str | None = None, **m
     lines = [f"include: {template}", f"task: {name}"]
     if tag:
         lines.append(f"tag: {tag}")
-    values = ", ".join(f"{key}: {value}" for key, value in {"version": _version(template), **metadata}.items())
+    version = "2.0" if template in _SECOND_VERSION else "1.0"
+    values = ", ".join(f"{key}: {value}" for key, value in {"version": version, **metadata}.items())
     lines.append(f"metadata: {{{values}}}")
     return Path(folder) / f"{name.removeprefix('steering_')}.yaml", "\n".join(lines) + "\n"
 
@@ -73,6 +70,28 @@ def group_file(folder: str, group: str, tasks: list[str], metrics: tuple[str, ..
         lines.append(f"  - {{metric: {metric}, aggregation: mean, weight_by_size: {weighted}}}")
     lines.append("metadata: {version: 1.0}")
     return Path(folder) / f"_group_{group.removeprefix('steering_')}.yaml", "\n".join(lines) + "\n"
+
+
+def files_of_two_wordings(
+    family: str, evaluated: Iterable[str], metrics: tuple[str, ...], other: str, other_metrics: tuple[str, ...]
+) -> dict[Path, str]:
+    """A file for each language in the default wording and in another one, and a group for each wording.
+
+    Args:
+        family: whose templates are `_FAMILY.yaml` and `_FAMILY_OTHER.yaml`.
+        evaluated: codes of the languages.
+        metrics: that the group in the default wording averages.
+        other: name of the other wording, the tasks' `variant`.
+        other_metrics: that its group averages.
+    """
+    codes = list(evaluated)
+    plain, variant = ([task_name(family, code, *rest) for code in codes] for rest in ((), (other,)))
+    files = [group_file(family, f"steering_{family}", plain, metrics)]
+    files.append(group_file(family, f"steering_{family}_{other}", variant, other_metrics))
+    for code, name, other_name in zip(codes, plain, variant, strict=True):
+        files.append(task_file(family, f"_{family}.yaml", name, language_tag(code), evaluated=code))
+        files.append(task_file(family, f"_{family}_{other}.yaml", other_name, evaluated=code, variant=other))
+    return dict(files)
 
 
 def language_tag(evaluated: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_copies, load_rows
-from lm_eval_steering.lmeval.task_families import code_of, expect, group_file, language_tag, task_file, task_name
+from lm_eval_steering.lmeval.task_families import code_of, expect, files_of_two_wordings
 from lm_eval_steering.lmeval.task_families.answers import LETTERS, letter, score_answer
 from lm_eval_steering.lmeval.task_families.common import answer_language, is_other_wording, keeps_to_its_file
 
@@ -91,13 +91,4 @@ def generated_metrics(document: Mapping[str, Any], results: Sequence[str]) -> di
 
 def generated_files() -> dict[Path, str]:
     """One file a language and wording, and a group for each wording."""
-    plain, other = ([task_name("belebele", code, *rest) for code in CODES] for rest in ((), ("gurgurov",)))
-    files = [
-        *(task_file("belebele", "_belebele.yaml", name, language_tag(code), evaluated=code)
-          for name, code in zip(plain, CODES, strict=True)),
-        *(task_file("belebele", "_belebele_gurgurov.yaml", name, evaluated=code, variant="gurgurov")
-          for name, code in zip(other, CODES, strict=True)),
-        group_file("belebele", "steering_belebele", plain, ("acc", "acc_norm")),
-        group_file("belebele", "steering_belebele_gurgurov", other, ("acc", "parsed")),
-    ]  # fmt: skip
-    return dict(files)
+    return files_of_two_wordings("belebele", CODES, ("acc", "acc_norm"), "gurgurov", ("acc", "parsed"))

@@ -18,7 +18,7 @@ from lm_eval_steering.lmeval.sources import as_dataset
 from lm_eval_steering.lmeval.task_families import common, group_file
 from lm_eval_steering.lmeval.task_families.common import text_documents
 from lm_eval_steering.lmeval.task_families.parallel import joint
-from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN, Score, preference_shift
+from lm_eval_steering.metrics.likelihood import MADE_FOR, NEEDS_UNSTEERED_SCORE, Score, preference_shift
 from lm_eval_steering.resources import demo_sentences
 
 NEEDS = "nothing: its data travel with the package"
@@ -122,7 +122,7 @@ def lss_documents(base: str, items: str = "report", **settings: Any) -> dict[str
                 "choices": [joint(base, base) + in_base[1], joint(base, target) + in_target[1]],
                 "base": base,
                 MADE_FOR: [target],
-                UNSTEERED_TWIN: True,
+                NEEDS_UNSTEERED_SCORE: True,
             }
         )
     return as_dataset(documents)

@@ -69,11 +69,11 @@ def rows(part: str, source: str, code: str, settings: Mapping[str, Any]) -> Data
     """
     wanted = RowsSource(FAMILY, code, f"{part}-{source}", ("prompt", "language"))
     path = _published(part, source, code, settings)
-    found = checked_rows(read_located(path), wanted, str(path)) if path else load_rows(wanted, settings)
-    for number, row in enumerate(found, start=1):
+    checked = checked_rows(read_located(path), wanted, str(path)) if path else load_rows(wanted, settings)
+    for number, row in enumerate(checked, start=1):
         if row["language"] not in languages.spellings(code):
             raise DataError(f"{path or wanted}, row {number}: language {row['language']!r}, expected {code}")
-    return found
+    return checked
 
 
 def _published(part: str, source: str, code: str, settings: Mapping[str, Any]) -> Path | None:

@@ -20,7 +20,7 @@ from lm_eval_steering.lmeval.task_families import demo as tasks
 from lm_eval_steering.lmeval.task_families import group_file, task_file, task_name
 from lm_eval_steering.lmeval.task_families.common import ALL, MLAMA, keeps_to_its_file
 from lm_eval_steering.lmeval.task_families.parallel import cut, joint, read_pairs
-from lm_eval_steering.metrics.likelihood import MADE_FOR, UNSTEERED_TWIN
+from lm_eval_steering.metrics.likelihood import MADE_FOR, NEEDS_UNSTEERED_SCORE
 
 log = logging.getLogger("lm_eval.steering")
 
@@ -39,7 +39,7 @@ def _item(number: str, base: str, target: str, prompt: str, choices: Sequence[st
         "base": base,
         UNDEFINED: False,
         MADE_FOR: [target],
-        UNSTEERED_TWIN: True,
+        NEEDS_UNSTEERED_SCORE: True,
     }
 
 
@@ -50,7 +50,7 @@ def _target(base: str, settings: Mapping[str, Any]) -> str:
 def _blank(base: str) -> dict[str, Any]:
     """One document that gives no metric: lm-eval runs no task without any."""
     log.warning("LSS from %s to %s is not defined: its cell stays blank", base, base)
-    item = _item("undefined", base, base, "-", [" -", " -"]) | {UNDEFINED: True, UNSTEERED_TWIN: False}
+    item = _item("undefined", base, base, "-", [" -", " -"]) | {UNDEFINED: True, NEEDS_UNSTEERED_SCORE: False}
     return as_dataset([item])
 
 

@@ -37,8 +37,9 @@ class Pair:
     second: str
 
 
-def flores(code: str, split: str = "devtest") -> RowsSource:
+def flores(code: str) -> RowsSource:
     """FLORES-200 in one language; two languages are parallel by `id`."""
+    split = "devtest"
     return RowsSource(
         "flores200",
         code,

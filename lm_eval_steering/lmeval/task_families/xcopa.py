@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_copies, load_rows
-from lm_eval_steering.lmeval.task_families import code_of, expect, group_file, language_tag, task_file, task_name
+from lm_eval_steering.lmeval.task_families import code_of, expect, files_of_two_wordings
 from lm_eval_steering.lmeval.task_families.common import is_other_wording, keeps_to_its_file
 
 NEEDS = "cambridgeltl/xcopa (hub) or local files"
@@ -83,13 +83,4 @@ def natural(row: Mapping[str, Any], code: str, question: str) -> dict[str, Any]:
 
 def generated_files() -> dict[Path, str]:
     """One file a language and wording, and a group for each wording."""
-    plain, other = ([task_name("xcopa", code, *rest) for code in CODES] for rest in ((), ("natural",)))
-    files = [
-        *(task_file("xcopa", "_xcopa.yaml", name, language_tag(code), evaluated=code)
-          for name, code in zip(plain, CODES, strict=True)),
-        *(task_file("xcopa", "_xcopa_natural.yaml", name, evaluated=code, variant="natural")
-          for name, code in zip(other, CODES, strict=True)),
-        group_file("xcopa", "steering_xcopa", plain, ("acc",)),
-        group_file("xcopa", "steering_xcopa_natural", other, ("acc",)),
-    ]  # fmt: skip
-    return dict(files)
+    return files_of_two_wordings("xcopa", CODES, ("acc",), "natural", ("acc",))

@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_eval_steering import languages
 from lm_eval_steering.lmeval.sources import RowsSource, as_dataset, hub_copies, load_rows
-from lm_eval_steering.lmeval.task_families import code_of, expect, group_file, language_tag, task_file, task_name
+from lm_eval_steering.lmeval.task_families import code_of, expect, files_of_two_wordings
 from lm_eval_steering.lmeval.task_families.answers import RELATIONS, relation, score_answer
 from lm_eval_steering.lmeval.task_families.common import answer_language, is_other_wording, keeps_to_its_file
 
@@ -90,13 +90,4 @@ def generated_metrics(document: Mapping[str, Any], results: Sequence[str]) -> di
 
 def generated_files() -> dict[Path, str]:
     """One file a language and wording, and a group for each wording."""
-    plain, other = ([task_name("xnli", code, *rest) for code in CODES] for rest in ((), ("gurgurov",)))
-    files = [
-        *(task_file("xnli", "_xnli.yaml", name, language_tag(code), evaluated=code)
-          for name, code in zip(plain, CODES, strict=True)),
-        *(task_file("xnli", "_xnli_gurgurov.yaml", name, evaluated=code, variant="gurgurov")
-          for name, code in zip(other, CODES, strict=True)),
-        group_file("xnli", "steering_xnli", plain, ("acc",)),
-        group_file("xnli", "steering_xnli_gurgurov", other, ("acc", "parsed")),
-    ]  # fmt: skip
-    return dict(files)
+    return files_of_two_wordings("xnli", CODES, ("acc",), "gurgurov", ("acc", "parsed"))

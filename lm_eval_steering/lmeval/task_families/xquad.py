@@ -14,7 +14,7 @@ from typing import Any
 from lm_eval_steering import languages
 from lm_eval_steering.lmeval.expected_language import EXPECTED_LANGUAGE
 from lm_eval_steering.lmeval.sources import DataError, RowsSource, as_dataset, hub_copies, load_rows
-from lm_eval_steering.lmeval.task_families import code_of, group_file, language_tag, task_file, task_name
+from lm_eval_steering.lmeval.task_families import code_of, files_of_two_wordings
 from lm_eval_steering.lmeval.task_families.answers import exact_match, f1, gurgurov, mlqa, squad
 from lm_eval_steering.lmeval.task_families.common import answer_language, is_other_wording, keeps_to_its_file
 
@@ -114,13 +114,4 @@ def mlqa_metrics(document: Mapping[str, Any], results: Sequence[str]) -> dict[st
 
 def generated_files() -> dict[Path, str]:
     """One file a language and wording, and a group for each wording."""
-    plain, other = ([task_name("xquad", code, *rest) for code in CODES] for rest in ((), ("gurgurov",)))
-    files = [
-        *(task_file("xquad", "_xquad.yaml", name, language_tag(code), evaluated=code)
-          for name, code in zip(plain, CODES, strict=True)),
-        *(task_file("xquad", "_xquad_gurgurov.yaml", name, evaluated=code, variant="gurgurov")
-          for name, code in zip(other, CODES, strict=True)),
-        group_file("xquad", "steering_xquad", plain, METRICS),
-        group_file("xquad", "steering_xquad_gurgurov", other, METRICS),
-    ]  # fmt: skip
-    return dict(files)
+    return files_of_two_wordings("xquad", CODES, METRICS, "gurgurov", METRICS)

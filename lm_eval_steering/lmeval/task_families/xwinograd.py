@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_steering.lmeval.sources import DataError, RowsSource, as_dataset, hub_copies, load_rows
-from lm_eval_steering.lmeval.task_families import code_of, expect, group_file, language_tag, task_file, task_name
+from lm_eval_steering.lmeval.task_families import code_of, expect, files_of_two_wordings
 from lm_eval_steering.lmeval.task_families.common import is_other_wording, keeps_to_its_file, text_id
 
 NEEDS = "Muennighoff/xwinograd (hub) or local files"
@@ -59,13 +59,4 @@ def halves(row: Mapping[str, Any], origin: RowsSource, natural: bool = False) ->
 
 def generated_files() -> dict[Path, str]:
     """One file a language and wording, and a group for each wording."""
-    plain, other = ([task_name("xwinograd", code, *rest) for code in CODES] for rest in ((), ("natural",)))
-    files = [
-        *(task_file("xwinograd", "_xwinograd.yaml", name, language_tag(code), evaluated=code)
-          for name, code in zip(plain, CODES, strict=True)),
-        *(task_file("xwinograd", "_xwinograd_natural.yaml", name, evaluated=code, variant="natural")
-          for name, code in zip(other, CODES, strict=True)),
-        group_file("xwinograd", "steering_xwinograd", plain, ("acc",)),
-        group_file("xwinograd", "steering_xwinograd_natural", other, ("acc",)),
-    ]  # fmt: skip
-    return dict(files)
+    return files_of_two_wordings("xwinograd", CODES, ("acc",), "natural", ("acc",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lm_eval_steering.lmeval.packing import PackedRow, ScoredRequest
 from lm_eval_steering.lmeval.scoring import Baseline, digest_of
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN
+from lm_eval_steering.metrics.likelihood import NEEDS_UNSTEERED_SCORE
 from tests.lmeval.scoring.conftest import FRENCH, instances, loaded, neurons
 
 
@@ -35,7 +35,7 @@ def test_scores_do_not_depend_on_what_was_kept() -> None:
         lm.scorer._baseline = Baseline(limit)
         for value in (2.0, 3.0):
             lm.intervene(neurons(), **(FRENCH | {"value": value}))
-            scores = lm.loglikelihood(instances(doc={UNSTEERED_TWIN: True}))
+            scores = lm.loglikelihood(instances(doc={NEEDS_UNSTEERED_SCORE: True}))
             found.append([score.unsteered for score in scores])
         assert 0 < len(lm.scorer._baseline) <= max(limit, 14)
     assert all(each == found[0] for each in found)

@@ -17,11 +17,11 @@ from transformers import AutoConfig, LlamaForCausalLM
 from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.packing import Cost
 from lm_eval_steering.lmeval.scoring import method_of
-from lm_eval_steering.metrics.likelihood import UNSTEERED_TWIN, preference_shift
+from lm_eval_steering.metrics.likelihood import NEEDS_UNSTEERED_SCORE, preference_shift
 from tests.conftest import CONFIGS, tiny_model
 from tests.lmeval.scoring.conftest import FRENCH, PAIRS, instances, loaded, neurons
 
-TWICE = {UNSTEERED_TWIN: True}
+TWICE = {NEEDS_UNSTEERED_SCORE: True}
 DEAR = Cost(1, 1e9)  # only what is nearly equal shares a row
 
 
