@@ -58,6 +58,7 @@ def doctor(
     ] = EngineName.HF,
     json: Annotated[Path | None, typer.Option(help="File for the checks as JSON.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random set and of the tokens.")] = 0,
+    force: options.Force = False,
 ) -> None:
     """Check on your model every guarantee that can be checked. Exit code 1 if one does not hold."""
     from lm_eval_steering.analysis.doctor import examine, passed, plain_text, report, rich_table, summary
@@ -71,12 +72,12 @@ def doctor(
         from lm_eval_steering.analysis.doctor_vllm import engine_report, examine_engine
 
         arguments = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, "dtype": model.dtype}
-        arguments |= options.read_model_arguments(model.model_args)
+        arguments |= ({"force": True} if force else {}) | options.read_model_arguments(model.model_args)
         checks = examine_engine(model.model, arguments, neuron_set, seed=seed, log=Log())
         record = partial(engine_report, checks, model.model, arguments, neuron_set, seed)
     else:
-        lazy = _model(model, neuron_set)
-        checks = examine(lazy.model, neuron_set, sites=model.sites, seed=seed, name=lazy.name, log=Log())
+        lazy = _model(model, neuron_set, force)
+        checks = examine(lazy.model, neuron_set, sites=model.sites, seed=seed, name=lazy.name, force=force, log=Log())
         record = partial(report, checks, lazy, neuron_set, seed)
     if sys.stdout.isatty():
         from rich.console import Console
@@ -198,7 +199,7 @@ def _neurons(path: Path | None) -> NeuronSet | None:
     return None if path is None else _load(path)
 
 
-def _model(options_of_model: options.ModelOptions, neurons: NeuronSet | None) -> LazyModel:
+def _model(options_of_model: options.ModelOptions, neurons: NeuronSet | None, force: bool = False) -> LazyModel:
     """The model's config is read here and compared with the set; its weights are not read.
 
     Raises:
@@ -206,7 +207,7 @@ def _model(options_of_model: options.ModelOptions, neurons: NeuronSet | None) ->
     """
     lazy = options_of_model.load()
     if neurons is not None:
-        neurons.check_model(lazy.shape.layers, lazy.shape.units, lazy.architecture, widths=lazy.shape.widths)
+        neurons.check_model(lazy.shape.layers, lazy.shape.units, lazy.architecture, force, lazy.shape.widths)
     return lazy
 
 
