@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import takewhile
@@ -35,6 +36,7 @@ _ARGUMENTS = (
     "quantization_config", "load_in_8bit", "load_in_4bit", "attn_implementation", "max_memory", "offload_folder",
     "token", "cache_dir",
 )  # fmt: skip
+_log = logging.getLogger("lm_eval.steering")
 _TOKENIZER_ONLY = {"tokenizer", "use_fast_tokenizer", "add_bos_token", "prefix_token_id"}
 _BITSANDBYTES = ("load_in_", "bnb_4bit_", "llm_int8_")  # how the names of its arguments begin
 
@@ -310,15 +312,22 @@ def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_missing_folder(pretrained: str) -> None:
-    """Refuse at once what can only be a folder and is none: the hub would be asked for minutes without a network.
+    """Refuse at once what can only be a folder and is none, and warn of what may be meant as one.
+
+    Without a network the hub is tried again and again before anything is printed.
 
     Raises:
         SteeringError: naming it, and folders beside it that are spelled almost alike.
     """
     path = Path(pretrained).expanduser()
     no_hub_id = pretrained.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2
-    if not path.exists() and (no_hub_id or pretrained.endswith("/")):
-        raise SteeringError(f"model {pretrained!r}: no such folder{_similar_folders(path)}")
+    if path.exists():
+        return
+    similar = _similar_folders(path)
+    if no_hub_id or pretrained.endswith("/"):
+        raise SteeringError(f"model {pretrained!r}: no such folder{similar}")
+    if similar or (len(path.parts) > 1 and path.parent.is_dir()):
+        _log.warning("model %r: no such folder%s; looking for it on the hub", pretrained, similar)
 
 
 def missing_folder(pretrained: str) -> str:

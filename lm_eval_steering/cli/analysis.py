@@ -109,6 +109,7 @@ def stepwise(
     lid: Lid = "lid.176",
     lid_threshold: Threshold = 0.5,
     lid_letters: Letters = 3,
+    force: options.Force = False,
 ) -> None:
     """Deactivate languages one after another, and see which language the model answers in after each step."""
     from lm_eval_steering.analysis.prompts import read_prompts
@@ -122,11 +123,11 @@ def stepwise(
     signature_of({"deactivate": "+".join(languages)}, neuron_set)
     texts = read_prompts(prompts, model.model, languages)
     identifier = _identifier(lid, lid_threshold, lid_letters, languages)
-    lazy, log = _model(model, neuron_set), Log()
+    lazy, log = _model(model, neuron_set, force), Log()
     if left_out:
         log.say(f"left out, as they have no neurons: {', '.join(left_out)}")
     decoding = Decoding(max_new_tokens, batch_size, tuple(stop or ()), min_new_tokens)
-    steps = deactivate_stepwise(lazy, neuron_set, texts, languages, decoding, identifier, log)
+    steps = deactivate_stepwise(lazy, neuron_set, texts, languages, decoding, identifier, log, force)
     typer.echo(table(steps))
     for path in write(steps, out):
         typer.echo(f"wrote {path}")
@@ -156,6 +157,7 @@ def logit_lens(
     lid: Lid = "lid.176",
     lid_threshold: Threshold = 0.5,
     lid_letters: Letters = 3,
+    force: options.Force = False,
 ) -> None:
     """How much probability each layer gives to each language, unsteered and, with an intervention, steered."""
     from lm_eval_steering.analysis.logit_lens import LensSettings, run_lens, table, write
@@ -178,8 +180,8 @@ def logit_lens(
     # Prompts in the target itself would give it mass without any steering.
     texts = read_prompts(prompts, model.model, ["deu_Latn" if "eng_Latn" in targets else "eng_Latn"], clauses=True)
     identifier = _identifier(lid, lid_threshold, lid_letters, targets)
-    lazy, log = _model(model, neuron_set), Log()
-    lens = run_lens(lazy, texts, targets, neuron_set, intervention, settings, identifier, log)
+    lazy, log = _model(model, neuron_set, force), Log()
+    lens = run_lens(lazy, texts, targets, neuron_set, intervention, settings, identifier, log, force)
     typer.echo(table(lens))
     for path in write(lens, out):
         typer.echo(f"wrote {path}")

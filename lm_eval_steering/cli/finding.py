@@ -54,7 +54,7 @@ def record(
         bool, typer.Option(help="Keep what the methods activated and average-precision need.")
     ] = False,
     text_only: Annotated[bool, typer.Option(help="Read the text and stop: for a machine with internet.")] = False,
-    batch_size: options.BatchSize = "16",
+    batch_size: options.BatchSize = "auto",
     bos: options.Bos = options.BosKind.AUTO,
 ) -> None:
     """Count how often each unit is active in each language; several GPUs by accelerate launch -m lm_eval_steering."""
@@ -102,7 +102,7 @@ def calibrate(
     percentiles: options.Percentiles = options.NINE,
     residual: options.Residual = False,
     context: options.Context = None,
-    batch_size: options.BatchSize = "16",
+    batch_size: options.BatchSize = "auto",
     bos: options.Bos = options.BosKind.AUTO,
 ) -> None:
     """Measure the activations of a set's neurons, so that `value=mean`, `max`, `p90`, ... can be used.

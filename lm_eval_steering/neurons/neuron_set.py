@@ -414,7 +414,7 @@ class NeuronSet:
             message += ")"
         raise NeuronSetError(
             f"{message}; an adapter, a fine-tuned or a quantised model has other weights; force=true (--force of "
-            "doctor and export) uses the set all the same"
+            "doctor, stepwise, logit-lens and export) uses the set all the same"
         )
 
 
