@@ -116,8 +116,9 @@ _FLORES_OF_MACRO = {
     "yid": "ydd", "fil": "tgl", "cmn": "zho", "ekk": "est",
 }  # fmt: skip
 
-# What the library does not lead to: an old name, and individual languages that newer corpora are sorted by.
-_OTHER_SPELLINGS = {"tgl": ("tl",), "zho": ("cmn",), "est": ("ekk",)}
+# What the library does not lead to: an old name, a macrolanguage, and individual languages that newer corpora are
+# sorted by.
+_OTHER_SPELLINGS = {"tgl": ("tl",), "zho": ("cmn",), "est": ("ekk",), "pbt": ("pus", "ps")}
 
 # FLORES-200's script where CLDR's most likely one is another.
 _FLORES_SCRIPT = {
