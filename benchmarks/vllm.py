@@ -1,7 +1,7 @@
 """What steering costs inside vLLM, compiled: steered over plain engines, and `steered-vllm` over `steered-hf`.
 
     python -m benchmarks.vllm                 # in an environment with vLLM: scripts/vllm_cpu_environment, or a GPU's
-    python -m benchmarks.vllm --module        # the steered module alone, with little room and with all of a layer's
+    python -m benchmarks.vllm --module        # the steered modules alone
     python -m benchmarks.vllm --quick --json vllm.json
 
 On a CPU a random Llama of 8 layers in float32; on a GPU one of 8B shape in bfloat16, with CUDA graphs. Rounds are
@@ -30,6 +30,7 @@ from benchmarks.measure import interleaved, interval, options_of, ratio, report
 from benchmarks.models import LARGE, SMALL
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
 from lm_eval_steering.vllm.activation import SiteEdit, SteeredActivation
+from lm_eval_steering.vllm.hidden_states import Returns, SteeredHiddenStates
 
 VOCABULARY, STEERED = 8192, 32  # every 32nd unit is steered
 INTERVENTION: dict[str, Any] = {"language": "fra_Latn", "op": "scale", "factor": 1.5}
@@ -91,7 +92,9 @@ def engines(options: argparse.Namespace) -> dict[str, Any]:
         # One process for each engine: idle, it waits and takes no time.
         arguments |= {"distributed_executor_backend": "uni", **share}
         lms = {"plain": VLLM(folder, **arguments), "again": VLLM(folder, **arguments)}
-        steered = lms["steered"] = SteeredVLLM(folder, **arguments, steered_units=64 if not gpu else 512)
+        steered = lms["steered"] = SteeredVLLM(
+            folder, **arguments, steered_units=64 if not gpu else 512, steered_residual=False
+        )
         steered.intervene(neurons, **INTERVENTION)
         hooks = SteeredHFLM(folder, dtype=arguments["dtype"], batch_size=prompts, max_length=512)
         hooks.intervene(neurons, **INTERVENTION)
@@ -132,40 +135,68 @@ class Plain(nn.Module):
         return functional.silu(inputs[..., :half]) * inputs[..., half:]
 
 
+class Norm(nn.Module):
+    """What a layer of Llama begins with: the sum of the two parts, and its norm."""
+
+    def forward(self, parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Two of (token, dimension) -> (token, dimension)."""
+        whole = parts[0] + parts[1]
+        return functional.rms_norm(whole, whole.shape[-1:])
+
+
 def module_alone(options: argparse.Namespace) -> dict[str, Any]:
-    """The module alone, compiled, and with the linear layer after it, whose cost it is to be compared with."""
+    """The modules alone, compiled, each with the linear layer after it, whose cost it is to be compared with."""
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     shape = LARGE if gpu else SMALL
-    width, results = shape["intermediate_size"], {}
+    width, dimensions = shape["intermediate_size"], shape["hidden_size"]
     units = torch.arange(0, width, STEERED)
-    count = len(units)
-    edit = SiteEdit(0, units, torch.full((count,), 1.5), torch.zeros(count), torch.zeros(count, dtype=torch.bool))
+    rooms = {"steered": len(units), "steered, room for all units": width}
+    mlp, layers = {}, {}
     for tokens in (16, 64, 512):
         real = torch.full((1,), tokens, dtype=torch.int64, device=device)
-        rooms = {"steered": count, "steered, room for all units": width}
+
+        def linear(inputs: int) -> nn.Linear:
+            return nn.Linear(inputs, dimensions, bias=False, device=device, dtype=dtype)
+
         modules: dict[str, nn.Module] = {"plain": Plain()}
         for name, room in rooms.items():
             modules[name] = module = SteeredActivation(Plain(), width, room, functional.silu, real)
-            module.write([edit])
-        inputs = torch.randn(tokens, 2 * width, device=device, dtype=dtype)
-        down = nn.Linear(width, shape["hidden_size"], bias=False, device=device, dtype=dtype)
-        compiled = {name: torch.compile(nn.Sequential(module, down)) for name, module in modules.items()}
+            module.write([scaled(units)])
+        down = linear(width)
+        whole = {name: nn.Sequential(module, down) for name, module in modules.items()}
+        mlp[f"{tokens} tokens"] = compared(whole, torch.randn(tokens, 2 * width, device=device, dtype=dtype), options)
+        steered = SteeredHiddenStates(Returns.PARTS, dimensions, real)
+        steered.write([scaled(torch.arange(dimensions))])
+        after = linear(dimensions)
+        whole = {"plain": nn.Sequential(Norm(), after), "steered": nn.Sequential(steered, Norm(), after)}
+        parts = torch.randn(2, tokens, dimensions, device=device, dtype=dtype)
+        layers[f"{tokens} tokens"] = compared(whole, (parts[0], parts[1]), options)
+    return {"width": width, "steered": len(units), "mlp": mlp, "dimensions": dimensions, "hidden states": layers}
 
-        def many(module: nn.Module, inputs: torch.Tensor = inputs) -> None:
-            with torch.inference_mode():
-                for _ in range(50):
-                    module(inputs)
 
-        seconds = interleaved(
-            {name: lambda module=module, many=many: many(module) for name, module in compiled.items()},
-            3 if options.quick else options.rounds,
-        )
-        results[f"{tokens} tokens"] = {
-            "microseconds a layer": {name: statistics.median(each) / 50 * 1e6 for name, each in seconds.items()},
-            **{f"{name} over plain": ratio(seconds, name, "plain") for name in rooms},
-        }
-    return {"width": width, "steered": count, "with the linear layer after it": results}
+def scaled(units: torch.Tensor) -> SiteEdit:
+    count = len(units)
+    return SiteEdit(0, units, torch.full((count,), 1.5), torch.zeros(count), torch.zeros(count, dtype=torch.bool))
+
+
+def compared(modules: dict[str, nn.Module], inputs: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Microseconds of each module, compiled, and those of the others over `plain`."""
+
+    def many(module: Any) -> None:
+        with torch.inference_mode():
+            for _ in range(50):
+                module(inputs)
+
+    compiled = {name: torch.compile(module) for name, module in modules.items()}
+    seconds = interleaved(
+        {name: lambda module=module: many(module) for name, module in compiled.items()},
+        3 if options.quick else options.rounds,
+    )
+    return {
+        "microseconds a layer": {name: statistics.median(each) / 50 * 1e6 for name, each in seconds.items()},
+        **{f"{name} over plain": ratio(seconds, name, "plain") for name in modules if name != "plain"},
+    }
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from langcodes import Language, LanguageTagError, find
+from language_data.names import code_to_names
 
 from lm_eval_steering.errors import UnknownLanguageError
 
@@ -258,6 +259,22 @@ def _macrolanguage(code: str) -> str:
 def english_name(code: str) -> str:
     """English name of a language, without its script: `English`, `Chinese`."""
     return str(Language.get(code.split("_", maxsplit=1)[0]).prefer_macrolanguage().language_name())
+
+
+@cache
+def native_name(code: str) -> str:
+    """Name of a language in the language itself, of CLDR and in the code's script: `français`, `中文`.
+
+    Raises:
+        UnknownLanguageError: if CLDR has none; the library would give the English one.
+    """
+    language = Language.get(code.replace("_", "-")).prefer_macrolanguage()
+    if not (set(language.broader_tags()) - {"und"}) & code_to_names(language.language).keys():
+        raise UnknownLanguageError(
+            f"language {code!r}: the name of {english_name(code)} in the language itself is not known; use names in "
+            "English, or write it into the instruction"
+        )
+    return str(language.language_name(language))
 
 
 def choose(code: str, available: tuple[str, ...], where: str) -> str:

@@ -106,3 +106,25 @@ def test_the_docs_name_the_macrolanguages_that_serve_a_language() -> None:
     assert {"ara", "swa", "fas"} <= named and all(code in spellings(normalise(code)) for code in named)
     for code, meant in (("ara", "arb_Arab"), ("swa", "swh_Latn"), ("fas", "pes_Arab"), ("msa", "zsm_Latn")):
         assert f"{meant}" in paragraph and normalise(code) == meant
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [("fra_Latn", "français"), ("zho_Hans", "中文"), ("srp_Cyrl", "српски"), ("eng_Latn", "English"),
+     ("afr_Latn", "Afrikaans"), ("plt_Latn", "Malagasy"), ("nob_Latn", "norsk bokmål"), ("arb_Arab", "العربية")],
+)  # fmt: skip
+def test_a_language_has_its_name_in_itself(code: str, name: str) -> None:
+    assert languages.native_name(code) == name
+
+
+def test_a_language_without_one_is_named_and_the_english_name_never_stands_for_it() -> None:
+    unknown = 0
+    for code in FLORES_200:
+        try:
+            assert languages.native_name(code)
+        except UnknownLanguageError as error:
+            unknown += 1
+            assert repr(code) in str(error) and languages.english_name(code) in str(error)
+    assert 20 < unknown < 60  # CLDR has the others
+    with pytest.raises(UnknownLanguageError, match="the name of Fon in the language itself is not known"):
+        languages.native_name("fon_Latn")

@@ -178,18 +178,18 @@ class Bench:
         with ExitStack() as stack:
             for layer in self.sites.layers:
                 if site == "activation":
-                    hook = layer.activation.register_forward_hook(
+                    handle = layer.activation.register_forward_hook(
                         lambda _m, _i, out: seen.append(out.clone()), prepend=first
                     )
                 elif site == RESIDUAL:
-                    hook = layer.block.register_forward_hook(
+                    handle = layer.block.register_forward_hook(
                         lambda _m, _i, out: seen.append(hidden_states(out).clone()), prepend=first
                     )
                 else:
-                    hook = layer.down.register_forward_pre_hook(
+                    handle = layer.down.register_forward_pre_hook(
                         lambda _m, inputs: seen.append(inputs[0].clone()), prepend=first
                     )
-                stack.enter_context(hook)
+                stack.enter_context(handle)
             yield seen
 
     def hooks(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,18 @@ from lm_eval_steering.lmeval.arguments import read_config
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.progress import Log
 from lm_eval_steering.provenance import versions
+from lm_eval_steering.steering.intervention import RESIDUAL
 
 if TYPE_CHECKING:
     from lm_eval_steering.vllm.model import SteeredVLLM
 
-# Written in plain numbers, so that they are defined for every neuron set.
-_BOTH_SITES: list[dict[str, Any]] = [
+# At each site, written in plain numbers, so that they are defined for every neuron set.
+_STEPS: list[dict[str, Any]] = [
     {"op": "add", "value": 1.0, "factor": 0.5},
     {"op": "scale", "factor": -1.5, "site": "product"},
+    {"op": "scale", "factor": 0.5, "site": RESIDUAL},
 ]
+_SHARE = 0.01  # of the dimensions of each layer's hidden states
 _TOKENS = 8  # that are generated
 _EXACT, _HALF = 1e-4, 8  # of max(1, |log-likelihood|): in float32, and in steps of a shorter type's rounding
 
@@ -103,6 +107,13 @@ class _EngineBench:
     """A running engine, a neuron set that fits its model, and token rows."""
 
     def __init__(self, lm: SteeredVLLM, neurons: NeuronSet, seed: int, force: bool) -> None:
+        from lm_eval_steering.vllm import compat
+
+        if not neurons.residual:  # random statistics, which say which dimensions are edited
+            dimensions = compat.hidden_size(compat.model_config(lm.model))
+            shape = (neurons.provenance.layers, dimensions, len(neurons.languages))
+            means = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+            neurons = replace(neurons, residual={"mean": means})
         self.lm, self.neurons, self._force = lm, neurons, force
         special = {number for number in lm.tokenizer.all_special_ids if number is not None}
         usual = np.array([number for number in range(lm.tokenizer.vocab_size) if number not in special])
@@ -112,8 +123,15 @@ class _EngineBench:
         self.language = max(sizes, key=lambda code: sizes[code])
 
     def steer(self, *steps: dict[str, Any]) -> None:
-        """Put steps in force for the language with most neurons; none is the unsteered model."""
-        whole = [{"language": self.language, **step} for step in steps]
+        """Put steps in force for the language with most neurons; none is the unsteered model.
+
+        Those at `residual` are about every layer, and a few of its dimensions unless they say `dimensions`.
+        """
+        several = len(self.neurons.languages) > 1  # the dimensions of one differ from no other's
+        few = max(1, round(_SHARE * self.neurons.dimensions)) if several else None
+        hidden = {"layers": f"0-{self.neurons.provenance.layers - 1}", "dimensions": few}
+        of_site = [hidden if step.get("site") == RESIDUAL else {} for step in steps]
+        whole = [{"language": self.language, **more, **step} for more, step in zip(of_site, steps, strict=True)]
         self.lm.intervene(self.neurons if steps else None, force=self._force, intervention=whole or None)
 
     def scores(self) -> _Scores:
@@ -121,8 +139,8 @@ class _EngineBench:
         return [score[0] for score in self.lm.log_likelihoods([(None, row[:1], row[1:]) for row in self.rows])]
 
     def steered_scores(self) -> _Scores:
-        """The same under an intervention at both sites."""
-        self.steer(*_BOTH_SITES)
+        """The same under an intervention at every site."""
+        self.steer(*_STEPS)
         return self.scores()
 
     def texts(self) -> list[list[int]]:
@@ -138,7 +156,8 @@ def _eager_checks(bench: _EngineBench) -> Iterator[PlannedCheck]:
     """Of an eager engine, in the order of the table."""
     layers = sorted({int(layer) for layer in np.unique(bench.neurons.neurons(bench.language)[:, 0])})
     for layer in dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])):
-        yield f"layer {layer} follows the definition", partial(_definition, bench, layer)
+        yield f"layer {layer} follows the definition", partial(_definition, bench, layer, "mlp")
+        yield f"hidden states of layer {layer} follow the definition", partial(_definition, bench, layer, RESIDUAL)
 
 
 def _checks(bench: _EngineBench, eager: _Scores | None) -> Iterator[PlannedCheck]:
@@ -157,22 +176,25 @@ def _checks(bench: _EngineBench, eager: _Scores | None) -> Iterator[PlannedCheck
     yield "compiled graphs are kept apart from a plain engine's", partial(_apart, bench)
 
 
-def _definition(bench: _EngineBench, layer: int) -> Finding:
+def _definition(bench: _EngineBench, layer: int, edits: str) -> Finding:
+    """Of the units of an MLP, or of the hidden states (`residual`)."""
     from lm_eval_steering.vllm.engine import message_of
 
-    bench.steer(*_BOTH_SITES)
+    bench.steer(*_STEPS)
     plan, llm = bench.lm.plan, bench.lm.model
     assert plan is not None
-    llm.collective_rpc("steering_watch", args=(layer,))
+    of_layer = [edit for edit in plan.edits if edit.layer == layer and (edit.site == RESIDUAL) == (edits == RESIDUAL)]
+    llm.collective_rpc("steering_watch", args=(layer, edits))
     bench.scores()
-    messages = [message_of(edit) for edit in plan.edits if edit.layer == layer]
-    workers = [worker for worker in llm.collective_rpc("steering_compare", args=(layer, messages)) if worker["calls"]]
+    answers = llm.collective_rpc("steering_compare", args=(layer, edits, list(map(message_of, of_layer))))
+    workers = [worker for worker in answers if worker["calls"]]
     edited, furthest = sum(worker["edited"] for worker in workers), max(worker["furthest"] for worker in workers)
-    expected = sum(len(edit.units) for edit in plan.edits if edit.layer == layer and edit.site == "activation")
+    expected = sum(len(edit.units) for edit in of_layer if edit.site in ("activation", RESIDUAL))
     tolerance = 4 * float(torch.finfo(_dtype(bench)).eps)
     holds = edited >= expected > 0 and furthest <= tolerance and all(worker["others"] for worker in workers)
-    detail = "" if all(worker["others"] for worker in workers) else "units that no step touches have changed"
-    return holds, f"{edited} units within {furthest:.1e}", f"{expected} within {tolerance:.1e}", detail
+    detail = "" if all(worker["others"] for worker in workers) else "what no step touches has changed"
+    kind = "dimensions" if edits == RESIDUAL else "units"
+    return holds, f"{edited} {kind} within {furthest:.1e}", f"{expected} within {tolerance:.1e}", detail
 
 
 def _held(bench: _EngineBench) -> Finding:
@@ -184,17 +206,21 @@ def _held(bench: _EngineBench) -> Finding:
 def _identity(bench: _EngineBench, step: dict[str, Any]) -> Finding:
     bench.steer()
     before = bench.scores(), bench.texts()
-    bench.steer(step)
+    bench.steer(step, {**step, "site": "product"}, {**step, "site": RESIDUAL, "dimensions": None})
     after = bench.scores(), bench.texts()
     return after == before, f"{_furthest(after[0], before[0]):.1e}", "bit-equal", ""
 
 
 def _takes_place(bench: _EngineBench) -> Finding:
+    """At each site by itself."""
     bench.steer()
-    before = bench.scores()
-    after = bench.steered_scores()
-    moved = min(abs(one - other) for one, other in zip(after, before, strict=True))
-    return moved > 0 and bool(np.isfinite(after).all()), f"by {moved:.2g} nats or more", "more than 0, and finite", ""
+    before, moved, finite = bench.scores(), np.inf, True
+    for step in _STEPS:
+        bench.steer(step)
+        after = bench.scores()
+        moved = min(moved, *(abs(one - other) for one, other in zip(after, before, strict=True)))
+        finite &= bool(np.isfinite(after).all())
+    return moved > 0 and finite, f"by {moved:.2g} nats or more", "more than 0, and finite", ""
 
 
 def _as_eager(bench: _EngineBench, eager: _Scores) -> Finding:
@@ -218,7 +244,7 @@ def _counted(bench: _EngineBench) -> Finding:
 def _restored(bench: _EngineBench) -> Finding:
     bench.steer()
     before = bench.scores(), bench.texts(), bench.texts()
-    bench.steer(*_BOTH_SITES)
+    bench.steer(*_STEPS)
     steered = bench.scores(), bench.texts(), bench.texts()
     bench.steer()
     after = bench.scores(), bench.texts(), bench.texts()
@@ -229,7 +255,7 @@ def _restored(bench: _EngineBench) -> Finding:
 def _compiles_nothing(bench: _EngineBench) -> Finding:
     before = bench.lm.steering.compilations()
     for factor in (2.0, 3.0):
-        bench.steer({"op": "scale", "factor": factor})
+        bench.steer({"op": "scale", "factor": factor}, {"op": "scale", "factor": 1 / factor, "site": RESIDUAL})
         bench.scores()
     after = bench.lm.steering.compilations()
     number = sum(sum(each.values()) for each in after) - sum(sum(each.values()) for each in before)

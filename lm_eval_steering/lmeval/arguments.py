@@ -30,7 +30,7 @@ from lm_eval_steering.lmeval.compat import from_pretrained_arguments
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.compiled import CompiledIntervention, compile_intervention
-from lm_eval_steering.steering.intervention import ARGUMENTS, from_arguments
+from lm_eval_steering.steering.intervention import ARGUMENTS, PROMPT_ARGUMENTS, Prompt, from_arguments
 
 SCORING = ("auto", "shared", "plain")
 GENERATION = ("auto", "static", "compiled", "plain")
@@ -57,6 +57,9 @@ class SteeringArguments:
         positions: `all`, `prompt`, `generated`, `last`, or a window.
         scope: of a live statistic, `token` or `sequence`.
         seed: of random numbers.
+        instruction: put in front of every prompt instead of steering neurons; `{language}` is the language's name.
+        instruction_names: whether that name is in `english` or in the language itself, `native`.
+        instruction_system: True sends it as system instruction of the chat template.
         intervention: path of a YAML file with a list of steps, instead of the arguments above.
         target_language: what `lfs` counts in a run that steers to no language.
         lid: what identifies the language of outputs: a name (`lid.176`, `glotlid`, ...) or the path of a model file.
@@ -85,6 +88,9 @@ class SteeringArguments:
     positions: str | None = None
     scope: str | None = None
     seed: int | None = None
+    instruction: str | None = None
+    instruction_names: str | None = None
+    instruction_system: bool | None = None
     intervention: Any = None
     target_language: str | None = None
     lid: str = DEFAULT
@@ -105,7 +111,10 @@ class SteeringArguments:
         if self.sites is not None:
             parse_sites(self.sites)
         given = [name for name in ARGUMENTS if getattr(self, name) is not None]
-        if given and self.neurons is None:
+        if self.prompt is not None:
+            if self.neurons is not None:
+                raise InterventionError("neurons= conflicts with an instruction, which changes none: leave it out")
+        elif given and self.neurons is None:
             raise InterventionError(
                 f"{given[0]}= without neurons=: say which neuron set, a path or a name such as demo"
             )
@@ -130,6 +139,13 @@ class SteeringArguments:
         identifier = LanguageIdentifier.named(self.lid, self.lid_threshold, self.lid_letters)
         identifier.signature()  # reads the file
         return identifier
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The instruction that is put in front of every prompt, if any."""
+        if all(getattr(self, name) is None for name in (*PROMPT_ARGUMENTS, "intervention")):
+            return None  # the rest is checked with the neuron set
+        return from_arguments(self.steps()).prompt
 
     def steps(self) -> dict[str, Any]:
         """The arguments that describe the intervention."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from lm_eval_steering.errors import InterventionError
 from lm_eval_steering.metrics.likelihood import Score
 
 if TYPE_CHECKING:  # the task families import this module, and `lm-eval-steering tasks` starts without lm-eval
@@ -47,19 +48,44 @@ def in_windows(request: Request, max_length: int) -> list[Request]:
 
     Args:
         request: ((context, continuation), context tokens, continuation tokens); the context tokens of an empty context
-            are one prefix token.
+            are one prefix token, and an instruction where there is one.
         max_length: Longest input of the model, in tokens.
+    """
+    key, context, continuation = request
+    if key is None or key[0] != "":
+        return [request]
+    parts = parts_of(context, continuation, max_length)
+    if len(parts) <= 1:
+        return [request]
+    # A key for each: a window is no request of lm-eval's, and its score is not the text's.
+    return [(("", f"{key[1]}, window {number}"), *part) for number, part in enumerate(parts)]
+
+
+def parts_of(prefix: list[int], text: list[int], max_length: int) -> list[tuple[list[int], list[int]]]:
+    """lm-eval's rolling windows of a text, as (context, continuation): each token is predicted once.
+
+    Args:
+        prefix: one token, which the first window begins with; or that and an instruction, which all windows begin with.
+        text: tokens.
+        max_length: longest input of the model, in tokens.
+
+    Raises:
+        InterventionError: if the instruction leaves no place for text.
     """
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    key, context, continuation = request
-    if key is None or key[0] != "" or len(context) != 1 or len(continuation) <= max_length:
-        return [request]
-    windows = get_rolling_token_windows(continuation, context[0], max_seq_len=max_length, context_len=1)
-    # A key for each: a window is no request of lm-eval's, and its score is not the text's.
-    return [
-        (("", f"{key[1]}, window {number}"), *make_disjoint_window(window)) for number, window in enumerate(windows)
-    ]
+    if len(prefix) + len(text) - 1 <= max_length:
+        return [(prefix, text)] if text else []
+    instructed = len(prefix) > 1
+    room = max_length - len(prefix) if instructed else max_length
+    if room < 1:
+        raise InterventionError(
+            f"the instruction has {len(prefix) - 1} tokens, which leaves no place for text in the model's {max_length}"
+        )
+    windows = map(make_disjoint_window, get_rolling_token_windows(text, prefix[0], max_seq_len=room, context_len=1))
+    if not instructed:
+        return list(windows)
+    return [(prefix if number == 0 else prefix + context, part) for number, (context, part) in enumerate(windows)]
 
 
 def joined(scores: Sequence[Score], windows: Sequence[Sequence[Request]]) -> list[Score]:

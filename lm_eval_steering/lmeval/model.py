@@ -84,7 +84,7 @@ class SteeredHFLM(SteeredLM, HFLM):
         self._unsteered: Answers | None = None  # answers of the second pass over the requests in hand
         self._sites = ours.sites
         self._sites_found: dict[str, ModelSites] = {}
-        self._attach(neuron_set, plan, ours.targets(), ours.force)
+        self._attach(neuron_set, plan, ours.targets(), ours.force, ours.prompt)
 
     def _create_model(self, pretrained: str, *args: Any, **arguments: Any) -> None:
         """As lm-eval's, with the quantisation that was asked for before that of the checkpoint.
@@ -229,6 +229,8 @@ class SteeredHFLM(SteeredLM, HFLM):
     ) -> torch.Tensor:
         """One batch of generation, with its padding handed to the intervention."""
         mask = generation_kwargs.get("attention_mask")
+        real = torch.ones_like(context) if mask is None else mask
+        self.prompting.prove(row[kept.bool()].tolist() for row, kept in zip(context, real, strict=True))
         plain = super()._model_generate
         with nullcontext() if mask is None else self._steered(mask):
             texts = self.generator(self._generation_context(), plain, context, max_length, stop, **generation_kwargs)
@@ -264,7 +266,7 @@ class SteeredHFLM(SteeredLM, HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """A `Score` of each request; where its document asks for it, with the one of the same row without steering."""
-        with self._encoded_ahead([whole_text(request) for request in requests]):
+        with self._encoded_ahead([self._as_sent(whole_text(request)) for request in requests]):
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     @contextmanager
@@ -276,7 +278,7 @@ class SteeredHFLM(SteeredLM, HFLM):
             self._known_tokens = {}
 
     def _totals(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
-        if self.scorer.setting == "plain":
+        if self.scorer.setting == "plain" and not self.prompting.active:
             return HFLM.loglikelihood_rolling(self, requests, disable_tqdm=disable_tqdm)
         return super()._totals(requests, disable_tqdm)
 

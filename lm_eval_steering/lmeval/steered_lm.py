@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,8 @@ from lm_eval_steering.lmeval.cache import CompletingCacheHook, salt
 from lm_eval_steering.lmeval.chat_template import TemplateNotes
 from lm_eval_steering.lmeval.generation import Identifying
 from lm_eval_steering.lmeval.identity import Steered
-from lm_eval_steering.lmeval.long_texts import in_windows, joined, of_whole_text, whole_text
+from lm_eval_steering.lmeval.long_texts import in_windows, joined, of_whole_text, parts_of, whole_text
+from lm_eval_steering.lmeval.prompting import END, AskedKeys, Prompting
 from lm_eval_steering.lmeval.requests import Request, needs_unsteered_score, refuse_stale, windows_of
 from lm_eval_steering.metrics.language_id import LanguageIdentifier
 from lm_eval_steering.metrics.likelihood import RollingScore, Score
@@ -26,7 +28,7 @@ from lm_eval_steering.metrics.output_language import IdentifiedText
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.provenance import fingerprint
 from lm_eval_steering.steering.compiled import CompiledIntervention, compile_intervention
-from lm_eval_steering.steering.intervention import Intervention, from_arguments
+from lm_eval_steering.steering.intervention import Intervention, Prompt, from_arguments
 
 Answers = Sequence[Any]  # of lm-eval's own type or of ours, one for each request
 
@@ -41,12 +43,14 @@ class SteeredLM(TemplateLM):
         identifier: of the language of outputs.
         neuron_set: whose neurons are edited; None where the model is unsteered.
         targets: codes of the languages whose share `lfs` counts.
+        prompting: the instruction in front of prompts, if any.
         fingerprint: hash over everything that decides a score under the intervention in force.
     """
 
     identifier: LanguageIdentifier
     neuron_set: NeuronSet | None
     targets: tuple[str, ...]
+    prompting: Prompting
     fingerprint: str
 
     _scoring_twice = False  # while rows are scored with and without the intervention
@@ -135,15 +139,23 @@ class SteeredLM(TemplateLM):
         plan = None
         if neuron_set is not None:
             plan = compile_intervention(intervention, neuron_set, allow_empty)
+            intervention = plan.intervention
         elif intervention.steps:
             raise SteeringError("an intervention needs a neuron set")
-        self._attach(neuron_set, plan, named or (plan.intervention.steered if plan else ()), force)
+        self._attach(neuron_set, plan, named or intervention.steered, force, intervention.prompt)
 
     def _attach(
-        self, neuron_set: NeuronSet | None, plan: CompiledIntervention | None, targets: tuple[str, ...], force: bool
+        self,
+        neuron_set: NeuronSet | None,
+        plan: CompiledIntervention | None,
+        targets: tuple[str, ...],
+        force: bool,
+        prompt: Prompt | None,
     ) -> None:
+        tokenizer: Any = self.tokenizer
+        prompting = Prompting(prompt, tokenizer, str(tokenizer.decode([self.prefix_token_id])))
         self._apply(neuron_set, plan, force)
-        self.neuron_set, self.targets = neuron_set, targets
+        self.neuron_set, self.targets, self.prompting = neuron_set, targets, prompting
         self.fingerprint = fingerprint(self._decides())
 
     # --- answers ------------------------------------------------------------------------------------------------
@@ -156,7 +168,7 @@ class SteeredLM(TemplateLM):
         twice = [index for index, request in enumerate(requests) if needs_unsteered_score(request)]
         once = sorted(set(range(len(requests))) - set(twice))
         scores: dict[int, Any] = {}
-        with self._proven():
+        with self._proven(), self.prompting.proven(requests):
             if once:
                 steered = super().loglikelihood([requests[index] for index in once], disable_tqdm=disable_tqdm)
                 scores |= dict(zip(once, steered, strict=True))
@@ -167,9 +179,18 @@ class SteeredLM(TemplateLM):
 
     def _score_twice(self, requests: list[Instance], disable_tqdm: bool) -> list[Score]:
         parents = super().loglikelihood
+
+        def score() -> Answers:
+            return parents(requests, disable_tqdm=disable_tqdm)
+
         self._scoring_twice = True
         try:
-            steered, unsteered = self._with_and_without(lambda: parents(requests, disable_tqdm=disable_tqdm))
+            if self.prompting.active:  # other prompts, hence other rows
+                steered = score()
+                with self.prompting.suspended():
+                    unsteered: Answers = score()
+            else:
+                steered, unsteered = self._with_and_without(score)
         finally:
             self._scoring_twice = False
         return [
@@ -180,10 +201,15 @@ class SteeredLM(TemplateLM):
     def _loglikelihood_tokens(  # type: ignore[override]  # as `HFLM`, which narrows `TemplateLM`
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Any]:
+        return self._scored([self._with_instruction(request) for request in requests], disable_tqdm, override_bs)
+
+    def _scored(self, requests: list[Request], disable_tqdm: bool, override_bs: int | None = None) -> list[Any]:
+        """A `Score` of each request, of the tokens that are sent."""
         windows = [in_windows(request, self._longest_input) for request in requests]
         if any(len(parts) > 1 for parts in windows):
             single = [window for parts in windows for window in parts]
-            return joined(self._loglikelihood_tokens(single, disable_tqdm, override_bs), windows)
+            return joined(self._scored(single, disable_tqdm, override_bs), windows)
+        self.prompting.prove(self._fed_context(request) for request in requests)
         self._continuation_lengths = {request[0]: len(request[2]) for request in requests if request[0]}
         answers = self._log_likelihoods(list(requests), disable_tqdm, override_bs)
         return [
@@ -193,11 +219,11 @@ class SteeredLM(TemplateLM):
 
     def log_likelihoods(self, requests: Sequence[Request]) -> list[Any]:
         """A `Score` of each request that is tokenised already."""
-        return self._loglikelihood_tokens(list(requests), disable_tqdm=True)
+        return self._scored(list(requests), disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """A `RollingScore` of each whole text after one prefix token; every token is prompt."""
-        with self._proven():
+        with self._proven(), self.prompting.proven(requests):
             totals = self._totals(requests, disable_tqdm)
         pairs = zip(requests, self._finite(totals), strict=True)
         return [self._rolling_score(request.args[0], total) for request, total in pairs]
@@ -205,27 +231,41 @@ class SteeredLM(TemplateLM):
     def _totals(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
         """Summed log-probability of each text, in nats: the windows of all texts are one list of requests."""
         texts = [request.args[0] for request in requests]
-        windows = [windows_of(self.tok_encode(text), self.prefix_token_id, self._longest_input) for text in texts]
-        answers = iter(self._loglikelihood_tokens([each for of_text in windows for each in of_text], disable_tqdm))
+        windows = [self._windows(text) for text in texts]
+        answers = iter(self._scored([each for of_text in windows for each in of_text], disable_tqdm))
         totals = []
         for text, of_text in zip(texts, windows, strict=True):
             totals.append(sum(next(answers)[0] for _ in of_text))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
         return totals
 
+    def _windows(self, text: str) -> list[Request]:
+        """A whole text in lm-eval's windows, or in those that all begin with the instruction."""
+        tokens = self._text_tokens(text)
+        if not self.prompting.active:
+            return windows_of(tokens, self.prefix_token_id, self._longest_input)
+        return [(None, *part) for part in parts_of(self._instruction_tokens, tokens, self._longest_input)]
+
+    def _text_tokens(self, text: str) -> list[int]:
+        """Tokens of a whole text; after an instruction without those that a tokenizer puts in front."""
+        return list(self.tok_encode(text, **({"add_special_tokens": False} if self.prompting.active else {})))
+
     def _rolling_score(self, text: str, score: float) -> RollingScore:
         """A whole text's score with its number of tokens, each of which was predicted once."""
-        return RollingScore(score, len(self.tok_encode(text)))
+        return RollingScore(score, len(self._text_tokens(text)))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
         """An `IdentifiedText` of each request."""
         refuse_stale(requests, self.targets)
         self.identifier.refuse_unknown(self.targets)
         hook: CacheHook = self.cache_hook
-        with self._proven(), Identifying(self.identify, hook) as identifying:
+        sent = [self._as_sent(request) for request in requests]
+        asked = {one.args[0]: other.args[0] for one, other in zip(sent, requests, strict=True)}
+        keys = AskedKeys(hook, asked) if self.prompting.active else hook
+        with self._proven(), self.prompting.proven(requests), Identifying(self.identify, keys) as identifying:
             self.cache_hook = identifying
             try:
-                texts = super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[safe-super]
+                texts = super().generate_until(sent, disable_tqdm=disable_tqdm)  # type: ignore[safe-super]
             finally:
                 self.cache_hook = hook
             return [identifying.text(text) for text in self._finite(texts)]
@@ -244,6 +284,42 @@ class SteeredLM(TemplateLM):
             )
         return list(answers)
 
+    # --- the instruction of an intervention by prompting --------------------------------------------------------
+
+    def _as_sent(self, request: Instance) -> Instance:
+        """A request with the instruction in its prompt; one without a prompt gets it in its tokens alone."""
+        context, *rest = request.args
+        if not self.prompting.active or (not context.strip() and request.request_type != "generate_until"):
+            return request
+        return replace(request, arguments=(self.prompting.with_instruction(context), *rest))
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval's, of the prompt as it is sent."""
+        if not self.prompting.active:
+            return super()._encode_pair(context, continuation)
+        if not context.strip():  # the newline after the instruction is no part of the continuation
+            return self._instruction_tokens, list(self.tok_encode(context + continuation, add_special_tokens=False))
+        return super()._encode_pair(self.prompting.with_instruction(context), continuation)
+
+    def _with_instruction(self, request: Request) -> Request:
+        """A request without a prompt has the instruction for one, after the token that it had."""
+        key, context, continuation = request
+        if not self.prompting.active or key is None or key[0] != "" or len(context) != 1:
+            return request
+        return key, self._instruction_tokens, continuation
+
+    @property
+    def _instruction_tokens(self) -> list[int]:
+        """The token that texts begin with, the instruction, and the newline after it."""
+        instruction = self.tok_encode(self.prompting.instruction + END, add_special_tokens=False)
+        return [self.prefix_token_id, *instruction]
+
+    def _fed_context(self, request: Request) -> list[int]:
+        """Tokens of the context that are left where a request is cut to fit the model."""
+        _, context, continuation = request
+        read = len(context) + (len(continuation) - 1 if self.backend == "causal" else 0)
+        return context[max(read - self._longest_input, 0) :]
+
     # --- what a chat template makes of prompts ------------------------------------------------------------------
 
     @cached_property
@@ -253,13 +329,17 @@ class SteeredLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """As lm-eval's; an instruction that the template leaves out is noted."""
-        prompt = str(super().apply_chat_template(chat_history, add_generation_prompt))
+        render = super().apply_chat_template
+        prompt = str(render(chat_history, add_generation_prompt))
         self.template_notes.rendered(chat_history, prompt)
+        self.prompting.render(chat_history, prompt, lambda messages: str(render(messages, add_generation_prompt)))
         return prompt
 
     def _noted(self, report: dict[str, Any]) -> dict[str, Any]:
-        """A report with what the chat template did, where it did anything."""
+        """A report with the number of prompts with an instruction, and with what the chat template did, if anything."""
         notes = self.template_notes.notes()
+        if evidence := self.prompting.evidence():
+            report = {**report, "evidence": evidence | {"rank": f"{self.rank} of {self.world_size}"}}
         return {**report, "notes": notes} if notes else report
 
     # --- the request cache --------------------------------------------------------------------------------------
@@ -289,7 +369,7 @@ class SteeredLM(TemplateLM):
     @property
     def intervention(self) -> Intervention:
         """What is done to the model at the moment; no steps where it is unsteered."""
-        return self.plan.intervention if self.plan else Intervention()
+        return self.plan.intervention if self.plan else Intervention(prompt=self.prompting.prompt)
 
     def _decides(self) -> dict[str, Any]:
         """Everything that decides a score of this model under the intervention in force."""

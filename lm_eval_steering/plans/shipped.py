@@ -94,9 +94,7 @@ def family_of(task: str) -> str | None:
 
 def _statistics(entry: InterventionEntry, language: str) -> set[str]:
     """Calibrated statistics that an entry looks up in the neuron set."""
-    given = entry.model_dump(exclude={"factors", "factor", "languages"}, exclude_none=True)
-    steers = entry.op is not None or entry.preset is not None
-    steps = from_arguments(given | ({"language": language} if steers else {})).steps
+    steps = from_arguments(entry.arguments | ({"language": language} if entry.steers else {})).steps
     named = {(step.value, step.site) for step in steps if isinstance(step.value, str)}
     return {
         f"{value} of hidden states, with --residual" if site == RESIDUAL else value

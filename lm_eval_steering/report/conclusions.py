@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_steering.report.effects import ALPHA, Effects, effects_of, scores_by_cell
+from lm_eval_steering.report.method_comparison import BEST, MEAN_OVER, MethodComparison
 from lm_eval_steering.report.naming import (
     CROSS,
     NATS,
     SELF,
-    SEVERAL,
     SUCCESSES,
     counted,
+    is_prompt,
     language_name,
     listed,
     number,
@@ -27,7 +28,7 @@ from lm_eval_steering.report.naming import (
     with_interval,
 )  # fmt: skip
 from lm_eval_steering.report.read import BASELINE, CLEAN, DEGENERATE, FORCED, LANG_UNKNOWN, REPEATED
-from lm_eval_steering.report.tables import Results, control_scores, controls_by_place, intervals
+from lm_eval_steering.report.tables import Results, control_scores, controls_by_place, deciding, intervals
 from lm_eval_steering.sweep.choice import REPORT
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def answer(results: Results) -> Conclusions:
         sentences += _contradictions(results, headline)
         tiles += _tiles(headline, evidence, null)
     sentences += _equal_damage(results)
+    sentences += _each_at_its_best(results.methods)
     sentences += _deactivations(results)
     if not sentences:
         sentences = ["No score of a steered run is here yet, so there is nothing to answer."]
@@ -122,22 +124,27 @@ def _run(results: Results) -> str:
     languages = [code for code in sorted(steered["steered"].unique()) if code]
     kinds = [kind for kind in dict.fromkeys(steered["kind"]) if kind]
     factors = sorted(steered["factor"].dropna().unique())
-    controls = int(sweep.cells["control"].nunique())
+    prompted = sweep.cells["kind"].map(is_prompt)
+    controls, naming = (int(sweep.cells.loc[chosen, "control"].nunique()) for chosen in (~prompted, prompted))
     tasks = sweep.cells["task"].nunique()
     text = f"{', '.join(sweep.cells['model'].unique())} was evaluated on {counted(tasks, 'task')}"
     if languages:
         named = listed([language_name(code) for code in languages])
-        text += (
-            f" while the neurons of {counted(len(languages), 'language')} ({named}) were steered, one language at a "
-            f"time, by {listed(kinds)}"
+        what = counted(len(languages), "language")
+        steered_to = (
+            f"{what} ({named}) were steered to" if prompted.any() else f"the neurons of {what} ({named}) were steered"
         )
+        text += f" while {steered_to}, one language at a time, by {listed(kinds)}"
     if factors:
         text += f" at {counted(len(factors), 'factor')} ({listed([f'{factor:g}' for factor in factors])})"
     text += f": {counted(len(steered), 'steered cell' if languages else 'cell')}"
     text += f", {counted(int(sweep.cells['is_baseline'].sum()), 'baseline')}"
+    if naming:
+        text += f", {counted(naming, 'other language')} that each instruction names instead as control"
     text += (
-        f" and {counted(controls, 'matched random neuron set')} as control." if controls else ", no random controls."
-    )
+        f" and {counted(controls, 'matched random neuron set')} as control." if controls else
+        "." if naming else ", no random controls."
+    )  # fmt: skip
     missing = len(sweep.missing)
     return text + (f" {counted(missing, 'planned cell')} {'is' if missing == 1 else 'are'} missing." if missing else "")
 
@@ -164,6 +171,11 @@ class Headline:
     family: str
     how: str
     half: bool
+
+    @property
+    def prompts(self) -> bool:
+        """Whether all of its settings are instructions, whose controls name other languages."""
+        return bool(self.rows["kind"].map(is_prompt).all())
 
     @property
     def sign(self) -> int:
@@ -214,22 +226,29 @@ def _headline(results: Results) -> Headline | None:
             continue
         family = str(rows.groupby("family")["n"].sum().idxmax())
         rows = rows[rows["family"] == family]
-        rows = _deciding(rows[rows["metric"] == rows["metric"].iloc[0]])
+        rows = deciding(rows[rows["metric"] == rows["metric"].iloc[0]])
         if chosen:
             tried = set(frame.loc[frame["stage"] == 1, "task"])
             apart = (rows["items"] == REPORT).all() or not (set(rows["task"]) & tried)
             how = "chosen by the sweep on " + ("other items" if apart else "these very items, so optimistic")
             return _with_damage(results, rows, results.effects, how, False)
-        kind = rows["kind"].value_counts(sort=True).index[0]
-        return _at_best(results, rows[rows["kind"] == kind])
+        return _at_best(results, rows[rows["kind"] == _kind_of_answer(results, rows)])
     return None
 
 
-def _deciding(rows: pd.DataFrame) -> pd.DataFrame:
-    for relation in (SELF, SEVERAL, CROSS):
-        if (rows["relation"] == relation).any():
-            return rows[rows["relation"] == relation]
-    return rows
+def _kind_of_answer(results: Results, rows: pd.DataFrame) -> str:
+    """Of the kinds with most cells the one that does best on the items that factors are chosen on, else the first."""
+    cells = rows["kind"].value_counts(sort=True)
+    kinds = [str(kind) for kind in cells.index if cells[kind] == cells.iloc[0]]
+    best = results.best
+    if len(kinds) > 1 and len(best):
+        first = rows.iloc[0]
+        own = best[(best["family"] == first["family"]) & (best["metric"] == first["metric"]) & best["kind"].isin(kinds)]
+        sign = 1 if bool(first["higher_is_better"]) else -1
+        means = sign * own.groupby("kind", sort=False)["score_choose"].mean()
+        if len(means) == len(kinds) and own.groupby("kind")["steered"].nunique().nunique() == 1:
+            return str(means.idxmax())
+    return kinds[0]
 
 
 def _at_best(results: Results, rows: pd.DataFrame) -> Headline:
@@ -333,7 +352,7 @@ def _verdict(results: Results, headline: Headline, evidence: Evidence) -> str:
     facts = [difference, f"{int(better.sum())} of {len(rows)} cells improved"]
     if rows["p_holm"].notna().any():
         facts[-1] += f", {int((better & (rows['p_holm'] < ALPHA)).sum())} significantly after Holm's correction"
-    facts += [_why_no_evidence(evidence), f"n = {int(rows['n'].sum()):,} items on {headline.family}"]
+    facts += [_why_no_evidence(evidence, headline.prompts), f"n = {int(rows['n'].sum()):,} items on {headline.family}"]
     text = (
         f"{evidence.verdict}: with {_settings_text(headline)}{f' ({headline.how})' if headline.how else ''}, {moved} "
         f"({'; '.join(fact for fact in facts if fact)}); the price: {_price(headline)}"
@@ -350,12 +369,12 @@ def _past_limits(evidence: Evidence) -> str:
     return f"; past the limit of {listed(passed)}" if passed else ""
 
 
-def _why_no_evidence(evidence: Evidence) -> str:
+def _why_no_evidence(evidence: Evidence, prompts: bool) -> str:
     if evidence.verdict != NO_EVIDENCE or np.isnan(evidence.low):
         return ""
     if evidence.reached:
-        return "random neurons do as much"
-    return "LSS needs random sets to compare with" if evidence.low > 0 else "the interval includes 0"
+        return "the instruction naming another language does as much" if prompts else "random neurons do as much"
+    return "LSS needs controls to compare with" if evidence.low > 0 else "the interval includes 0"
 
 
 def _settings_text(headline: Headline) -> str:
@@ -430,6 +449,8 @@ def _others(results: Results, headline: Headline) -> str:
 
 
 def _chance(headline: Headline, evidence: Evidence, null: dict[int, float]) -> str:
+    if headline.prompts:
+        return _named_instead(headline, evidence, null)
     if not null:
         return (
             "Whether any neurons would have done the same is open: no matched random sets were run with this score for "
@@ -447,6 +468,23 @@ def _chance(headline: Headline, evidence: Evidence, null: dict[int, float]) -> s
         need = f"a claim needs {SETS_FOR_A_CLAIM}"
         return text + f"none reached the languages' own neurons; {few}, too few to exclude chance ({need})."
     return text + "the languages' own neurons are above every one of them."
+
+
+def _named_instead(headline: Headline, evidence: Evidence, null: dict[int, float]) -> str:
+    """What the same instruction does that names other languages."""
+    if not null:
+        return (
+            "Whether an instruction that names another language would have done the same is open: none was run with "
+            "this score for all of these languages (controls: {random: 1} in the plan)."
+        )
+    values, name = list(null.values()), readable_metric(headline.metric)
+    others = "it reached" if len(values) == 1 else f"{evidence.reached} of them reached"
+    return (
+        f"With the instruction naming {counted(evidence.sets, 'other language')} instead, {name} is "
+        f"{number(float(np.mean(values)))} on average over the same languages and items (lowest {number(min(values))}, "
+        f"highest {number(max(values))}): {others if evidence.reached else 'none reached'} the one that names the "
+        "language."
+    )
 
 
 def _contradictions(results: Results, headline: Headline) -> list[str]:
@@ -476,7 +514,7 @@ def _contradictions(results: Results, headline: Headline) -> list[str]:
             facts.append(f"{number(100 * clean)} % of the outputs in the language{and_clean}")
         if not np.isnan(garbage):
             facts.append(f"{number(100 * garbage)} % degenerate")
-        shown.append(f"{language_name(code)}, {kind} ×{factor:g}: {', '.join(facts)}")
+        shown.append(f"{language_name(code)}, {kind}{f' ×{factor:g}' if factor else ''}: {', '.join(facts)}")
     if not shown:
         return []
     rest = f"; and {more} settings more" if more else ""
@@ -499,7 +537,8 @@ def _tiles(headline: Headline, evidence: Evidence, null: dict[int, float]) -> li
         elif len(known):
             tiles.append((number(scale * known.max(), True), f"{what} (highest; {len(known)} of {len(languages)})"))
     if null:
-        label = f"{name}, random neurons ({counted(evidence.sets, 'set')})"
+        of_neurons = f"random neurons ({counted(evidence.sets, 'set')})"
+        label = f"{name}, {'other languages named' if headline.prompts else of_neurons}"
         tiles.append((number(float(np.mean(list(null.values())))), label))
     return tiles
 
@@ -581,16 +620,11 @@ def _equal_damage(results: Results) -> list[str]:
         rows = rows[rows["higher_is_better"].notna()]
         if len(rows):
             family = rows.groupby("family")["n"].sum().idxmax()
-            return _at_equal_damage(_deciding_of_items(rows[rows["family"] == family]))
+            return _at_equal_damage(deciding(rows[rows["family"] == family], "items_in"), results.methods)
     return []
 
 
-def _deciding_of_items(rows: pd.DataFrame) -> pd.DataFrame:
-    relation = next(name for name in (SELF, SEVERAL, CROSS) if (rows["items_in"] == name).any())
-    return rows[rows["items_in"] == relation]
-
-
-def _at_equal_damage(rows: pd.DataFrame) -> list[str]:
+def _at_equal_damage(rows: pd.DataFrame, comparison: MethodComparison | None) -> list[str]:
     sign = 1 if bool(rows["higher_is_better"].iloc[0]) else -1
     metric = readable_metric(str(rows["metric"].iloc[0]))
     sentences = []
@@ -608,7 +642,12 @@ def _at_equal_damage(rows: pd.DataFrame) -> list[str]:
         if len(fewer):
             short = [f"{row['kind']} ({counted(row['languages'], 'language')})" for row in fewer.to_dict("records")]
             text += f"; not compared, because it is of other languages: {listed(short)}"
-        sentences.append(f"{text}.")
+        sentences.append(f"{text}. {_winner(comparison, f'{damage:g}')}".rstrip())
+    for row in rows[rows["damage"].isna()].to_dict("records"):
+        sentences.append(
+            f"At its own damage, {number(row['reached_low'])} to {number(row['reached_high'])} nats per token, "
+            f"{metric} is {_equal_part(row)}."
+        )
     return sentences
 
 
@@ -623,6 +662,92 @@ def _equal_part(row: dict[str, Any]) -> str:
             f", random neurons {number(row['random_lowest'])} to {number(row['random_highest'])} "
             f"({counted(row['sets'], 'set')} at the same damage)"
         )
+    if is_prompt(row["kind"]) and row["sets_at_factor"]:
+        text += f", {number(row['random_at_factor'])} naming other languages"
     if row["off_target"]:
         text += f", damage reached {number(row['reached_low'])} to {number(row['reached_high'])}"
     return text
+
+
+# --- Which method does most: the second decision table, in docs/comparison.md ----------------------------------------
+
+
+def _each_at_its_best(comparison: MethodComparison | None) -> list[str]:
+    """The successes of methods at their best, and who wins."""
+    compared = _compared(comparison, BEST)
+    if comparison is None or len(compared) < 2:
+        return []
+    ranked = compared.sort_values("success", ascending=False, kind="stable").to_dict("records")
+    parts = [
+        f"{number(row['success'])} under {row['kind']} (damage {number(row['damage']) or 'not measured'})"
+        for row in ranked
+    ]
+    return [
+        f"Each at its best (a factor that was chosen on one half of the items, over the other half), "
+        f"{readable_metric(comparison.metric)} {_over(ranked[0])} is {'; '.join(parts)}. {_winner(comparison, BEST)}"
+    ]
+
+
+def _compared(comparison: MethodComparison | None, at: str) -> pd.DataFrame:
+    """Rows of the mean over languages, or of the only language, that have a success."""
+    import pandas as pd
+
+    if comparison is None:
+        return pd.DataFrame()
+    rows = comparison.rows[comparison.rows["at"] == at]
+    means = rows[rows["steered"] == MEAN_OVER]
+    whole = means if len(means) else rows if rows["steered"].nunique() == 1 else rows.iloc[:0]
+    return whole[whole["missing"] == ""]
+
+
+def _over(row: dict[str, Any]) -> str:
+    return (
+        f"over {counted(row['languages'], 'language')}"
+        if row["languages"] > 1
+        else f"on {language_name(row['steered'])}"
+    )
+
+
+def _winner(comparison: MethodComparison | None, at: str) -> str:
+    """Who wins at one setting; empty where fewer than two methods are compared."""
+    compared = _compared(comparison, at)
+    if comparison is None or len(compared) < 2:
+        return ""
+    first = compared.loc[compared["success"].idxmax()].to_dict()
+    pairs = comparison.pairs
+    pairs = pairs[(pairs["at"] == at) & (pairs["steered"] == first["steered"])]
+    margins = {other: _margin(pairs, first["kind"], other) for other in compared["kind"] if other != first["kind"]}
+    even = {other: margin for other, margin in margins.items() if not margin[1] > 0}
+    named = listed([f"{other} by {with_interval(*margin)}" for other, margin in (even or margins).items()])
+    highest = f"{first['kind']} ({number(first['success'])}, n = {int(first['n']):,})"
+    reached = int(first["random_reached"]) if first["sets"] > 0 else 0
+    if even:
+        text = f"No winner: the highest, {highest}, exceeds {named}, which includes 0"
+    elif reached:
+        of_sets = counted(int(first["sets"]), "control")
+        text = f"No evidence for the highest, {highest}: {reached} of {of_sets} reach it, although it exceeds {named}"
+    else:
+        text = f"The winner is {highest}, exceeding {named}; {_controls_of_winner(first)}"
+    if first["languages"] > 1:
+        rows = comparison.rows
+        won = rows[(rows["at"] == at) & (rows["steered"] != MEAN_OVER) & rows["wins"]].groupby("kind", sort=False)
+        wins = [f"{kind} on {listed([language_name(code) for code in of['steered']])}" for kind, of in won]
+        text += f"; winners by language: {'; '.join(wins) or 'none'}"
+    return f"{text}."
+
+
+def _margin(pairs: pd.DataFrame, kind: str, other: str) -> tuple[float, float, float]:
+    """Success of one method minus another's, with its interval, whichever of the two the row names first."""
+    same = pairs[(pairs["kind"] == kind) & (pairs["other"] == other)]
+    if len(same):
+        row = same.iloc[0]
+        return row["difference"], row["low"], row["high"]
+    row = pairs[(pairs["kind"] == other) & (pairs["other"] == kind)].iloc[0]
+    return -row["difference"], -row["high"], -row["low"]
+
+
+def _controls_of_winner(row: dict[str, Any]) -> str:
+    if not row["sets"] > 0:
+        return "no controls were run beside it, so whether any neurons or instruction would do is open"
+    none = f"none of {counted(int(row['sets']), 'control')} reaches it"
+    return f"{none}, too few to exclude chance ({SETS_FOR_A_CLAIM})" if row["sets"] < SETS_FOR_A_CLAIM else none

@@ -248,7 +248,7 @@ def arms_of(
         return None
     score = scores.get(cell["cell"], {}).get(metric)
     aggregate = aggregate_of(after.values[metric], None if score is None else score[0])
-    base_values = _baseline_values(before, metric, cell["steered"])
+    base_values = baseline_values(before, metric, cell["steered"])
     if aggregate is None or base_values is None:
         return None
     _, (first, second) = align([Items(before.docs, {metric: base_values}), after], metric)
@@ -272,7 +272,7 @@ def _halves(docs: bytes) -> NDArray[np.bool_]:
     return np.array([half_of(str(doc), SEED) == REPORT for doc in np.frombuffer(docs, dtype=np.int64)])
 
 
-def _baseline_values(before: Items, metric: str, steered: str) -> NDArray[Any] | None:
+def baseline_values(before: Items, metric: str, steered: str) -> NDArray[Any] | None:
     """The baseline's items; its `lfs` and `lfs_clean` for the steered language come from its stored labels."""
     if metric.partition("@")[0] in (FORCED, CLEAN):
         counted = forced(before, metric, steered)

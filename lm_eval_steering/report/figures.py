@@ -38,6 +38,7 @@ from lm_eval_steering.languages import english_name, family_of, same_language
 from lm_eval_steering.metrics.language_id import UNKNOWN
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.report.effects import ALPHA, Effects
+from lm_eval_steering.report.method_comparison import BEST, MEAN_OVER, MethodComparison
 from lm_eval_steering.report.naming import (
     CROSS,
     DAMAGES,
@@ -46,16 +47,18 @@ from lm_eval_steering.report.naming import (
     SUCCESSES,
     counted,
     is_lss,
+    listed,
     readable_metric,
     sign_of,
 )
 from lm_eval_steering.report.read import LABELS, Sweep
-from lm_eval_steering.report.tables import Results, ordered, single
+from lm_eval_steering.report.tables import Results, deciding, ordered, single
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _WIDE = 9  # columns; more need the whole page
+_LONG_NAME = 22  # letters; of longer ones a column holds no two
 _CROWDED = 24  # columns; in more no number can be read
 _LABELS = {SELF: "self", CROSS: "cross", SEVERAL: "items in several languages"}
 _COLOURS = {SELF: BLUE, CROSS: VERMILION, SEVERAL: GREEN}
@@ -229,10 +232,14 @@ def at_equal_damage(table: pd.DataFrame, theme: Theme) -> Figure:
         table: rows of one family, metric and relation of `tables.equal_damage`.
         theme: colours.
     """
-    figure = new_figure(COLUMN, 2.7)
-    axes = figure.subplots()
-    damages = sorted(table["damage"].unique())
     kinds = list(dict.fromkeys(table["kind"]))
+    columns = 1 if max(map(len, kinds)) > _LONG_NAME else 2  # of the legend
+    figure = new_figure(COLUMN, 2.4 + 0.15 * -(-len(kinds) // columns))
+    axes = figure.subplots()
+    damages = sorted(table["damage"].dropna().unique())
+    # An instruction has one point, at its own damage; one that does none stands at the left end.
+    its_own = (table["reached_low"] + table["reached_high"]) / 2
+    table = table.assign(damage=table["damage"].fillna(its_own.clip(lower=min(damages, default=0.1) / 3)))
     most = table.groupby("kind")["languages"].max().max()
     for place, kind in enumerate(kinds):
         own = table[table["kind"] == kind].sort_values("damage")
@@ -264,12 +271,81 @@ def at_equal_damage(table: pd.DataFrame, theme: Theme) -> Figure:
     axes.set_xticks(damages, [f"{damage:g}" for damage in damages])
     axes.minorticks_off()
     axes.set_title(f"{readable_metric(metric)} at equal damage")
-    axes.set_xlabel("damage asked for, nats per token")
+    axes.set_xlabel("damage, nats per token")
     axes.set_ylabel(readable_metric(metric))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=columns)
     return figure
+
+
+def success_against_damage(comparison: MethodComparison, theme: Theme) -> Figure:
+    """Success against damage: a panel for each language and one for their mean, one line a method.
+
+    A method with one point, such as an instruction, is one marker. The mean is over all languages, at damages that were
+    asked for and that a method does in all of them.
+    """
+    points, rows = comparison.points, comparison.rows
+    points = points[points["damage"].notna()]
+    codes = ordered(points["steered"].unique())[: _PANELS - 1]
+    means = rows[(rows["steered"] == MEAN_OVER) & (rows["at"] != BEST) & (rows["missing"] == "")]
+    means = means[means["languages"] == rows.loc[rows["steered"] != MEAN_OVER, "steered"].nunique()]
+    panels = [(english_name(code.split("+", maxsplit=1)[0]), points[points["steered"] == code]) for code in codes]
+    if len(means):
+        panels.append((f"mean of {int(means['languages'].max())} languages", means))
+    kinds = list(dict.fromkeys(points["kind"]))
+    columns = min(_PER_ROW, len(panels))
+    height = -(-len(panels) // columns)
+    figure = new_figure(PAGE if columns > 2 else COLUMN, 0.75 + 1.7 * height + 0.16 * -(-len(kinds) // 2))
+    grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (title, shown) in zip(grid, panels, strict=False):
+        axes.axhline(shown["baseline"].mean(), color=theme.ink, linewidth=0.7, linestyle=(0, (4, 3)))
+        for place, kind in enumerate(kinds):
+            own = shown[shown["kind"] == kind].sort_values("damage")
+            colour, marker = CYCLE[place % len(CYCLE)], MARKERS[place % len(MARKERS)]
+            axes.plot(
+                own["damage"], own["success"], color=colour, marker=marker, markersize=4, linewidth=1.1, label=kind
+            )
+        axes.set_title(title, fontsize=8)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    grid[0].set_xscale("symlog", linthresh=0.1, linscale=0.6)
+    ticks = [tick for tick in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0) if tick <= max(1.2 * points["damage"].max(), 0.3)]
+    grid[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    grid[0].minorticks_off()
+    grid[0].set_ylim(-0.04, 1.04)
+    for place, axes in enumerate(grid[: len(panels)]):
+        if place % columns == 0:
+            axes.set_ylabel(readable_metric(comparison.metric))
+        if place + columns >= len(panels):
+            axes.set_xlabel("damage, nats per token")
+            axes.tick_params(labelbottom=True)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _of_methods(results: Results) -> list[Picture]:
+    comparison = results.methods
+    if comparison is None or comparison.points["damage"].notna().sum() < 2:
+        return []
+    points = comparison.points
+    languages = points["steered"].nunique()
+    some = f" (the first {_PANELS - 1} of {languages} languages)" if languages >= _PANELS else ""
+    measured = points[points["damage"].notna()]
+    absent = [kind for kind in dict.fromkeys(points["kind"]) if kind not in set(measured["kind"])]
+    fewest, most = int(measured["n"].min()), int(measured["n"].max())
+    caption = (
+        f"{readable_metric(comparison.metric)} on {comparison.family} against damage, the rise in nats per token of "
+        "the steered language's own text: one line a method, one marker where it has one setting; dashed: the "
+        f"{results.sweep.against}{some}. The mean is over all languages, at damages that a method does in all of "
+        f"them; n = {fewest:,}{f' to {most:,}' if most > fewest else ''} items a point and language."
+        f"{f' Not drawn, because their damage was not measured: {listed(absent)}.' if absent else ''}"
+    )
+    return [Picture(_file("methods", comparison.family, comparison.metric), caption,
+                    _bind(success_against_damage, comparison))]  # fmt: skip
 
 
 def _of_equal_damage(results: Results) -> list[Picture]:
@@ -278,14 +354,14 @@ def _of_equal_damage(results: Results) -> list[Picture]:
     for (family, metric), rows in table.groupby(["family", "metric"], sort=False):
         if not any((family, metric) == (name, of) for name, of, _ in drawn):
             continue
-        relation = next(name for name in (SELF, SEVERAL, CROSS) if (rows["items_in"] == name).any())
-        own = rows[rows["items_in"] == relation]
+        own = deciding(rows, "items_in")
         sets = int(own["sets"].max())
         beside = f"dotted: {counted(sets, 'random set')} at the same damage" if sets else "no random sets"
+        others = "; an instruction stands at the damage that it does" if own["damage"].isna().any() else ""
         caption = (
             f"{readable_metric(metric)} on {family} against the damage to the steered language's own text at which "
-            f"factors were searched for; means over {counted(int(own['languages'].max()), 'language')}, 95 % intervals "
-            f"over languages and items; {beside}; n = {int(own['n'].max()):,} items a point at most."
+            f"factors were searched for{others}; means over {counted(int(own['languages'].max()), 'language')}, 95 % "
+            f"intervals over languages and items; {beside}; n = {int(own['n'].max()):,} items a point at most."
         )
         pictures.append(Picture(_file("equal-damage", family, metric), caption, _bind(at_equal_damage, own)))
     return pictures
@@ -461,7 +537,7 @@ def gallery(results: Results) -> list[Picture]:
     """All figures, in the order of the page."""
     effects, sweep = results.effects, results.sweep
     searched = searched_kinds(effects.frame)
-    pictures = _of_equal_damage(results)
+    pictures = [*_of_methods(results), *_of_equal_damage(results)]
     for family, metric, kind in drawn_metrics(effects.frame):
         if kind not in searched:
             pictures += _of_setting(results, family, metric, kind)
@@ -473,7 +549,7 @@ def gallery(results: Results) -> list[Picture]:
             caption = f"Languages of the outputs against the factor, {kind}; n = {n:,} outputs."
             pictures.append(Picture(_file("languages", kind), caption, _bind(output_languages, counts)))
         damage = results.damage[results.damage["kind"] == kind] if len(results.damage) else results.damage
-        if len(damage) and price_of(damage):
+        if kind not in searched and len(damage) and damage["factor"].notna().any() and price_of(damage):
             caption = f"Success of the steered language against damage, {kind}; each point is a factor."
             pictures.append(Picture(_file("trade-off", kind), caption, _bind(trade_off, damage)))
     neurons = results.neurons

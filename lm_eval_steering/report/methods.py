@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_steering.metrics.statistics import CORPUS_TEST, MCNEMAR, T_TEST
 from lm_eval_steering.report.effects import ALPHA
-from lm_eval_steering.report.naming import counted, is_lss, language_name, listed, readable_metric
+from lm_eval_steering.report.naming import counted, is_lss, is_prompt, language_name, listed, readable_metric
 from lm_eval_steering.report.table_files import escaped_for_latex
 from lm_eval_steering.report.tables import Results, damages_of
 
@@ -76,6 +76,7 @@ def methods(results: Results) -> Methods:
         _model(results, config),
         *_neurons(config.get("steering", {}).get("neuron_set", {})),
         _interventions(results),
+        _hidden_states(results, config.get("steering", {}).get("neuron_set", {})),
         _tasks(results),
         *_metrics(results, config.get("steering", {})),
         *_choice(results),
@@ -116,11 +117,13 @@ def _model(results: Results, config: Mapping[str, Any]) -> str:
     details.append(str(config.get("model_dtype", "")).removeprefix("torch."))
     exact = _in_brackets([detail for detail in details if detail])
     tools = [f"{name} {releases[name]}" for name in ("lm-eval-steering", "transformers", "torch") if name in releases]
+    cells = results.sweep.steered_cells()
+    neurons = cells.empty or not cells["kind"].map(is_prompt).all()
+    changed = ", while the activations of language-specific neurons in its MLP layers were changed" if neurons else ""
     harness = f"lm-evaluation-harness {releases.get('lm-eval', '')}".strip()
     return (
         f"We evaluated {listed(sorted(results.sweep.cells['model'].unique()))}"
-        f"{exact} with {harness} [@{HARNESS}] and {listed(tools)}, while the "
-        "activations of language-specific neurons in its MLP layers were changed."
+        f"{exact} with {harness} [@{HARNESS}] and {listed(tools)}{changed}."
     )
 
 
@@ -155,21 +158,48 @@ def _interventions(results: Results) -> str:
     languages = [code for code in sorted(cells["steered"].unique()) if code]
     if not languages:
         return ""
-    kinds = []
+    named = listed([language_name(code) for code in languages])
+    kinds: list[str] = []
+    prompts: list[str] = []
     for kind, rows in cells[cells["kind"] != ""].groupby("kind", sort=False):
         cited = f" [@{_SOURCE_OF_PRESET[kind]}]" if kind in _SOURCE_OF_PRESET else ""
-        kinds.append(f"{kind}{cited}{_at(rows)}")
-    text = (
-        f"Interventions on the neurons of {listed([language_name(code) for code in languages])}, one language at a "
-        f"time: {'; '.join(kinds)}."
-    )
-    controls = int(results.sweep.cells["control"].nunique())
+        (prompts if is_prompt(kind) else kinds).append(f"{kind}{cited}{_at(rows)}")
+    text = ""
+    if kinds:
+        text = f"Interventions on the neurons of {named}, one language at a time: {'; '.join(kinds)}."
+    if prompts:
+        text += f"{' ' if kinds else ''}Prompting for {named}, in front of every prompt: {'; '.join(prompts)}."
+    prompted = results.sweep.cells["kind"].map(is_prompt)
+    controls, naming = (int(results.sweep.cells.loc[chosen, "control"].nunique()) for chosen in (~prompted, prompted))
+    if naming:
+        text += f" As control of an instruction the same one named {counted(naming, 'other language')} instead."
     if controls:
         text += (
             f" As controls the same was done to {counted(controls, 'random neuron set')} for each language, matched "
             "in the number of neurons of each layer and drawn from neurons that belong to no language."
         )
     return text
+
+
+def _hidden_states(results: Results, neuron_set: Mapping[str, Any]) -> str:
+    """What those interventions do that change no neurons."""
+    cells = results.sweep.cells
+    here = cells[cells["kind"].str.contains(" at residual")]
+    if here.empty:
+        return ""
+    text = "Interventions at residual change no neurons but the hidden states that the named layers (from 0) return"
+    if sentences := set(neuron_set.get("corpus", {}).get("residual", {}).get("sentences", {}).values()):
+        fewest, most = min(sentences), max(sentences)
+        amount = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        text += f", whose means are over the tokens of {amount} sentences of each language"
+    if here["kind"].str.startswith("clas_diffmean").any():
+        text += f"; clas_diffmean is DiffMean of CLaS-Bench [@{CLAS}]"
+    if here["control"].notna().any():
+        text += (
+            "; as controls the deviations of the languages from their common mean have their dimensions permuted and "
+            "their signs flipped at random, which gives random directions of the same norm"
+        )
+    return f"{text}."
 
 
 def _at(rows: pd.DataFrame) -> str:

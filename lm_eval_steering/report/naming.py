@@ -10,6 +10,7 @@ from typing import Any
 from lm_eval_steering.languages import english_name, same_language
 from lm_eval_steering.lmeval.evaluated_language import evaluated_language, family_prefixes
 from lm_eval_steering.steering.intervention import parse
+from lm_eval_steering.steering.prompt import KIND
 
 SELF, CROSS, SEVERAL = "self", "cross", "several"
 NATS = "nats_per_token"
@@ -22,6 +23,7 @@ DAMAGES = (NATS, "token_perplexity", "bits_per_byte", "byte_perplexity", "word_p
 
 _OUR_CODE = re.compile(r"_[a-z]{3}_[A-Z][a-z]{3}(?=_|$)")
 _OTHERS = "others"
+_ROUNDING = 1e-12
 METRIC_NAMES = {
     "lfs": "LFS", "lpr": "LPR", "wpr": "WPR", "lfs_clean": "clean LFS", "lss": "LSS", "acc": "accuracy",
     "acc_norm": "accuracy (normalised)", "bleu": "BLEU",
@@ -89,7 +91,10 @@ def kind_of(signature: str, preset: str | None, off: str) -> str:
         preset: its name in the plan.
         off: languages deactivated as well, from `silenced`.
     """
-    steps = parse(signature).steps
+    intervention = parse(signature)
+    if intervention.prompt is not None:
+        return intervention.prompt.kind
+    steps = intervention.steps
     if not steps:
         return ""
     step = next((step for step in reversed(steps) if not step.deactivation), steps[-1])
@@ -114,6 +119,11 @@ def kind_of(signature: str, preset: str | None, off: str) -> str:
     return ", ".join(parts)
 
 
+def is_prompt(kind: str) -> bool:
+    """Whether an intervention, by its name of `kind_of`, is an instruction in the prompts, which changes no neurons."""
+    return kind.startswith(KIND)
+
+
 def silenced(languages: list[str], off: list[str]) -> list[str]:
     """Languages that each amplification also deactivates: `others` if it is always every other language, else codes.
 
@@ -133,9 +143,10 @@ def language_name(code: str) -> str:
 
 
 def number(value: Any, signed: bool = False) -> str:
-    """Three significant digits; empty for nan."""
+    """Three significant digits; empty for nan. What a difference of equal means leaves is 0."""
     if value is None or math.isnan(value):
         return ""
+    value = 0.0 if abs(value) < _ROUNDING else value
     text = f"{value:+.3g}" if signed else f"{value:.3g}"
     return f"{value:+,.0f}" if signed and "e" in text and abs(value) >= 1 else text
 

@@ -89,12 +89,27 @@ TABLES = {
         "Best factors",
         "Chosen on one half of the items, reported on the other half; only scores of which it is known what is better.",
     ),
-    "controls": ("Random controls", "Language steering beside matched random neurons."),
+    "controls": (
+        "Random controls",
+        "Language steering beside matched random neurons; an instruction beside the same one naming other languages.",
+    ),
     "damage": ("Damage", "Success beside its price: perplexity, degenerate outputs, outputs in no known language."),
     "equal-damage": (
         "Equal damage",
         "Interventions at factors that were searched for to raise the nats per token of the steered language's text by "
-        "the same amount: means over languages, beside random neurons at the same damage and at the same factors.",
+        "the same amount: means over languages, beside random neurons at the same damage and at the same factors. An "
+        "instruction stands at the damage that it does, beside the same one naming other languages.",
+    ),
+    "methods": (
+        "Methods",
+        "Success of every intervention on each language, at equal damage and at its best: a factor that was chosen on "
+        "one half of the items, over the other half. Blank in steered: the mean over languages. Ahead of: methods that "
+        "it exceeds by the whole paired interval; it wins where these are all others. Missing: why there is no number.",
+    ),
+    "methods-paired": (
+        "Methods, paired",
+        "Success of one intervention minus another's over the same items, with the 95 % interval; p is of one language "
+        "and not corrected.",
     ),
     "cost": ("Cost", "Seconds and tokens of each cell."),
     "missing": ("Missing", "Planned cells that are not done, and why."),

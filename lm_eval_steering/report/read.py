@@ -352,7 +352,13 @@ def _read_store(path: Path, max_samples: int, evaluated: Mapping[str, str]) -> S
 def _steered_config(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """lm-eval's `config` of the first steered run."""
     configs = (dict(found.get("config", {})) for found in results)
-    return next((config for config in configs if config.get("steering", {}).get("intervention", {}).get("steps")), {})
+    return next((config for config in configs if _is_steered(config.get("steering") or {})), {})
+
+
+def _is_steered(steering: Mapping[str, Any]) -> bool:
+    """Whether `config.steering` names an intervention: steps on neurons, or an instruction in the prompts."""
+    intervention = steering.get("intervention") or {}
+    return bool(intervention.get("steps") or (intervention.get("prompt") or {}).get("instruction"))
 
 
 def _without_defaults(plan: Any) -> Any:
@@ -439,7 +445,7 @@ def _tasks_of(results: Mapping[str, Any]) -> list[str]:
 def _steering_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """`config.steering`, empty for an unsteered run of any engine."""
     steering = (results.get("config") or {}).get("steering") or {}
-    return steering if (steering.get("intervention") or {}).get("steps") else {}
+    return steering if _is_steered(steering) else {}
 
 
 def _notes_of(results: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
@@ -460,13 +466,15 @@ def _lm_eval_rows(path: Path, file: Path, results: Mapping[str, Any], task: str)
     last = next((step for step in reversed(steps) if not step["deactivation"]), steps[-1] if steps else {})
     codes = {off: [code for step in steps if step["deactivation"] is off for code in step["languages"]]
              for off in (False, True)}  # fmt: skip
+    if prompt := steering.get("intervention", {}).get("prompt"):
+        codes[False] = [prompt["language"]]
     arguments = _arguments(results)
     targets = ((results.get("config") or {}).get("steering") or {}).get("target_languages") or []
     identity = {
         "cell": _cell_name(path, file, task), "model": _model_name(results, file), "task": task,
         "languages": "+".join(dict.fromkeys(codes[False])), "deactivated": "+".join(dict.fromkeys(codes[True])),
         "preset": arguments.get("preset"), "factor": last.get("factor"), "control": None,
-        "target": "+".join(targets) if steps else "", "items": "all", "stage": 1, "planned": True,
+        "target": "+".join(targets) if steering else "", "items": "all", "stage": 1, "planned": True,
         "fingerprint": steering.get("fingerprint", ""), "signature": steering.get("signature", "none"),
         "model_id": _model_id(results), "asked": _asked(results, task),
     }  # fmt: skip

@@ -10,7 +10,8 @@ import numpy as np
 
 from lm_eval_steering.report import tables
 from lm_eval_steering.report.figures import best_overall, drawn_metrics, searched_kinds
-from lm_eval_steering.report.naming import number, readable_metric, with_interval
+from lm_eval_steering.report.method_comparison import BEST
+from lm_eval_steering.report.naming import is_prompt, number, readable_metric, with_interval
 from lm_eval_steering.report.tables import Results
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def printed(results: Results) -> dict[str, tuple[pd.DataFrame, str]]:
                 "of the sets) and at the same factors. An asterisk: damage that is not within 10 % of what was asked."
             )
             texts[f"equal-damage-{suffix}"] = (equal_text(rows), caption)
+    texts |= _printed_methods(results)
     if len(results.best) and len(results.best) <= PRINTED_ROWS:
         caption = "The best factor of each language: chosen on one half of the items, reported on the other one."
         texts["best-factors"] = (best_text(results.best), caption)
@@ -118,14 +120,56 @@ def equal_text(rows: pd.DataFrame) -> pd.DataFrame:
         if row["sets"]:
             ends = f"{number(row['random_lowest'])} to {number(row['random_highest'])}, {row['sets']} sets"
             random = f"{number(row['random_mean'])} ({ends})"
-        at_factor = f"{number(row['random_at_factor'])} ({row['sets_at_factor']} sets)" if row["sets_at_factor"] else ""
+        prompt = is_prompt(row["kind"])
+        sets = f"{row['sets_at_factor']} {'other languages named' if prompt else 'sets'}"
+        at_factor = f"{number(row['random_at_factor'])} ({sets})" if row["sets_at_factor"] else ""
         found.append({
             "damage": number(row["damage"]), "intervention": row["kind"], "reached": reached,
-            "factors": f"{number(row['factor_low'])} to {number(row['factor_high'])}",
+            "factors": "" if prompt else f"{number(row['factor_low'])} to {number(row['factor_high'])}",
             "languages": str(row["languages"]), "missing": row["missing"], "baseline": number(row["baseline"]),
             "score": number(row["score"]),
             "difference": with_interval(row["difference"], row["low"], row["high"]),
             "random, same damage": random, "random, same factors": at_factor, "n": _whole(row["n"]),
+        })  # fmt: skip
+    table = pd.DataFrame(found).fillna("")
+    return table.drop(columns=[name for name in table if (table[name] == "").all()])
+
+
+def _printed_methods(results: Results) -> dict[str, tuple[pd.DataFrame, str]]:
+    """One table for each damage that was asked for, and one for methods at their best."""
+    comparison, texts = results.methods, {}
+    if comparison is None:
+        return {}
+    for at, rows in comparison.rows.groupby("at", sort=False):
+        where = "each at its best: the factor that was chosen on one half of the items, over the other half" if (
+            at == BEST) else f"at a damage of {at} nats per token to the steered language's own text"  # fmt: skip
+        caption = (
+            f"{readable_metric(comparison.metric)} on {comparison.family} of every method on each language, {where}: "
+            f"difference from the {results.sweep.against} with its 95 % interval, LSS, the damage that was measured, "
+            "and how many controls (random neurons or directions, the instruction naming other languages) reach it. An "
+            "asterisk: the method exceeds every other one by the whole paired interval (same items; means over "
+            "languages: of languages and items)."
+        )
+        if len(rows) <= PRINTED_ROWS and (rows["missing"] == "").any():
+            name = "".join(c if c.isalnum() or c == "." else "-" for c in f"methods-{at}")
+            texts[name] = (methods_text(rows), caption)
+    return texts
+
+
+def methods_text(rows: pd.DataFrame) -> pd.DataFrame:
+    """Methods on each language as texts; an asterisk marks a winner, and what is missing says why."""
+    import pandas as pd
+
+    found = []
+    for row in rows.to_dict("records"):
+        reached = f"{_whole(row['random_reached'])} of {_whole(row['sets'])}" if row["sets"] > 0 else ""
+        whole = f"mean of {row['languages']}"
+        found.append({
+            "language": row["steered"] or whole, "method": row["kind"], "factor": number(row["factor"]),
+            "success": f"{number(row['success'])}{'*' if row['wins'] else ''}",
+            "difference": with_interval(row["difference"], row["low"], row["high"]), "LSS": number(row["lss"]),
+            "damage": number(row["damage"]), "degenerate": number(row["degenerate"]), "controls": reached,
+            "n": _whole(row["n"]), "missing": row["missing"],
         })  # fmt: skip
     table = pd.DataFrame(found).fillna("")
     return table.drop(columns=[name for name in table if (table[name] == "").all()])

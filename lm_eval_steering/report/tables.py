@@ -23,6 +23,8 @@ from lm_eval_steering.sweep.damage_search import TOLERANCE
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lm_eval_steering.report.method_comparison import MethodComparison
+
 GROUP = ["family", "metric", "kind", "factor"]
 RELATIONS = (SELF, CROSS, SEVERAL)
 Places = dict[tuple[Any, ...], list[dict[str, Any]]]
@@ -32,6 +34,12 @@ def single(effects: Effects) -> pd.DataFrame:
     """One row per cell of the matrix: of two stages that evaluated a cell, the one with more items."""
     frame = effects.frame.sort_values(["n", "stage"], ascending=[False, True], kind="stable")
     return frame.drop_duplicates([*GROUP, "steered", "evaluated"]).sort_index()
+
+
+def deciding(rows: pd.DataFrame, column: str = "relation") -> pd.DataFrame:
+    """The rows that answer a question: items in the steered language, else in several, else in others."""
+    relation = next((name for name in (SELF, SEVERAL, CROSS) if (rows[column] == name).any()), None)
+    return rows if relation is None else rows[rows[column] == relation]
 
 
 def ordered(codes: Sequence[str]) -> list[str]:
@@ -189,7 +197,8 @@ def controls(sweep: Sweep, effects: Effects) -> pd.DataFrame:
 
     Columns: `score`, `sets` (number of random sets), their `mean`, `lowest`, `highest`, `difference` from their mean,
     `deviations` (that difference in their standard deviations, from 5 sets up, else blank), and `at_or_above`, the
-    share of random sets that score as high, with its Wilson interval.
+    share of random sets that score as high, with its Wilson interval. The controls of an instruction are the same one
+    naming other languages, of which `sets` is the number.
     """
     import pandas as pd
 
@@ -217,12 +226,7 @@ def control_scores(
         by_place: of `controls_by_place`.
         half: whether over the half of the items that nothing was chosen on.
     """
-    scores_of = {}
-    for control in by_place.get(_place_of(cell), []):
-        score = score_of(sweep, control, metric, scores, True if half else None)
-        if score is not None:
-            scores_of[int(control["control"])] = score
-    return scores_of
+    return _scores_by_seed(sweep, by_place.get(_place_of(cell), []), metric, scores, half)
 
 
 def controls_by_place(sweep: Sweep) -> Places:
@@ -281,7 +285,7 @@ def damage(effects: Effects) -> pd.DataFrame:
     """
     import pandas as pd
 
-    frame = _on_the_same_tasks(single(effects))
+    frame = on_the_same_tasks(single(effects))
     unit = next((name for name in DAMAGES if (frame["metric"] == name).any()), "")
     success = next((name for name in (CLEAN, FORCED) if (frame["metric"] == name).any()), FORCED)
     rows = []
@@ -309,7 +313,7 @@ def damage(effects: Effects) -> pd.DataFrame:
     return result[result[measured].notna().any(axis=1)].reset_index(drop=True) if len(result) else result
 
 
-def _on_the_same_tasks(frame: pd.DataFrame) -> pd.DataFrame:
+def on_the_same_tasks(frame: pd.DataFrame) -> pd.DataFrame:
     """Of each metric the tasks that every factor was run on: only the chosen factors have those of `then`."""
     first = frame[frame["stage"] == 1].groupby("metric")["task"].agg(set)
     kept = [name not in first or task in first[name] for name, task in zip(frame["metric"], frame["task"], strict=True)]
@@ -333,30 +337,35 @@ def damages_of(asked: str) -> list[float]:
 def equal_damage(sweep: Sweep, effects: Effects) -> pd.DataFrame:
     """One row for each score, intervention and damage: the mean over the languages whose factors do that damage.
 
-    Columns: `damage` (asked, in nats per token), `languages` (their number) and `steered` (which), `missing` (languages
-    that another intervention has and this one does not reach), `off_target` (cells whose damage is not within 10 %),
-    the lowest and highest damage reached and factor, the score beside the baseline's with the interval of the
-    difference over languages and items, and the same score of random neurons (mean over the languages; `sets` of
-    them): at factors that do the same damage, and at the same factors (`sets_at_factor`, `random_at_factor`).
+    An instruction, which has no factor, has one row at the damage that it does.
+
+    Columns: `damage` (asked, in nats per token; blank for an instruction), `languages` (their number) and `steered`
+    (which), `missing` (languages that another intervention has and this one does not reach), `off_target` (cells whose
+    damage is not within 10 %), the lowest and highest damage reached and factor, the score beside the baseline's with
+    the interval of the difference over languages and items, and the same score of random neurons (mean over the
+    languages; `sets` of them): at factors that do the same damage, and at the same factors (`sets_at_factor`,
+    `random_at_factor`). Of an instruction the latter are of the same one naming other languages.
     """
     import pandas as pd
 
     frame = single(effects)
-    frame = frame[frame["damage_asked"] != ""]
-    frame = frame.assign(damage=frame["damage_asked"].map(damages_of)).explode("damage")
+    frame = frame[(frame["damage_asked"] != "") | frame["damage_reached"].notna()]
+    frame = frame.assign(damage=frame["damage_asked"].map(damages_of)).explode("damage").astype({"damage": float})
     if frame.empty:
         return pd.DataFrame(columns=list(_EQUAL_COLUMNS))
-    scores, by_place, at_damage = scores_by_cell(sweep), controls_by_place(sweep), _controls_by_damage(sweep)
+    scores, by_place, at_damage = scores_by_cell(sweep), controls_by_place(sweep), controls_by_damage(sweep)
     cells = {row["cell"]: row for row in sweep.steered_cells().to_dict("records")}
     rows = []
     for (family, metric, relation), of_score in frame.groupby(["family", "metric", "relation"], sort=False):
         everyone = set(of_score["steered"])
-        for (kind, damage), group in of_score.groupby(["kind", "damage"], sort=False):
+        for (kind, damage), group in of_score.groupby(["kind", "damage"], sort=False, dropna=False):
             own = [cells[cell] for cell in group["cell"]]
-            random = _means([
-                _scores_of(sweep, at_damage.get((*_without_factor(cell), damage), []), metric, scores) for cell in own
-            ])  # fmt: skip
-            at_factor = _means([control_scores(sweep, cell, metric, scores, by_place) for cell in own])
+            random = list(
+                means_of_sets(
+                    [scores_at_damage(sweep, cell, metric, scores, at_damage, damage) for cell in own]
+                ).values()
+            )
+            at_factor = means_of_sets([control_scores(sweep, cell, metric, scores, by_place) for cell in own])
             low, high = intervals(group, effects).get(relation, (np.nan, np.nan))
             there = sorted(set(group["steered"]))
             reached = group["damage_reached"]
@@ -371,11 +380,15 @@ def equal_damage(sweep: Sweep, effects: Effects) -> pd.DataFrame:
                 "random_mean": float(np.mean(random)) if random else np.nan,
                 "random_lowest": min(random, default=np.nan), "random_highest": max(random, default=np.nan),
                 "sets_at_factor": len(at_factor),
-                "random_at_factor": float(np.mean(at_factor)) if at_factor else np.nan,
+                "random_at_factor": float(np.mean(list(at_factor.values()))) if at_factor else np.nan,
                 "higher_is_better": group["higher_is_better"].iloc[0],
             })  # fmt: skip
     order = {name: place for place, name in enumerate(dict.fromkeys(row["kind"] for row in rows))}
-    rows.sort(key=lambda row: (row["family"], row["metric"], row["items_in"], row["damage"], order[row["kind"]]))
+    rows.sort(
+        key=lambda row: (
+            row["family"], row["metric"], row["items_in"], np.nan_to_num(row["damage"], nan=np.inf), order[row["kind"]],
+        )
+    )  # fmt: skip
     return pd.DataFrame(rows, columns=list(_EQUAL_COLUMNS))
 
 
@@ -383,7 +396,7 @@ def _without_factor(cell: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(cell[name] for name in ("task", "steered", "kind", "items", "target"))
 
 
-def _controls_by_damage(sweep: Sweep) -> Places:
+def controls_by_damage(sweep: Sweep) -> Places:
     """Cells of random sets whose factors were searched for, by what they share with a cell, and the damage."""
     places: Places = {}
     for control in sweep.cells[sweep.cells["control"].notna()].to_dict("records"):
@@ -392,15 +405,42 @@ def _controls_by_damage(sweep: Sweep) -> Places:
     return places
 
 
-def _scores_of(sweep: Sweep, controls: list[dict[str, Any]], metric: str, scores: dict[str, Any]) -> dict[int, float]:
-    found = {int(control["control"]): score_of(sweep, control, metric, scores, None) for control in controls}
-    return {seed: score for seed, score in found.items() if score is not None}
+def scores_at_damage(
+    sweep: Sweep,
+    cell: dict[str, Any],
+    metric: str,
+    scores: dict[str, Any],
+    at_damage: Places,
+    damage: float,
+    half: bool = False,
+) -> dict[int, float]:
+    """Seed -> score of each random set at the factor that was searched for to do the same damage as a cell's.
+
+    Args:
+        sweep: cells, scores, items.
+        cell: a row of its cells.
+        metric: of the task.
+        scores: of `scores_by_cell`.
+        at_damage: of `controls_by_damage`.
+        damage: in nats per token.
+        half: whether over the half of the items that nothing was chosen on.
+    """
+    return _scores_by_seed(sweep, at_damage.get((*_without_factor(cell), damage), []), metric, scores, half)
 
 
-def _means(by_cell: list[dict[int, float]]) -> list[float]:
-    """Of each random set that all cells have: its mean score over them."""
+def _scores_by_seed(
+    sweep: Sweep, controls: Sequence[dict[str, Any]], metric: str, scores: dict[str, Any], half: bool
+) -> dict[int, float]:
+    found = {
+        control["control"]: score_of(sweep, control, metric, scores, True if half else None) for control in controls
+    }
+    return {int(seed): score for seed, score in found.items() if score is not None}
+
+
+def means_of_sets(by_cell: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Seed -> mean score over the cells, of the random sets that all of them have."""
     seeds = set.intersection(*(set(of_cell) for of_cell in by_cell)) if by_cell else set()
-    return [float(np.mean([of_cell[seed] for of_cell in by_cell])) for seed in sorted(seeds)]
+    return {seed: float(np.mean([of_cell[seed] for of_cell in by_cell])) for seed in sorted(seeds)}
 
 
 # --- The best factor of each language: chosen on one half of the items, reported on the other one
@@ -409,8 +449,8 @@ def _means(by_cell: list[dict[int, float]]) -> list[float]:
 # where it has split its items, else those of a seeded hash of the document number.
 
 _BEST_COLUMNS = (
-    "family", "metric", "kind", "steered", "on", "factors", "factor", "n_choose", "n", "baseline", "score",
-    "difference", "low", "high", "p", "higher_is_better",
+    "family", "metric", "kind", "steered", "on", "factors", "factor", "n_choose", "score_choose", "n", "baseline",
+    "score", "difference", "low", "high", "p", "higher_is_better",
 )  # fmt: skip
 
 
@@ -418,9 +458,10 @@ def best_factors(sweep: Sweep, effects: Effects) -> pd.DataFrame:
     """One row a language, intervention, task family and metric.
 
     Columns: `on` (self, several or cross: which cells decide; the self cell where there is one), `factors` tried,
-    `factor` chosen, `n_choose` and `n` (items that it was chosen on, and other ones that it is reported on), and what
-    it does on the latter. The first of equals is taken, in the order of the factors. Only where two factors or more
-    were evaluated, the items can be halved, and it is known whether more is better.
+    `factor` chosen, `n_choose` and `n` (items that it was chosen on, and other ones that it is reported on), its score
+    on the former (`score_choose`), and what it does on the latter. The first of equals is taken, in the order of the
+    factors. Only where two factors or more were evaluated, the items can be halved, and it is known whether more is
+    better.
     """
     import pandas as pd
 
@@ -444,13 +485,13 @@ def best_factors(sweep: Sweep, effects: Effects) -> pd.DataFrame:
 def _choose(
     sweep: Sweep, group: pd.DataFrame, by_cell: dict[str, dict[str, Any]], scores: dict[str, Any]
 ) -> dict[str, Any] | None:
-    relation = next(name for name in (SELF, SEVERAL, CROSS) if (group["relation"] == name).any())
-    deciding = group[group["relation"] == relation]
-    if deciding["factor"].nunique() < 2:
+    rows = deciding(group)
+    if rows["factor"].nunique() < 2:
         return None
-    metric, sign = str(deciding["metric"].iloc[0]), 1 if bool(deciding["higher_is_better"].iloc[0]) else -1
+    first = rows.iloc[0]
+    metric, sign = str(first["metric"]), 1 if bool(first["higher_is_better"]) else -1
     objective, sizes = {}, {}
-    for factor, at in deciding.groupby("factor", sort=True):
+    for factor, at in rows.groupby("factor", sort=True):
         halves = [_score_of_half(sweep, by_cell[cell], metric, scores) for cell in at["cell"]]
         known = [half for half in halves if half is not None]
         if len(known) < len(halves):
@@ -458,14 +499,14 @@ def _choose(
         objective[factor] = float(np.mean([value for value, _ in known]))
         sizes[factor] = sum(n for _, n in known)
     factor = max(objective, key=lambda name: sign * objective[name])
-    first = deciding.iloc[0]
     return {
         **{name: first[name] for name in ("family", "metric", "kind", "steered", "higher_is_better")},
-        "on": relation,
-        "factors": deciding["factor"].nunique(),
+        "on": first["relation"],
+        "factors": rows["factor"].nunique(),
         "factor": factor,
         "n_choose": sizes[factor],
-        "cells": list(deciding.loc[deciding["factor"] == factor, "cell"]),
+        "score_choose": objective[factor],
+        "cells": list(rows.loc[rows["factor"] == factor, "cell"]),
     }
 
 
@@ -503,6 +544,7 @@ class Results:
         controls: LSS and LFS against random neurons (`controls`).
         damage: success and damage (`damage`).
         equal: interventions at equal damage (`equal_damage`).
+        methods: which intervention does most on each language (`method_comparison`); None where there is one alone.
         cost: seconds and tokens of each cell.
         neurons: the neuron set of the sweep; None if it cannot be read.
     """
@@ -515,6 +557,7 @@ class Results:
     damage: pd.DataFrame
     cost: pd.DataFrame
     equal: pd.DataFrame
+    methods: MethodComparison | None
     neurons: NeuronSet | None = None
 
     def frames(self) -> dict[str, pd.DataFrame]:
@@ -526,6 +569,7 @@ class Results:
             "controls": self.controls,
             "damage": self.damage,
             "equal-damage": self.equal,
+            **({} if self.methods is None else {"methods": self.methods.rows, "methods-paired": self.methods.pairs}),
             "cost": self.cost,
             "missing": self.sweep.missing,
         }
@@ -538,15 +582,12 @@ def compute(sweep: Sweep) -> Results:
     Raises:
         ReportError: if a cell and its baseline are not a pair (`read.check_pairs`).
     """
+    from lm_eval_steering.report.method_comparison import compare_methods  # which is made of these tables
+
     check_pairs(sweep)
     effects = effects_of(sweep)
+    best, damages = best_factors(sweep, effects), damage(effects)
     return Results(
-        sweep,
-        effects,
-        summary(effects),
-        best_factors(sweep, effects),
-        controls(sweep, effects),
-        damage(effects),
-        cost(sweep),
-        equal_damage(sweep, effects),
-    )
+        sweep, effects, summary(effects), best, controls(sweep, effects), damages, cost(sweep),
+        equal_damage(sweep, effects), compare_methods(sweep, effects, best, damages),
+    )  # fmt: skip

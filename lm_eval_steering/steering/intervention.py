@@ -26,6 +26,7 @@ from lm_eval_steering import languages
 from lm_eval_steering.errors import InterventionError, SteeringError, did_you_mean
 from lm_eval_steering.files import read_yaml
 from lm_eval_steering.steering.positions import ALL, FORMS, parse_positions
+from lm_eval_steering.steering.prompt import Prompt, fields_of_signature
 
 # --- Fields of a step: each error names the key and the nearest valid word
 
@@ -321,15 +322,30 @@ class Step(BaseModel):
 
 
 class Intervention(BaseModel):
-    """Steps that compose in the order written; no steps is the unsteered model."""
+    """Steps that compose in the order written, or an instruction in the prompts; neither is the unsteered model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: tuple[Step, ...] = ()
+    prompt: Prompt | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Intervention:
+        if self.prompt is not None and self.steps:
+            raise ValueError("an instruction conflicts with steps: it stands alone, and changes no neurons")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Steps keep the fingerprints that they had before there were prompts.
+        given: dict[str, Any] = handler(self)
+        return {key: value for key, value in given.items() if key != "prompt" or value is not None}
 
     @property
     def steered(self) -> tuple[str, ...]:
         """Languages that the intervention steers to, deactivated ones left out, in the order written."""
+        if self.prompt is not None:
+            return (self.prompt.language,)
         return tuple(dict.fromkeys(code for step in self.steps if not step.deactivation for code in step.languages))
 
     @property
@@ -342,8 +358,10 @@ class Intervention(BaseModel):
 
         Raises:
             UnknownLanguageError: if a language is not available; the message names the closest.
-            InterventionError: if `others` leaves no language.
+            InterventionError: if `others` leaves no language, or neurons have no part in it.
         """
+        if self.prompt is not None:
+            raise InterventionError(f"{self.signature()}: an instruction changes no neurons; leave the neuron set out")
         where = "the neuron set"
         steered = {languages.choose(code, available, where) for code in self.steered}
 
@@ -365,6 +383,8 @@ class Intervention(BaseModel):
 
     def signature(self) -> str:
         """Readable form, meant for a paper; `none` for the unsteered model. `parse` reads it back."""
+        if self.prompt is not None:
+            return self.prompt.signature()
         return " ; ".join(step.signature() for step in self.steps) or "none"
 
 
@@ -398,7 +418,7 @@ def _short(number: float | str) -> str:
 
 _KEYS = (
     "op", "value", "factor", "lang", "deactivate", "source", "site", "dims", "layers", "positions", "scope", "seed",
-    "keep_shared",
+    "keep_shared", "prompt", "names", "system",
 )  # fmt: skip
 _OF_A_SCORE = {"neurons", "lid", "fp", "v"}  # parts of a score's signature that follow the intervention
 
@@ -410,6 +430,8 @@ def parse(text: str) -> Intervention:
         SteeringError: naming the part that cannot be read.
     """
     steps = [_fields(part.strip()) for part in text.split(";")]
+    if "prompt" in steps[0] and len(steps) == 1:
+        return build({"prompt": fields_of_signature(steps[0])})
     return build({"steps": [step for step in steps if step]})
 
 
@@ -423,8 +445,8 @@ def _fields(part: str) -> dict[str, Any]:
         if not colon or key not in _KEYS:
             raise InterventionError(f"signature: cannot read {item!r}{did_you_mean(key, _KEYS)}")
         fields[key] = text
-    if not fields:
-        return {}
+    if not fields or "prompt" in fields:
+        return fields
     if "deactivate" in fields:
         fields |= {"languages": fields.pop("deactivate"), "deactivation": True}
     elif "lang" in fields:
@@ -439,13 +461,14 @@ def _fields(part: str) -> dict[str, Any]:
 # --- How a user writes it
 
 
-__all__ = ["ARGUMENTS", "DEACTIVATIONS", "PRESETS", "Intervention", "Step", "build", "from_arguments"]
+__all__ = ["ARGUMENTS", "DEACTIVATIONS", "PRESETS", "Intervention", "Prompt", "Step", "build", "from_arguments"]
 
 STEP_ARGUMENTS = (
     "language", "op", "value", "factor", "preset", "source", "deactivate", "deactivate_to", "keep_shared", "site",
     "dimensions", "layers", "positions", "scope", "seed",
 )  # fmt: skip
-ARGUMENTS = (*STEP_ARGUMENTS, "intervention")
+PROMPT_ARGUMENTS = ("instruction", "instruction_names", "instruction_system")
+ARGUMENTS = (*STEP_ARGUMENTS, *PROMPT_ARGUMENTS, "intervention")
 
 # Deactivations by the name that Gurgurov et al. 2025 give them (fallbacks.py), as an operation on the activation.
 DEACTIVATIONS: dict[str, dict[str, Any]] = {
@@ -483,7 +506,8 @@ def from_arguments(arguments: Mapping[str, Any]) -> Intervention:
 
     Args:
         arguments: of the names in ARGUMENTS; lists are written `a+b`. `intervention` is the path of a YAML file with
-            a list of steps, each a mapping of STEP_ARGUMENTS, or that list itself; it stands alone.
+            a list of steps, each a mapping of STEP_ARGUMENTS, or that list itself; it stands alone. So does an
+            instruction, which the list may hold instead of steps.
 
     Raises:
         SteeringError: one line that names the argument, what was given and what was expected.
@@ -492,7 +516,7 @@ def from_arguments(arguments: Mapping[str, Any]) -> Intervention:
     if unknown := sorted(given.keys() - set(ARGUMENTS)):
         raise InterventionError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], ARGUMENTS)}")
     if "intervention" not in given:
-        return build({"steps": _steps(given)})
+        return build({"prompt": _prompt(given)} if "instruction" in given else {"steps": _steps(given)})
     if len(given) > 1:
         other = next(key for key in given if key != "intervention")
         raise InterventionError(f"{other}= conflicts with intervention=, which holds every step: write it there")
@@ -512,6 +536,13 @@ def _from_list(given: Any) -> Intervention:
         here = f"{where}, step {number}"
         if not isinstance(item, Mapping):
             raise InterventionError(f"{here}: expected a mapping such as language: fra_Latn, found {item!r}")
+        if "instruction" in item:
+            if len(given) > 1:
+                raise InterventionError(f"{here}: instruction stands alone; it cannot be combined with steps")
+            try:
+                return from_arguments(item)
+            except InterventionError as error:
+                raise InterventionError(f"{here}: {error}") from None
         if unknown := [str(key) for key in item if key not in STEP_ARGUMENTS]:
             raise InterventionError(f"{here}: unknown key {unknown[0]!r}{did_you_mean(unknown[0], STEP_ARGUMENTS)}")
         try:
@@ -525,8 +556,23 @@ def _from_list(given: Any) -> Intervention:
     return build({"steps": steps})
 
 
+def _prompt(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the instruction that flat arguments describe."""
+    if other := [key for key in given if key not in (*PROMPT_ARGUMENTS, "language")]:
+        raise InterventionError(
+            f"{other[0]}= conflicts with instruction=, which changes no neurons: leave one of the two out"
+        )
+    if "language" not in given:
+        raise InterventionError("instruction= without language=: say which language it names, such as fra_Latn")
+    names = {"instruction": "instruction", "language": "language", "names": "instruction_names",
+             "system": "instruction_system"}  # fmt: skip
+    return {field: given[name] for field, name in names.items() if name in given}
+
+
 def _steps(given: dict[str, Any]) -> list[dict[str, Any]]:
     """Fields of the steps that flat arguments describe: the deactivation first, then the steering step."""
+    if idle := [key for key in PROMPT_ARGUMENTS if key in given]:
+        raise InterventionError(f"{idle[0]}= without instruction=: expected one such as 'Answer in {{language}}.'")
     given = _with_preset(dict(given))
     _refuse_idle(given)
     common = {key: given[key] for key in _COMMON if key in given}

@@ -24,12 +24,19 @@ from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.provenance import fingerprint
 from lm_eval_steering.steering.compiled import compile_intervention
 from lm_eval_steering.steering.intervention import RESIDUAL, Intervention, Step, from_arguments
+from lm_eval_steering.steering.prompt import NATIVE
 from lm_eval_steering.sweep import damage_text
 from lm_eval_steering.sweep.damage_search import LONGEST, Line
 from lm_eval_steering.sweep.halves import ALL, CHOOSE, REPORT, can_be_split, positions_of
 from lm_eval_steering.sweep.plan import STEERED_VLLM, InterventionEntry, PlanError, SweepPlan
 from lm_eval_steering.sweep.plan_tasks import TaskBook
-from lm_eval_steering.vllm.arguments import CAPACITY, capacity_of, refuse_what_hooks_do
+from lm_eval_steering.vllm.arguments import (
+    CAPACITY,
+    HIDDEN_STATES,
+    capacity_of,
+    edits_hidden_states,
+    refuse_what_hooks_do,
+)
 from lm_eval_steering.vllm.layers import refuse_unknown
 
 # --- From the entries of a plan to single interventions: one for each language, factor and random control
@@ -49,7 +56,8 @@ class PlannedIntervention:
         languages: steered ones.
         entry: position in the plan's `interventions`, -1 for the baseline.
         factor: as written in the plan or searched for, None where there is none.
-        control: seed of the matched random set that is used instead of the language's neurons.
+        control: seed of the matched random set that is used instead of the language's neurons; of an instruction the
+            number of the other language that it names instead, from 0.
         damage: rises in nats per token that its factor was searched for; empty where it was written in the plan.
         reached: the damage that was measured at that factor.
     """
@@ -70,6 +78,11 @@ class PlannedIntervention:
         return not self.arguments
 
     @property
+    def is_prompt(self) -> bool:
+        """Whether it is an instruction, which needs no neurons."""
+        return "instruction" in self.arguments
+
+    @property
     def target(self) -> str | None:
         """Languages that it steers to, joined by `+`."""
         return "+".join(self.languages) or None
@@ -79,12 +92,15 @@ class PlannedIntervention:
 class Search:
     """A search for the factors of one entry on one language, or on a random control of it.
 
+    An instruction has no factor: its damage is measured at its one point, which counts as factor 1, beside the damages
+    that other entries' factors are searched for.
+
     Attributes:
         entry: position in the plan's `interventions`.
         language: steered one.
         control: seed of the random set; None for the language's own neurons.
         line: the factors.
-        targets: damages in nats per token.
+        targets: damages in nats per token; none for an instruction.
         name: readable, and unique within the plan.
     """
 
@@ -100,10 +116,18 @@ class Search:
         """Entry, language, control."""
         return self.entry, self.language, self.control
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one point to measure, and nothing to search for."""
+        return not self.targets
+
+
+SINGLE = 1.0  # the factor of an intervention that has none, where its damage is measured
+
 
 @dataclass(frozen=True)
 class FoundFactor:
-    """A factor that was searched for.
+    """A factor that was searched for, or the one point of an instruction.
 
     Attributes:
         factor: of three digits.
@@ -129,6 +153,9 @@ def searches_of(plan: SweepPlan, neuron_set: NeuronSet) -> list[Search]:
     searches: list[Search] = []
     seeds = [None, *(range(plan.controls.random) if "damage" in plan.controls.at else ())]
     for number, entry in enumerate(plan.interventions):
+        if entry.prompt is not None and entry.prompt.instruction and plan.searches:
+            for language in entry.languages or plan.languages:
+                searches.append(Search(number, language, None, Line(0.0, SINGLE), (), f"{number}-{language}-prompt"))
         if entry.damage is None:
             continue
         for language in entry.languages or plan.languages:
@@ -164,12 +191,14 @@ def _line(plan: SweepPlan, number: int, entry: InterventionEntry, language: str,
 def planned_at(plan: SweepPlan, neuron_set: NeuronSet, search: Search, factor: float) -> PlannedIntervention:
     """The intervention of a search at one factor."""
     entry = plan.interventions[search.entry]
-    planned, _ = _planned(plan, search.entry, entry, search.language, factor, neuron_set)
+    planned, _ = _planned(plan, search.entry, entry, search.language, None if search.is_single else factor, neuron_set)
     return planned if search.control is None else _control(planned, search.control)
 
 
 def _stand_ins(search: Search) -> list[FoundFactor]:
     """Factors of which only the number is right, for a plan whose factors are not searched for yet."""
+    if search.is_single:
+        return [FoundFactor(SINGLE, ())]
     line, number = search.line, len(search.targets)
     shrunk = line.length * (1.0 if search.control is None else 1 - (search.control + 1) / 1000)
     sign = 1 if line.last > line.identity else -1
@@ -182,7 +211,9 @@ def _stand_ins(search: Search) -> list[FoundFactor]:
 def interventions_of(
     plan: SweepPlan, neuron_set: NeuronSet, searches: Sequence[Search] = (), found: Found | None = None
 ) -> tuple[list[PlannedIntervention], list[str]]:
-    """The baseline, then every intervention of the plan, then their random controls; and notes on what collapsed.
+    """The baseline, then every intervention of the plan, then their controls; and notes on what collapsed.
+
+    The controls of an intervention on neurons are random sets; those of an instruction name other languages.
 
     Args:
         plan: as the user wrote it.
@@ -213,6 +244,15 @@ def interventions_of(
             _refuse_unmeasured(planned)
     controls: dict[tuple[str, int], PlannedIntervention] = {}
     for signature, planned in zip(own, interventions, strict=True):
+        if planned.is_prompt:
+            named_instead = _naming_others(plan, planned, neuron_set)
+            controls |= {(signature, number): control for number, control in enumerate(named_instead)}
+            if len(named_instead) < plan.controls.random:
+                notes.append(
+                    f"{planned.name}: {len(named_instead)} of {plan.controls.random} controls: its instruction can "
+                    "name no more other languages of the plan or the neuron set"
+                )
+            continue
         searched = plan.interventions[planned.entry].damage is not None
         for seed in range(plan.controls.random if "factor" in plan.controls.at or not searched else 0):
             controls[signature, seed] = _control(planned, seed)
@@ -254,13 +294,17 @@ def _short_hash(text: str) -> str:
 def _from_entry(
     plan: SweepPlan, number: int, entry: InterventionEntry, neuron_set: NeuronSet, searched: Found
 ) -> Iterator[tuple[PlannedIntervention, Intervention]]:
-    steers = entry.op is not None or entry.preset is not None
-    targets = (entry.languages or plan.languages) if steers else (None,)
+    targets = (entry.languages or plan.languages) if entry.steers else (None,)
     for language in targets:
         if entry.damage is not None:
             for found in searched.get((number, str(language), None), ()):
                 planned, intervention = _planned(plan, number, entry, language, found.factor, neuron_set)
                 yield replace(planned, damage=found.targets, reached=found.damage), intervention
+            continue
+        if entry.prompt is not None:
+            planned, intervention = _planned(plan, number, entry, language, None, neuron_set)
+            measured = searched.get((number, str(language), None), ())
+            yield replace(planned, reached=measured[0].damage if measured else None), intervention
             continue
         for factor in entry.factors if isinstance(entry.factors, tuple) else (entry.factor,):
             yield _planned(plan, number, entry, language, factor, neuron_set)
@@ -275,18 +319,20 @@ def _planned(
     neuron_set: NeuronSet,
 ) -> tuple[PlannedIntervention, Intervention]:
     """One intervention of an entry."""
-    arguments = entry.model_dump(exclude={"factors", "factor", "languages"}, exclude_none=True)
+    arguments = entry.arguments
     if language is not None:
         arguments["language"] = language
     if factor is not None:
         arguments["factor"] = float(factor)
     try:
-        compiled = compile_intervention(from_arguments(arguments), neuron_set, plan.allow_empty)
-        if plan.engine.name == STEERED_VLLM:
-            refuse_what_hooks_do(compiled)
+        intervention = from_arguments(arguments)
+        if intervention.prompt is None:
+            compiled = compile_intervention(intervention, neuron_set, plan.allow_empty)
+            if plan.engine.name == STEERED_VLLM:
+                refuse_what_hooks_do(compiled)
+            intervention = compiled.intervention
     except SteeringError as error:
         raise PlanError(f"interventions.{number}: {error}") from None
-    intervention = compiled.intervention
     planned = PlannedIntervention(
         _name(intervention, entry, factor), arguments, intervention.model_dump(mode="json"),
         intervention.steered, number, None if factor is None else float(factor),
@@ -294,7 +340,36 @@ def _planned(
     return planned, intervention
 
 
+def _naming_others(plan: SweepPlan, planned: PlannedIntervention, neuron_set: NeuronSet) -> list[PlannedIntervention]:
+    """Controls of an instruction: the same one naming other languages, the next ones of the plan first."""
+    entry, (target,) = plan.interventions[planned.entry], planned.languages
+    known = plan.languages
+    after = known.index(target) + 1 if target in known else 0
+    controls: dict[str, PlannedIntervention] = {}
+    for language in dict.fromkeys([*known[after:], *known[:after], *neuron_set.languages]):
+        if len(controls) == plan.controls.random or languages.same_language(language, target):
+            continue
+        try:
+            other, intervention = _planned(plan, planned.entry, entry, language, None, neuron_set)
+        except PlanError:  # its name is not known
+            continue
+        assert intervention.prompt is not None
+        text = intervention.prompt.instruction
+        if text != planned.resolved["prompt"]["instruction"] and text not in controls:
+            controls[text] = replace(
+                other, name=f"{planned.name}{_naming(language)}", languages=planned.languages, control=len(controls)
+            )
+    return list(controls.values())
+
+
+def _naming(language: str) -> str:
+    """End of the name of a control that names another language."""
+    return f"-naming-{language}"
+
+
 def _changes_nothing(intervention: Intervention) -> bool:
+    if intervention.prompt is not None:
+        return not intervention.prompt.instruction
     return all(_is_identity(step) for step in intervention.steps)
 
 
@@ -335,6 +410,10 @@ def _deactivated(intervention: Intervention, entry: InterventionEntry) -> str:
 
 def _name(intervention: Intervention, entry: InterventionEntry, factor: float | None) -> str:
     """Such as `fra_Latn-add-mean-x4-product` or `fra_Latn-deactivate`; for people, and never read back."""
+    if intervention.prompt is not None:
+        prompt = intervention.prompt
+        return "-".join([prompt.language, "prompt", *(["native"] if prompt.names == NATIVE else []),
+                         *(["system"] if prompt.system else [])])  # fmt: skip
     parts = ["+".join(intervention.steered) or _deactivated(intervention, entry)]
     parts += [entry.preset] if entry.preset else [entry.op] if entry.op else []
     parts += [f"{entry.value}"] if entry.value is not None else []
@@ -356,6 +435,7 @@ _IRRELEVANT = {"batch_size", "max_batch_size", "device", "parallelize", "max_mem
 _PLACE = {
     "tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "gpu_memory_utilization",
     "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "disable_log_stats", CAPACITY,
+    HIDDEN_STATES,
 }  # fmt: skip
 _ENDS = 1 << 20  # bytes read at either end of a weight file
 _LONGEST = 200  # characters of a readable name: file systems end at 255 bytes
@@ -586,12 +666,12 @@ class Grid:
         items = REPORT if stage == 2 and plan.choose is not None and plan.choose.split == "half" else ALL
         documents = self._documents(task, target, items)
         control = None
-        if planned.control is not None:
+        if planned.control is not None and not planned.is_prompt:
             control = {"seed": planned.control, "calibration": self.calibration}
         key = fingerprint(
             {
                 "model": self.model,
-                "neurons": None if planned.is_baseline else self.neuron_set.content_hash(),
+                "neurons": None if planned.is_baseline or planned.is_prompt else self.neuron_set.content_hash(),
                 "intervention": planned.resolved,
                 "control": control,
                 "target": target,
@@ -643,7 +723,11 @@ class Grid:
 
 def _name_without_control(planned: PlannedIntervention) -> str:
     """Of a control: the name of the intervention that it is the control of."""
-    return planned.name if planned.control is None else planned.name.removesuffix(f"-random{planned.control}")
+    if planned.control is None:
+        return planned.name
+    if planned.is_prompt:
+        return planned.name.removesuffix(_naming(planned.arguments["language"]))
+    return planned.name.removesuffix(f"-random{planned.control}")
 
 
 def _is_control_at_damage_of(control: PlannedIntervention, planned: PlannedIntervention) -> bool:
@@ -755,6 +839,7 @@ def engine_arguments(grid: Grid) -> dict[str, Any]:
         return arguments
     neuron_set = grid.neuron_set
     room = {CAPACITY: capacity_of(None, neuron_set, neuron_set.provenance.units)}
+    room |= {HIDDEN_STATES: edits_hidden_states(None, neuron_set)}
     return arguments | {"batch_size": "auto"} | room | dict(engine.arguments)
 
 

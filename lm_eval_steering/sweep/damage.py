@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from lm_eval_steering.sweep.cells import Cell, FoundFactor, Grid, Search
+from lm_eval_steering.sweep.cells import SINGLE, Cell, FoundFactor, Grid, Search
 from lm_eval_steering.sweep.damage_search import MOST_EVALUATIONS, Curve, reached, replayed
 from lm_eval_steering.sweep.damage_text import METRIC
 from lm_eval_steering.sweep.store import Store
@@ -32,6 +32,14 @@ def next_cell(
     base = _nats(store, unsteered)
     if base is None:
         return curve, unsteered
+    if search.is_single:
+        cell = grid.damage_cell(search, SINGLE)
+        before(cell)
+        nats = _nats(store, cell)
+        if nats is None:
+            return curve, cell
+        curve.points[SINGLE] = nats - base
+        return curve, None
     known: dict[float, float] = {}
     while True:
         curve, factor = replayed(search.line, search.targets, known)
@@ -108,6 +116,8 @@ def resolved(grid: Grid, store: Store, without: Iterable[Search] = ()) -> Grid |
         curve, missing = next_cell(grid, store, search)
         if missing is not None:
             return None
+        if search.is_single:
+            found[search.key] = [FoundFactor(SINGLE, (), _finite(curve.points[SINGLE]))]
         evaluated = [grid.damage_cell(search, factor) for factor in (None, *curve.points)]
         cells |= {cell.key: cell for cell in evaluated if not overflowed(store, cell)}
         factors: dict[float, list[float]] = {}
@@ -116,15 +126,20 @@ def resolved(grid: Grid, store: Store, without: Iterable[Search] = ()) -> Grid |
                 notes.append(f"{search.name}, damage {result.target:g}: {result.why}")
             if result.factor is not None and math.isfinite(result.damage):
                 factors.setdefault(result.factor, []).append(result.target)
-        found[search.key] = [
-            FoundFactor(factor, tuple(targets), curve.points[factor]) for factor, targets in factors.items()
-        ]
+        if not search.is_single:
+            found[search.key] = [
+                FoundFactor(factor, tuple(targets), curve.points[factor]) for factor, targets in factors.items()
+            ]
     return grid.with_factors(found, cells.values(), notes)
 
 
 def bound(grid: Grid) -> int:
-    """Largest number of cells that the searches can take: 12 each, and the unsteered model once for each language."""
-    return MOST_EVALUATIONS * len(grid.searches) + len({search.language for search in grid.searches})
+    """Largest number of cells that the searches can take.
+
+    That is 12 each, one for an instruction, and the unsteered model once for each language.
+    """
+    evaluations = sum(1 if search.is_single else MOST_EVALUATIONS for search in grid.searches)
+    return evaluations + len({search.language for search in grid.searches})
 
 
 def described(grid: Grid, store: Store) -> list[str]:
@@ -141,7 +156,7 @@ def described(grid: Grid, store: Store) -> list[str]:
 
 def summary(curve: Curve, search: Search) -> str:
     """One line for the log."""
-    parts: list[Any] = []
+    parts: list[Any] = [f"{curve.points[SINGLE]:.3g}"] if search.is_single else []
     for result in reached(curve, search.targets):
         if result.factor is None:
             parts.append(f"{result.target:g}: none")

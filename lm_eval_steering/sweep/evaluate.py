@@ -36,7 +36,7 @@ def evaluate(lm: SweepLM, grid: Grid, cell: Cell, neuron_set: NeuronSet) -> dict
         lm: the loaded model.
         grid: of the cell.
         cell: what to evaluate.
-        neuron_set: the plan's, or the control's instead of it.
+        neuron_set: the plan's, or the control's instead of it; an instruction needs none.
     """
     from lm_eval import simple_evaluate
 
@@ -45,7 +45,11 @@ def evaluate(lm: SweepLM, grid: Grid, cell: Cell, neuron_set: NeuronSet) -> dict
         lm.intervene(None, target_language=cell.target)
     else:
         lm.intervene(
-            neuron_set, target_language=cell.target, allow_empty=plan.allow_empty, force=plan.force, **planned.arguments
+            None if planned.is_prompt else neuron_set,
+            target_language=cell.target,
+            allow_empty=plan.allow_empty,
+            force=plan.force,
+            **planned.arguments,
         )
     task = grid.book.task(cell.task, cell.target)
     release_requests(task)  # an earlier cell's answers are none of this one
@@ -155,7 +159,7 @@ def _results_text(lm: SweepLM, grid: Grid, cell: Cell, results: dict[str, Any], 
 
     engine = grid.plan.engine.name
     arguments = {**engine_arguments(grid), **_neurons(lm, grid, cell), **cell.intervention.arguments}
-    if cell.target and "language" not in arguments:
+    if cell.target and cell.target != arguments.get("language"):
         arguments["target_language"] = cell.target
     results["config"] |= {"model": engine, "model_args": arguments, "batch_size": str(lm.batch_size)}
     results["config"]["sweep_cell"] = cell.describe()
@@ -176,7 +180,7 @@ def _results_text(lm: SweepLM, grid: Grid, cell: Cell, results: dict[str, Any], 
 def _neurons(lm: SweepLM, grid: Grid, cell: Cell) -> dict[str, Any]:
     """Model arguments that say which neurons; of a control its seed and its hash, as it is no set that has a name."""
     plan, control = grid.plan, cell.intervention.control
-    if cell.intervention.is_baseline:
+    if cell.intervention.is_baseline or cell.intervention.is_prompt:
         return {}
     arguments: dict[str, Any] = {"neurons": plan.neurons}
     if control is not None and lm.neuron_set is not None:

@@ -26,6 +26,7 @@ from lm_eval_steering.errors import SteeringError, did_you_mean
 from lm_eval_steering.files import expand_home, read_yaml
 from lm_eval_steering.lmeval.aggregation import BOOTSTRAPS
 from lm_eval_steering.steering.intervention import ARGUMENTS
+from lm_eval_steering.steering.prompt import ENGLISH, PLACEHOLDER, check_instruction
 
 Number = float | int
 STEERED_HF: Literal["steered-hf"] = "steered-hf"
@@ -102,8 +103,27 @@ Factors = Annotated[
 ]
 
 
+class PromptEntry(_Part):
+    """An instruction in front of every prompt, instead of steered neurons."""
+
+    instruction: str = Field(
+        description="Such as `Answer in {language}.`, with the language's name in place of `{language}`."
+    )
+    names: Literal["english", "native"] = Field(
+        "english", description="Language names in English, or in the language itself."
+    )
+    system: bool = Field(False, description="As system instruction of the chat template; needs `apply_chat_template`.")
+
+    @field_validator("instruction")
+    @classmethod
+    def _known_names(cls, instruction: str) -> str:
+        return check_instruction(instruction)
+
+
 class InterventionEntry(_Part):
     """One kind of intervention, for every language of the plan and every factor."""
+
+    prompt: PromptEntry | None = Field(None, description="An instruction instead of op (docs/prompting.md).")
 
     op: str | None = Field(None, description="`scale`, `add` or `set`.")
     value: Number | str | None = Field(None, description="A number or a statistic, for `add` and `set`.")
@@ -125,6 +145,37 @@ class InterventionEntry(_Part):
     seed: int | None = Field(None, description="Of random values.")
 
     @model_validator(mode="after")
+    def _prompt_alone(self) -> InterventionEntry:
+        if self.prompt is None:
+            return self
+        if other := list(self.model_dump(exclude={"prompt", "languages"}, exclude_none=True)):
+            raise ValueError(
+                f"{other[0]} conflicts with prompt, which changes no neurons and has no factor: give it an entry of "
+                "its own"
+            )
+        text = self.prompt.instruction
+        if text and PLACEHOLDER not in text and len(self.languages or ()) != 1:
+            raise ValueError(
+                f"prompt.instruction: {text!r} is the same for every language: write {PLACEHOLDER} where the name of "
+                "the language belongs, or name one language in languages"
+            )
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Model arguments, but for the language and the factor."""
+        if self.prompt is None:
+            return self.model_dump(exclude={"factors", "factor", "languages"}, exclude_none=True)
+        prompt = self.prompt
+        named = {"instruction_names": prompt.names} if prompt.names != ENGLISH else {}
+        return {"instruction": prompt.instruction, **named, **({"instruction_system": True} if prompt.system else {})}
+
+    @property
+    def steers(self) -> bool:
+        """Whether it steers to a language, and does not only silence some."""
+        return self.op is not None or self.preset is not None or self.prompt is not None
+
+    @model_validator(mode="after")
     def _consistent(self) -> InterventionEntry:
         if self.factor is not None and self.factors is not None:
             raise ValueError("factor conflicts with factors: write one of the two")
@@ -135,8 +186,8 @@ class InterventionEntry(_Part):
                 "factors: {damage: ...} conflicts with deactivate, which does damage at every factor; "
                 "write the factors, or leave deactivate out"
             )
-        if self.op is None and self.preset is None and self.deactivate is None:
-            raise ValueError("expected op, preset or deactivate: it would do nothing")
+        if not self.steers and self.deactivate is None:
+            raise ValueError("expected op, preset, deactivate or prompt: it would do nothing")
         return self
 
     @property
@@ -158,7 +209,12 @@ class InterventionEntry(_Part):
 class ControlsPart(_Part):
     """Matched random neuron sets; every intervention of the plan is repeated with each of them."""
 
-    random: int = Field(0, ge=0, description="Number of sets; their seeds are 0, 1, ...")
+    random: int = Field(
+        0,
+        ge=0,
+        description="Number of sets; their seeds are 0, 1, ... Of a prompt: number of other languages that its "
+        "instruction names instead.",
+    )
     calibration: str | None = Field(
         None,
         description="Text that measures the random neurons (docs/corpora.md; `demo` is the text that ships); needed "
@@ -359,6 +415,12 @@ class SweepPlan(_Part):
     def _consistent(self) -> SweepPlan:
         if self.then is not None and self.choose is None:
             raise ValueError("then without choose: say how the interventions for it are chosen")
+        for number, entry in enumerate(self.interventions):
+            if entry.prompt is not None and entry.prompt.system and not self.apply_chat_template:
+                raise ValueError(
+                    f"interventions.{number}.prompt.system: a system instruction needs a chat template; add "
+                    "apply_chat_template: true, or leave system out"
+                )
         if "damage" in self.controls.at and not self.searches:
             raise ValueError("controls.at: damage needs an intervention with factors: {damage: [...]}")
         return self
@@ -435,7 +497,7 @@ def _keys_at(location: Sequence[Any]) -> list[str]:
     """Keys that the part of a plan at this location knows."""
     parts: dict[str, type[BaseModel]] = {
         "model": ModelPart,
-        "interventions": InterventionEntry,
+        "interventions": PromptEntry if location[-1:] == ("prompt",) else InterventionEntry,
         "controls": ControlsPart,
         "damage": DamagePart,
         "choose": Choose,

@@ -323,7 +323,8 @@ class SweepRunner:
 
     def _evaluated(self, lm: SweepLM, cell: Cell) -> dict[str, Any] | None:
         control = cell.intervention.control
-        neuron_set = self.grid.neuron_set if control is None else self._controls(control, lm)
+        own = control is None or cell.intervention.is_prompt
+        neuron_set = self.grid.neuron_set if own else self._controls(int(control or 0), lm)
         documents = (cell.task, cell.target if self.grid.book.is_targeted(cell.task) else None)
         if documents != self._last_task:
             lm.forget_requests()

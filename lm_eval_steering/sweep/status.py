@@ -65,10 +65,12 @@ def describe(grid: Grid, out: Path) -> str:
         grid = resolved(grid, store) or grid
     folders, held = store.folders(), locks.owners(out / "locks")
     states = {cell.key: store.state(cell.key, folders, held) for cell in grid.cells}
-    controls = sum(planned.control is not None for planned in grid.interventions)
-    interventions = len(grid.interventions) - controls - 1
+    controls = sum(planned.control is not None and not planned.is_prompt for planned in grid.interventions)
+    naming = sum(planned.control is not None and planned.is_prompt for planned in grid.interventions)
+    interventions = len(grid.interventions) - controls - naming - 1
     lines = [
         f"{len(grid.cells)} cells: baseline, {interventions} interventions and {controls} random controls, "
+        f"{f'{naming} instructions that name another language, ' if naming else ''}"
         f"on {len({cell.task for cell in grid.cells})} tasks",
         *searches,
         *(

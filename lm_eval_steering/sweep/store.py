@@ -227,6 +227,8 @@ def identity(facts: Mapping[str, Any]) -> dict[str, Any]:
     steps = intervention["resolved"]["steps"]
     step = next((step for step in reversed(steps) if not step["deactivation"]), steps[-1] if steps else {})
     silenced = [code for step in steps if step["deactivation"] for code in step["languages"]]
+    if prompt := intervention["resolved"].get("prompt"):
+        step = {"op": "prompt", "value": prompt["instruction"]}
     return {
         "cell": cell["name"],
         "model": facts["model"],

@@ -60,11 +60,11 @@ class SweepLM(SteeredLM):
     # --- kept between cells -----------------------------------------------------------------------------------------
 
     @cached_property
-    def _pairs(self) -> dict[tuple[str, str], tuple[list[int], list[int]]]:
+    def _pairs(self) -> dict[tuple[str, str, str], tuple[list[int], list[int]]]:
         return {}
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        pair = (context, continuation)
+        pair = (self.prompting.key, context, continuation)
         if pair not in self._pairs:
             self._pairs[pair] = super()._encode_pair(context, continuation)
         return self._pairs[pair]
@@ -258,7 +258,7 @@ class SweepModel(SweepLM, SteeredHFLM):
         return answers
 
     def _own_evidence(self) -> dict[str, Any]:
-        counters: dict[str, Any] = {"calls": self.calls}
+        counters: dict[str, Any] = {"calls": self.calls, **self.prompting.evidence()}
         if self.steering is not None:
             evidence = self.steering.evidence()
             counters |= {name: getattr(evidence, name) for name in ("forwards", "fired", "positions", "largest_change")}
@@ -303,7 +303,7 @@ class SweepModel(SweepLM, SteeredHFLM):
 def _summed(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Counters of all processes, added up, and the largest change; calls one by one."""
     total: dict[str, Any] = {"calls": [part["calls"] for part in parts]}
-    for name in ("forwards", "fired", "positions"):
+    for name in ("forwards", "fired", "positions", "prompts"):
         if name in parts[0]:
             total[name] = sum(part[name] for part in parts)
     if "largest_change" in parts[0]:

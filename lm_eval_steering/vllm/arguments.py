@@ -15,11 +15,12 @@ from lm_eval_steering.neurons.neuron_set import NeuronSet
 from lm_eval_steering.steering.compiled import CompiledIntervention
 from lm_eval_steering.steering.intervention import NORMAL, is_live
 from lm_eval_steering.steering.positions import ALL
-from lm_eval_steering.vllm.activation import LAYOUT, SITES
+from lm_eval_steering.vllm.activation import LAYOUT
 
 HF = "use --model steered-hf"
-CAPACITY = "steered_units"  # model argument of ours
-LAYOUT_KEY, CAPACITY_KEY = "lm_eval_steering_layout", "lm_eval_steering_units"  # of vLLM's `additional_config`
+CAPACITY, HIDDEN_STATES = "steered_units", "steered_residual"  # model arguments of ours
+# Keys of vLLM's `additional_config`.
+LAYOUT_KEY, CAPACITY_KEY, RESIDUAL_KEY = (f"lm_eval_steering_{name}" for name in ("layout", "units", "residual"))
 DRIVER = "LM_EVAL_STEERING_DRIVER"  # environment variable: host and number of the process with which the engine ends
 _FEWEST = 64  # units, so that most neuron sets of a model share compiled graphs
 _ONE_ENGINE = (
@@ -53,7 +54,8 @@ def split(given: Mapping[str, Any], parent: type, engine: Set[str]) -> tuple[Ste
         SteeringError: for an argument that none of them knows, with the nearest one; or that cannot be steered.
     """
     ours = {field.name for field in fields(SteeringArguments)}
-    known = set(inspect.signature(parent).parameters) - {"kwargs"} | engine | {"device", "swap_space", CAPACITY}
+    known = set(inspect.signature(parent).parameters) - {"kwargs"} | engine
+    known |= {"device", "swap_space", CAPACITY, HIDDEN_STATES}
     for key, value in given.items():
         if key not in ours | known:
             raise InterventionError(f"unknown model argument {key!r}{did_you_mean(key, sorted(ours | known))}")
@@ -88,8 +90,32 @@ def capacity_of(given: Any, neuron_set: NeuronSet | None, units: int) -> int:
     return min(units, max(_FEWEST, 1 << max(needed - 1, 0).bit_length()))
 
 
-def with_worker(rest: Mapping[str, Any], worker: str, capacity: int) -> dict[str, Any]:
+def edits_hidden_states(given: Any, neuron_set: NeuronSet | None) -> bool:
+    """Whether interventions can edit what layers return: part of what is compiled, with a small cost for each layer.
+
+    Args:
+        given: as the user wrote it; None takes whether the neuron set has statistics of hidden states, without which
+            there is no site=residual, and True where there is no set.
+        neuron_set: that the engine starts with.
+
+    Raises:
+        SteeringError: if what was given is neither True nor False.
+    """
+    if given is None:
+        return neuron_set is None or bool(neuron_set.residual)
+    if not isinstance(given, bool):
+        raise SteeringError(f"{HIDDEN_STATES}={given!r}: expected True or False")
+    return given
+
+
+def with_worker(rest: Mapping[str, Any], worker: str, capacity: int, residual: bool) -> dict[str, Any]:
     """Arguments of the engine that make it a steered one, known to its cache of compiled graphs.
+
+    Args:
+        rest: arguments of lm-eval's `vllm` and of the engine, and ours of the engine.
+        worker: path of the class.
+        capacity: see `capacity_of`.
+        residual: see `edits_hidden_states`.
 
     Raises:
         SteeringError: if the user's `additional_config` is no mapping.
@@ -97,8 +123,9 @@ def with_worker(rest: Mapping[str, Any], worker: str, capacity: int) -> dict[str
     more = rest.get("additional_config") or {}
     if not isinstance(more, Mapping):
         raise SteeringError(f"additional_config={more!r}: expected a mapping, which steered-vllm adds its layout to")
-    given = {key: value for key, value in rest.items() if key != CAPACITY}
-    return {**given, "worker_cls": worker, "additional_config": {**more, LAYOUT_KEY: LAYOUT, CAPACITY_KEY: capacity}}
+    given = {key: value for key, value in rest.items() if key not in (CAPACITY, HIDDEN_STATES)}
+    ours = {LAYOUT_KEY: LAYOUT, CAPACITY_KEY: capacity, RESIDUAL_KEY: residual}
+    return {**given, "worker_cls": worker, "additional_config": {**more, **ours}}
 
 
 def refuse_what_hooks_do(plan: CompiledIntervention | None) -> None:
@@ -107,9 +134,6 @@ def refuse_what_hooks_do(plan: CompiledIntervention | None) -> None:
     Raises:
         InterventionError: naming the argument.
     """
-    for edit in plan.edits if plan else ():
-        if edit.site not in SITES:
-            raise InterventionError(f"site={edit.site}: steered-vllm edits at {' and '.join(SITES)}; {HF}")
     for step in plan.intervention.steps if plan else ():
         if step.positions != ALL:
             raise InterventionError(

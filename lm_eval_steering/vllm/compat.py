@@ -24,6 +24,7 @@ from lm_eval_steering.errors import SteeringError
 
 # Releases against whose source and behaviour everything here was written and tested.
 OLDEST, NEWEST = "0.32.0", "0.32"
+_LONGEST = 400  # characters of an error of vLLM that are shown
 _LOOK = 1.0  # seconds between two looks at an engine that has not answered
 _log = logging.getLogger("lm_eval.steering")
 
@@ -121,6 +122,11 @@ def additional_config(worker: Any) -> dict[str, Any]:
     return dict(worker.vllm_config.additional_config)
 
 
+def hidden_size(config: Any) -> int:
+    """Number of dimensions of the hidden states, of which each worker holds all, by vLLM's config of the model."""
+    return int(config.get_hidden_size())
+
+
 def ranks_of(worker: Any) -> dict[str, int]:
     """Number of a worker, and its rank among how many in tensor and in pipeline parallelism."""
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -179,6 +185,22 @@ def compilations() -> dict[str, int]:
 
 
 # --- in the process of lm-eval ----------------------------------------------------------------------------------
+
+
+def did_not_start(error: Exception) -> SteeringError:
+    """What a user is told where vLLM raised an error while its engine started, perhaps in another process."""
+    from vllm.platforms import current_platform
+
+    message = " ".join(str(error).split())
+    hint = ""
+    if current_platform.is_cpu():
+        hint = (
+            "; where it says 'Available memory', vLLM asks for more than is free: set VLLM_CPU_KVCACHE_SPACE=1 (GiB) "
+            "in the environment, or give a smaller gpu_memory_utilization= (0.92 of the memory by default, on CPU too)"
+        )
+    return SteeringError(
+        f"vLLM did not start ({type(error).__name__}: {message[:_LONGEST]}); its own message is in the log above{hint}"
+    )
 
 
 def model_config(llm: Any) -> Any:

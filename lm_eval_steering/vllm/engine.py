@@ -14,9 +14,10 @@ import numpy as np
 from lm_eval_steering.architectures import Shape
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError
 from lm_eval_steering.steering.compiled import CompiledIntervention, Edit
+from lm_eval_steering.steering.intervention import RESIDUAL
 from lm_eval_steering.vllm import compat
 from lm_eval_steering.vllm.activation import LAYOUT
-from lm_eval_steering.vllm.arguments import CAPACITY
+from lm_eval_steering.vllm.arguments import CAPACITY, HIDDEN_STATES
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ class EngineEvidence:
     Attributes:
         forwards: forward passes that the workers ran for requests, unsteered twins left out.
         modules: number of (layer, site) that the plan edits.
-        positions: tokens edited, of the layer and worker that edited the fewest; padding and warm-up left out.
+        positions: tokens edited, of the module and worker that edited the fewest; padding and warm-up left out.
         asked: tokens that the requests needed: prompts without what the prefix cache held, and all but the last
             generated token.
-        neurons: (site, layer, unit) edited at each position, over all workers.
+        neurons: (site, layer, unit) edited at each position, over all workers, dimensions of hidden states among them.
         largest_change: largest |a' - a| over finite a, in units of the activation; infinite where a' overflowed.
         finite: whether it is not infinite.
         workers: for each, its ranks, its layers and the tokens that it edited.
@@ -52,7 +53,7 @@ class _Tally:
     asked: int = 0
     forwards: int = 0
     largest: float = 0.0
-    edited: Counter[tuple[int, int]] = field(default_factory=Counter)  # (worker, layer) -> tokens
+    edited: Counter[tuple[int, int, str]] = field(default_factory=Counter)  # (worker, layer, what is edited) -> tokens
 
 
 class SteeredEngine:
@@ -67,7 +68,8 @@ class SteeredEngine:
 
         Raises:
             ArchitectureError: if a worker found other modules than the table says.
-            DidNotHappenError: if the workers together do not hold each unit once in each tensor-parallel group.
+            DidNotHappenError: if the workers together do not hold each unit once in each tensor-parallel group, or not
+                all hidden states of their layers.
         """
         self._llm = llm
         self.plan: CompiledIntervention | None = None
@@ -100,6 +102,10 @@ class SteeredEngine:
                     f"layer {layer}: the workers hold the units {slices or 'nowhere'} (first, number, of), expected "
                     f"all {shape.units}"
                 )
+        for layout in self._layouts:
+            missing = layout["layers"].keys() - layout["dimensions"].keys()
+            if layout["dimensions"] and missing:
+                raise DidNotHappenError(f"worker {layout['rank']} holds no hidden states of layer {min(missing)}")
 
     # --- the intervention ---------------------------------------------------------------------------------------
 
@@ -107,16 +113,20 @@ class SteeredEngine:
         """Replace the numbers on all workers; None is the unsteered model. The evidence starts anew.
 
         Raises:
-            InterventionError: if a layer has no room for its units; the intervention that was on stays on.
+            InterventionError: if a layer has no room for its units or hidden states, or these have another number of
+                dimensions; the intervention that was on stays on.
             DidNotHappenError: if the workers do not hold what was sent, or the prefix cache could not be emptied.
         """
         self._refuse_too_many(plan)
+        self._refuse_hidden_states(plan)
         self._send(plan)
         self.plan, self._tally, self._latest = plan, _Tally(), self._read()
 
     def _refuse_too_many(self, plan: CompiledIntervention | None) -> None:
         units: dict[int, Any] = {}
         for edit in plan.edits if plan else ():
+            if edit.site == RESIDUAL:
+                continue
             units[edit.layer] = np.union1d(units.get(edit.layer, []), edit.units)
         for layer, of_layer in units.items():
             for layout in self._layouts:
@@ -127,6 +137,26 @@ class SteeredEngine:
                         f"{number} units of layer {layer} are to be edited, this engine was started with room for "
                         f"{layout['capacity']} on each worker; start it with {CAPACITY}={len(of_layer)}"
                     )
+
+    def _refuse_hidden_states(self, plan: CompiledIntervention | None) -> None:
+        for edit in plan.edits if plan else ():
+            if edit.site != RESIDUAL:
+                continue
+            widths = {layout["dimensions"].get(str(edit.layer)) for layout in self._layouts_of(edit.layer)}
+            if None in widths:
+                raise InterventionError(
+                    f"site=residual: this engine was started without room for hidden states; start it with "
+                    f"{HIDDEN_STATES}=True"
+                )
+            if widths != {edit.dimensions}:
+                raise InterventionError(
+                    f"site=residual: layer {edit.layer} returns {widths.pop()} dimensions, the neuron set has "
+                    f"statistics of {edit.dimensions}: it was calibrated on another model; calibrate it on this one"
+                )
+
+    def _layouts_of(self, layer: int) -> list[dict[str, Any]]:
+        """Of the workers that hold a layer."""
+        return [layout for layout in self._layouts if str(layer) in layout["layers"]]
 
     def _send(self, plan: CompiledIntervention | None) -> None:
         edits = plan.edits if plan else ()
@@ -141,7 +171,9 @@ class SteeredEngine:
             )
 
     def _held(self, edit: Edit) -> int:
-        """Number of units of an edit that workers hold, each as often as it is held."""
+        """Number of units of an edit that workers hold, each as often as it is held: all dimensions by each worker."""
+        if edit.site == RESIDUAL:
+            return len(edit.units) * len(self._layouts_of(edit.layer))
         slices = [layout["layers"].get(str(edit.layer), (0, 0, 0)) for layout in self._layouts]
         return sum(int(((edit.units >= first) & (edit.units < first + width)).sum()) for first, width, _ in slices)
 
@@ -181,27 +213,34 @@ class SteeredEngine:
         )
         for was, now in zip(before, self._latest, strict=True):
             self._tally.largest = max(self._tally.largest, now["largest"])
-            for layer in [layer for layer, touched in now["touched"].items() if touched]:
-                edited = now["tokens"][layer] - was["tokens"][layer]
-                self._tally.edited[now["rank"], int(layer)] += edited
-                if edited < asked:
-                    raise DidNotHappenError(
-                        f"layer {layer} of worker {now['rank']} edited {edited} tokens where the requests needed "
-                        f"{asked}: something bypasses the steered module, and no score can be trusted"
-                    )
+            for earlier, later in zip(was["modules"], now["modules"], strict=True):
+                if later["touched"]:
+                    self._count(now["rank"], later["layer"], later["edits"], later["tokens"] - earlier["tokens"], asked)
+
+    def _count(self, rank: int, layer: int, edits: str, tokens: int, asked: int) -> None:
+        self._tally.edited[rank, layer, edits] += tokens
+        if tokens < asked:
+            raise DidNotHappenError(
+                f"{edits} of layer {layer} of worker {rank} edited {tokens} tokens where the requests needed {asked}: "
+                "something bypasses the steered module, and no score can be trusted"
+            )
 
     def evidence(self) -> EngineEvidence:
         """What happened since the plan was written, as read after the last requests."""
         tally = self._tally
         workers = []
         for layout in self._layouts:
-            edited = [tokens for (rank, _), tokens in tally.edited.items() if rank == layout["rank"]]
+            edited = {key: tokens for key, tokens in tally.edited.items() if key[0] == layout["rank"]}
             layers = sorted(map(int, layout["layers"]))
             ranks = ("rank", "tensor_rank", "tensor_size", "pipeline_rank", "pipeline_size")
             workers.append(
                 {name: layout[name] for name in ranks}
-                | {"layers": f"{layers[0]}-{layers[-1]}" if layers else "none", "edited_layers": len(edited)}
-                | {"fewest_tokens": min(edited, default=0), "most_tokens": max(edited, default=0)}
+                | {
+                    "layers": f"{layers[0]}-{layers[-1]}" if layers else "none",
+                    "edited_layers": len({layer for _, layer, _ in edited}),
+                    "fewest_tokens": min(edited.values(), default=0),
+                    "most_tokens": max(edited.values(), default=0),
+                }
             )
         return EngineEvidence(
             forwards=tally.forwards,

@@ -1,8 +1,8 @@
-"""Where vLLM keeps an MLP's activation, and replacing it by a steered one."""
+"""Where vLLM keeps an MLP's activation and what its layers return, and putting steered modules there."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lm_eval_steering.architectures import FAMILIES as HF_FAMILIES
 from lm_eval_steering.errors import ArchitectureError
 from lm_eval_steering.vllm import compat
 from lm_eval_steering.vllm.activation import SteeredActivation
+from lm_eval_steering.vllm.hidden_states import Returns, SteeredHiddenStates
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,21 @@ class Family:
         activation: path of the activation's module inside a layer.
         down: path of the last linear layer of the MLP inside a layer, split over workers by its inputs.
         gated: whether the module multiplies with the up projection.
+        returns: what a layer returns.
     """
 
     activation: str
     down: str
     gated: bool
+    returns: Returns = Returns.HIDDEN_STATES
 
 
-_FUSED = Family("mlp.act_fn", "mlp.down_proj", True)
+_FUSED = Family("mlp.act_fn", "mlp.down_proj", True, Returns.PARTS)
 # Some of these vLLM runs with the modules of transformers (GPT-NeoX, OLMo 2, Phi), and names are theirs.
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "cohere"), _FUSED
-    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"), _FUSED),
+    "cohere": replace(_FUSED, returns=Returns.HIDDEN_STATES_AND_INPUT),
+    "olmo2": replace(_FUSED, returns=Returns.HIDDEN_STATES),
     "gpt2": Family("mlp.act", "mlp.c_proj", False),
     "gpt_neox": Family("mlp.act", "mlp.dense_4h_to_h", False),
     "opt": Family("activation_fn", "fc2", False),
@@ -42,6 +45,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family("mlp.act", "mlp.dense_4h_to_h", False),
     "phi": Family("mlp.activation_fn", "mlp.fc2", False),
 }
+_HIDDEN_STATES = "steered_hidden_states"  # attribute of a layer
 _LISTS = ("model.layers", "transformer.h", "model.decoder.layers", "gpt_neox.layers")
 
 
@@ -60,24 +64,29 @@ def refuse_unknown(model_type: str) -> None:
 
 @dataclass(frozen=True)
 class SteeredLayer:
-    """A steered activation and the units that it holds: [first, first + width) of `full`."""
+    """A steered activation and the units that it holds: [first, first + width) of `full`; and the hidden states.
 
-    module: SteeredActivation
+    `hidden_states` is None in an engine that was started without room for `site=residual`.
+    """
+
+    activation: SteeredActivation
     first: int
     full: int
+    hidden_states: SteeredHiddenStates | None = None
 
 
 def install(
-    model: nn.Module, model_type: str, layers: int, capacity: int, real: torch.Tensor
+    model: nn.Module, model_type: str, layers: int, capacity: int, dimensions: int | None, real: torch.Tensor
 ) -> dict[int, SteeredLayer]:
-    """Put a steered activation into each MLP that this worker holds.
+    """Put a steered activation into each MLP that this worker holds, and a hook on each of its layers.
 
     Args:
         model: of vLLM, with its weights, not yet compiled; its language part.
         model_type: of transformers' config of the text decoder.
         layers: number of decoder layers of the whole model.
         capacity: see `SteeredActivation`.
-        real: see `SteeredActivation`.
+        dimensions: of the hidden states; None leaves what layers return alone.
+        real: see `SteeredModule`.
 
     Returns:
         Number of the layer -> what was put there.
@@ -90,8 +99,35 @@ def install(
     installed: dict[int, SteeredLayer] = {}
     for number, layer in enumerate(_layers(model, layers)):
         if not compat.is_elsewhere(layer):
-            installed[number] = _replace(layer, number, family, capacity, real)
+            steered = _replace(layer, number, family, capacity, real)
+            if dimensions is not None:
+                steered = replace(steered, hidden_states=steer_what_it_returns(layer, family.returns, dimensions, real))
+            installed[number] = steered
     return installed
+
+
+def steer_what_it_returns(
+    layer: nn.Module, returns: Returns, dimensions: int, real: torch.Tensor
+) -> SteeredHiddenStates:
+    """Put a hook on a layer that edits what it returns.
+
+    Its name, class and attributes stay, which vLLM may look at. Compiled code contains what hooks do that were there
+    before.
+
+    Args:
+        layer: of vLLM, not yet compiled.
+        returns: what it returns.
+        dimensions: of the hidden states.
+        real: see `SteeredModule`.
+    """
+    module = SteeredHiddenStates(returns, dimensions, real)
+    layer.add_module(_HIDDEN_STATES, module)
+    layer.register_forward_hook(_steered)
+    return module
+
+
+def _steered(layer: nn.Module, _inputs: Any, output: Any) -> Any:
+    return getattr(layer, _HIDDEN_STATES)(output)
 
 
 def _layers(model: nn.Module, layers: int) -> list[nn.Module]:

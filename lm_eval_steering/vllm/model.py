@@ -17,6 +17,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from lm_eval_steering.architectures import model_type_of, shape_of
+from lm_eval_steering.errors import SteeringError
 from lm_eval_steering.lmeval.arguments import (
     plan_before_loading,
     read_config,
@@ -31,7 +32,9 @@ from lm_eval_steering.vllm import compat
 from lm_eval_steering.vllm.arguments import (
     CAPACITY,
     DRIVER,
+    HIDDEN_STATES,
     capacity_of,
+    edits_hidden_states,
     for_vllm,
     refuse_what_hooks_do,
     split,
@@ -52,16 +55,17 @@ WORKER = "lm_eval_steering.vllm.worker.SteeredWorker"
 class SteeredVLLM(SteeredLM, VLLM):
     """`VLLM` whose workers apply a stored language-neuron intervention.
 
-    Takes every argument that `vllm` takes, those of `SteeringArguments`, and `steered_units`
-    (`arguments.capacity_of`). Answers are lm-eval's own types with a
-    memory: log-likelihoods are `Score`, generated texts are `IdentifiedText`.
+    Takes every argument that `vllm` takes, those of `SteeringArguments`, `steered_units` (`arguments.capacity_of`) and
+    `steered_residual` (`arguments.edits_hidden_states`). Answers are lm-eval's own types with a memory:
+    log-likelihoods are `Score`, generated texts are `IdentifiedText`.
     """
 
     def __init__(self, pretrained: str, **arguments: Any) -> None:
         """Check every argument, start the engine as `vllm` does with our worker, and write the intervention.
 
         Raises:
-            SteeringError: before the engine starts, for anything that would make the score wrong.
+            SteeringError: before the engine starts, for anything that would make the score wrong; or if it does not
+                start.
         """
         compat.warn_if_untested(RELEASE)
         ours, rest = split(arguments, VLLM, compat.engine_arguments())
@@ -77,12 +81,19 @@ class SteeredVLLM(SteeredLM, VLLM):
             refuse_other_name(neuron_set, pretrained)
             refuse_other_weights(neuron_set, self.weights, pretrained, self.adapter)
         capacity = capacity_of(rest.get(CAPACITY), neuron_set, self._shape.units)
+        residual = edits_hidden_states(rest.get(HIDDEN_STATES), neuron_set)
         os.environ[DRIVER] = f"{socket.gethostname()} {os.getpid()}"
-        super().__init__(pretrained, **with_worker(rest, WORKER, capacity))
+        arguments = with_worker(rest, WORKER, capacity, residual)
+        try:
+            super().__init__(pretrained, **arguments)
+        except SteeringError:
+            raise
+        except Exception as error:  # vLLM's own errors differ by what failed and in which process
+            raise compat.did_not_start(error) from error
         self.steering = SteeredEngine(self.model, self._shape)
         self._drawn: Counter[tuple[int, ...]] = Counter()
         self.scored = self.generated = 0
-        self._attach(neuron_set, plan, ours.targets(), ours.force)
+        self._attach(neuron_set, plan, ours.targets(), ours.force, ours.prompt)
 
     # --- changing the intervention on a running engine ----------------------------------------------------------
 
@@ -103,6 +114,8 @@ class SteeredVLLM(SteeredLM, VLLM):
 
     def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
         """Outputs of some requests, of which it is proven that they were steered."""
+        if generate:
+            self.prompting.prove(requests)
         if not generate or sampling_params is None:
             sampling_params = compat.scoring_parameters()
         else:

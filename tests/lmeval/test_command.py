@@ -117,6 +117,28 @@ def test_bare_lm_eval_steers_and_proves_it_and_a_second_run_comes_from_the_cache
     assert scores["steering_demo_forcing"]["lfs,none"] == sum(row["lfs"] for row in rows) / 40
 
 
+def test_bare_lm_eval_prompts_and_its_results_pair_with_the_unsteered_ones(tmp_path: Path) -> None:
+    tasks = (TASK, "steering_demo_lss_eng_Latn", "steering_demo_perplexity_fra_Latn")
+    prompted = f"{MODEL},instruction=Answer in {{language}}.,language=fra_Latn"
+    french = evaluation(tmp_path / "one", "steered-hf", prompted, *tasks, use_cache=tmp_path / "cache")
+    run_together(
+        evaluation(tmp_path / "base", "steered-hf", MODEL, TASK, "steering_demo_perplexity_fra_Latn"),
+        french, [tmp_path / "two" if part == tmp_path / "one" else part for part in french],
+        evaluation(tmp_path / "empty", "steered-hf", f"{MODEL},instruction=,language=fra_Latn", *tasks),
+        ("lm-eval-steering", "report", tmp_path / "one", "--baseline", tmp_path / "base", "--out", tmp_path / "report"),
+    )  # fmt: skip
+    base, first, again, empty = (results_of(tmp_path / name) for name in ("base", "one", "two", "empty"))
+    report = first["config"]["steering"]
+    assert report["signature"].startswith('prompt:"Answer in French."|lang:fra_Latn|lid:')
+    assert report["evidence"]["prompts"] > 100 and again["config"]["steering"]["evidence"]["prompts"] == 0
+    assert numbers(again) == numbers(first)
+    assert empty["results"]["steering_demo_lss_eng_Latn"]["lss,none"] == 0
+    for task, row in numbers(base).items():
+        assert numbers(empty)[task] == row != numbers(first)[task]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "prompt &#34;Answer in {language}.&#34;" in page or 'prompt "Answer in {language}."' in page
+
+
 def test_factor_one_gives_the_numbers_of_hf_to_the_last_digit(tmp_path: Path) -> None:
     one = f"{MODEL},neurons=demo,language=fra_Latn,op=scale,factor=1,scoring=plain"
     tasks = (TASK, "steering_demo_continuation_deu_Latn")

@@ -257,7 +257,7 @@ def test_each_mistake_has_its_message(written: str, expected: str) -> None:
 
 
 def test_the_docs_say_the_same() -> None:
-    section = PAGE.read_text(encoding="utf-8").split("## Mistakes")[1].split("\n## ")[0]
+    section = PAGE.read_text(encoding="utf-8").split("## Error messages")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     assert rows == table(), "python -m tests.lmeval.test_errors prints the table"
 

@@ -35,7 +35,7 @@ SHAPES = {
 SIZES = {
     "clas-bench-2026-diffmean": (31, 28, 1),
     "clas-bench-2026-lape": (32, 2, 32),
-    "clas-bench-2026-prompting": (32, 1, 32),
+    "clas-bench-2026-prompting": (32, 2, 32),
     "gurgurov-2025-belebele": (21, 1, 21),
     "gurgurov-2025-forcing": (21, 5, 20),
     "gurgurov-2025-stepwise": (11, 11, 1),

@@ -47,6 +47,19 @@ def test_it_says_model_neurons_interventions_and_tasks(configured: Results) -> N
         assert f"{family} (n = {int(rows['n'].max())})" in text
 
 
+def test_what_is_done_to_hidden_states_is_said(configured: Results) -> None:
+    assert "hidden states" not in methods(configured).text
+    cells = configured.sweep.cells
+    steered = ~cells["is_baseline"]
+    cells.loc[steered, "kind"] = "clas_diffmean at residual, from eng_Latn, layers 14"
+    corpus = NEURON_SET["corpus"] | {"residual": {"sentences": {"deu_Latn": 90, "fra_Latn": 100}}}
+    configured.sweep.facts.config["steering"]["neuron_set"] = NEURON_SET | {"corpus": corpus}
+    text = methods(configured).text
+    for fact in ("change no neurons but the hidden states", "90 to 100 sentences", "[@gurgurov-etal-2026-clas]"):
+        assert fact in text, fact
+    assert ("random directions of the same norm" in text) == bool(cells.loc[steered, "control"].notna().any())
+
+
 def test_what_is_not_known_is_left_out(results: Results) -> None:
     results.sweep.facts.config = {}
     text = methods(results).plain

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm_eval_steering.errors import InterventionError
+from lm_eval_steering.errors import InterventionError, SteeringError
 from lm_eval_steering.steering.intervention import (
     LIVE,
     PRESETS,
     STATISTICS,
     Intervention,
+    Prompt,
     Step,
     build,
     from_arguments,
@@ -65,6 +66,45 @@ def test_a_signature_reads_back_as_the_same_intervention(chosen: list[Step]) -> 
     made = Intervention(steps=tuple(chosen))
     assert parse(made.signature()) == made
     assert build(made.model_dump()) == made
+
+
+@given(
+    st.text().filter(lambda text: "{" not in text), st.sampled_from(["fra_Latn", "zho_Hans"]),
+    st.sampled_from(["english", "native"]), st.booleans(),
+)  # fmt: skip
+def test_an_instruction_of_any_text_reads_back(text: str, language: str, names: str, system: bool) -> None:
+    prompt = Prompt(instruction=text, language=language, names=names, system=system)
+    made = Intervention(prompt=prompt)
+    assert parse(made.signature()) == parse(f"{made.signature()}|lid:lid.176.ftz@8f>0.5|fp:12|v:0.1") == made
+    assert build(made.model_dump()) == made
+    # Whoever splits a signature by hand gets its parts.
+    assert ";" not in made.signature() and len(made.signature().split("|")) == 2 + (names == "native") + system
+    assert made.signature().isprintable() or not text.isprintable()
+
+
+def test_an_instruction_is_signed_as_it_is_sent_and_has_one_kind_for_all_languages() -> None:
+    french, german = (
+        from_arguments({"instruction": 'Write "{language}".', "language": code}) for code in ("fr", "deu_Latn")
+    )
+    assert french.signature() == r'prompt:"Write \"French\"."|lang:fra_Latn'
+    assert french.prompt is not None and german.prompt is not None
+    assert french.prompt.kind == german.prompt.kind == 'prompt "Write "{language}"."'
+    native = from_arguments({"instruction": "{language}!", "language": "fr", "instruction_names": "native"}).prompt
+    assert native is not None and native.kind == 'prompt "{language}!", native names'
+    assert french.steered == ("fra_Latn",) and not french.lookahead
+
+
+def test_interventions_on_neurons_keep_the_fingerprints_that_they_had_before_prompts() -> None:
+    assert Intervention().model_dump(mode="json") == {"steps": []}
+    assert set(from_arguments({"language": "fra", "op": "scale"}).model_dump(mode="json")) == {"steps"}
+
+
+@pytest.mark.parametrize(
+    "text", ["prompt:French|lang:fra_Latn", 'prompt:"a"', 'prompt:"a"|lang:fra_Latn|op:scale', 'prompt:"a" ; op:scale']
+)
+def test_a_signature_of_an_instruction_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(SteeringError):
+        parse(text)
 
 
 def test_what_a_score_prints_is_read_too() -> None:

@@ -25,7 +25,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"'interventions.0.layer'; did you mean 'layers'",
     ),
     ({"controls": {"randm": 3}}, "unknown key 'controls.randm'; did you mean 'random'"),
-    ({"interventions": [{"factors": [2]}]}, "interventions.0: expected op, preset or deactivate"),
+    ({"interventions": [{"factors": [2]}]}, "interventions.0: expected op, preset, deactivate or prompt"),
     ({"interventions": [{"op": "scale", "factor": 2, "factors": [2]}]}, "factor conflicts with factors"),
     ({"languages": ["french_Latn"]}, "french_Latn"),
     ({"choose": None, "then": {"tasks": ["small_nats"]}}, "then without choose"),

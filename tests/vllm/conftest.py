@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +19,13 @@ from lm_eval.api.instance import Instance
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm_eval_steering.architectures import shape_of
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.lmeval.model import SteeredHFLM
 from lm_eval_steering.lmeval.task_families import demo as tasks
+from lm_eval_steering.neurons.calibrate import calibrate_hidden_states
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics, union_of
+from lm_eval_steering.neurons.rows import TokenRows
+from lm_eval_steering.neurons.running import ModelRunner
 from lm_eval_steering.resources import demo_model
 from tests.conftest import TOKENS, tiny_tokenizer
 from tests.sweep.conftest import spell, task_files  # noqa: F401  fixtures
@@ -140,7 +144,16 @@ def answers(lm: Any) -> tuple[list[tuple[float, bool]], list[str]]:
 
 @cache
 def demo_set() -> NeuronSet:
-    return NeuronSet.load("demo")
+    """The set that ships, with statistics of the hidden states: of eight sentences of each language."""
+    neurons = NeuronSet.load("demo")
+    lm = hooks()
+    rows = {
+        code: TokenRows.of([lm.tok_encode(tasks.sentence(index, code)) for index in range(8)])
+        for code in neurons.languages
+    }
+    found = calibrate_hidden_states(ModelRunner(LazyModel.of(lm.model, lm.tokenizer), 8), rows)
+    residual = {name: np.stack([found[code][name] for code in neurons.languages], axis=2) for name in ("mean", "std")}
+    return replace(neurons, residual=residual)
 
 
 @cache
@@ -226,7 +239,8 @@ def made_up_set(pretrained: str, family: str, pairs: dict[str, list[tuple[int, i
         family: its `model_type`.
         pairs: language -> its neurons, (layer, unit).
     """
-    shape = shape_of(AutoConfig.from_pretrained(pretrained))
+    config = AutoConfig.from_pretrained(pretrained)
+    shape = shape_of(config)
     rows = {code: np.array(sorted(neurons), dtype=np.int64).reshape(-1, 2) for code, neurons in pairs.items()}
     union = union_of(list(rows.values()))
     generator = np.random.default_rng(0)
@@ -238,7 +252,8 @@ def made_up_set(pretrained: str, family: str, pairs: dict[str, list[tuple[int, i
         for site in SITES
     }
     made = Provenance("made-up", "", family, shape.layers, shape.units)
-    return NeuronSet(tuple(rows), rows, made, Statistics(union, tuple(rows), values))
+    means = generator.normal(size=(shape.layers, config.hidden_size, len(rows))).astype(np.float32)
+    return NeuronSet(tuple(rows), rows, made, Statistics(union, tuple(rows), values), {"mean": means})
 
 
 def tiny_set(pretrained: str, family: str) -> NeuronSet:

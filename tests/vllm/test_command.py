@@ -49,6 +49,9 @@ def test_the_command_scores_our_tasks_and_stores_what_was_done(vllm: None, tmp_p
         ("worker_cls=mine", "worker_cls='mine': steered-vllm brings the worker"),
         ("scoring=shared", "scoring='shared': vLLM has one method"),
         (f"neurons=demo,language=fra_Latn,op=scale,factor=2,lora_local_path={demo_model()}", "adapter"),
+        ("steered_residual=3", "steered_residual=3: expected True or False"),
+        ("neurons=demo,language=fra_Latn,op=add,site=residual,layers=2", "no statistics of hidden states"),
+        ("max_model_len=100000000", "vLLM did not start"),
     ],
 )
 def test_mistakes_are_one_line_before_the_engine_starts(vllm: None, arguments: str, message: str) -> None:
@@ -60,6 +63,21 @@ def test_mistakes_are_one_line_before_the_engine_starts(vllm: None, arguments: s
         get_model("steered-vllm").create_from_arg_string(f"{ENGINE},{arguments}", {"batch_size": 1, "device": None})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_engine_that_does_not_start_is_one_line_after_its_own_log(vllm: None, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [BIN / "lm_eval", "--model", "steered-vllm", "--model_args", ENGINE, "--tasks", "steering_demo_lss_eng_Latn",
+         "--output_path", tmp_path],
+        capture_output=True, text=True, check=False, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1000000"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Available memory on node" in done.stdout + done.stderr, "vLLM's own message"
+    last = [line for line in done.stderr.splitlines() if line.startswith("lm-eval-steering: error: ")][-1]
+    for fact in ("vLLM did not start", "log above", "VLLM_CPU_KVCACHE_SPACE=1", "gpu_memory_utilization="):
+        assert fact in last
+    after = done.stderr[done.stderr.rindex(last) :]
+    assert "Traceback" not in after and "SteeringError" not in done.stderr
 
 
 def test_a_checkpoint_of_ours_under_plain_vllm_is_steered_hf(vllm: None, tmp_path: Path) -> None:

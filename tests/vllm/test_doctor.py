@@ -23,20 +23,20 @@ def test_every_check_passes_on_the_demo_model(vllm: None, tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     found = json.loads((tmp_path / "checks.json").read_text())
-    assert found["passed"] and len(found["checks"]) == 12
-    assert "12 checks passed" in done.stdout
+    assert found["passed"] and len(found["checks"]) == 15
+    assert "15 checks passed" in done.stdout
     compiled = next(check for check in found["checks"] if check["name"].startswith("compiled scores"))
     assert float(compiled["found"]) < 1e-4
 
 
 def test_a_module_that_edits_nothing_is_found_out(vllm: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval_steering.analysis.doctor_vllm import examine_engine
-    from lm_eval_steering.vllm.activation import SteeredActivation
+    from lm_eval_steering.vllm.activation import SteeredModule
 
-    def untouched(_module: SteeredActivation, _site: int, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def untouched(_module: SteeredModule, _site: int, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return units, torch.zeros_like(units)
 
-    monkeypatch.setattr(SteeredActivation, "_edit", untouched)
+    monkeypatch.setattr(SteeredModule, "_edit", untouched)
     with in_this_process():
         checks = examine_engine(
             str(demo_model()), {"enforce_eager": True, "dtype": "float32", "max_model_len": 128,
@@ -45,4 +45,5 @@ def test_a_module_that_edits_nothing_is_found_out(vllm: None, monkeypatch: pytes
     failed = {check.name for check in checks if not check.passed}
     assert "a real intervention changes the scores" in failed
     assert len([name for name in failed if "follows the definition" in name]) == 3
+    assert len([name for name in failed if name.startswith("hidden states") and "follow the" in name]) == 3
     assert "scale by 1 is bit-equal to no intervention" not in failed

@@ -32,6 +32,9 @@ STRONG: list[dict[str, Any]] = [
     {"language": "fra_Latn", "op": "add", "value": 2.0, "factor": 2.0},
     {"language": "fra_Latn+deu_Latn", "op": "scale", "factor": -3, "site": "product"},
     {"language": "deu_Latn", "op": "set", "value": "mean", "factor": 3, "deactivate": "others"},
+    {"language": "fra_Latn", "op": "add", "value": "diffmean", "factor": 0.5, "site": "residual", "layers": "0-2"},
+    {"language": "deu_Latn", "op": "scale", "factor": -0.7, "site": "residual", "layers": "1", "dimensions": 9},
+    {"language": "fra_Latn", "op": "set", "value": "mean", "site": "residual", "layers": "2", "dimensions": 20},
 ]
 
 

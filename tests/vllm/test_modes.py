@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,29 @@ INTERVENTIONS: dict[str, dict[str, Any]] = {
             {"language": "fra_Latn", "op": "scale", "factor": 1.5, "site": "product"},
         ]
     },
+    # Layers 2 and 3 are the last of one stage of a pipeline and the first of the next.
+    "hidden-states": {"language": "fra_Latn", "op": "add", "value": "diffmean", "factor": 2, "site": "residual"}
+    | {"layers": "2-3"},
+    "few-dimensions": {"language": "deu_Latn", "op": "set", "value": "mean", "factor": 1.5, "site": "residual"}
+    | {"layers": "1+5", "dimensions": 7},
+    "every-site": {
+        "intervention": [
+            {"language": "fra_Latn", "op": "scale", "factor": 2},
+            {"language": "fra_Latn", "op": "scale", "factor": 1.5, "site": "product"},
+            {
+                "language": "spa_Latn",
+                "op": "scale",
+                "factor": -0.5,
+                "site": "residual",
+                "layers": "0-5",
+                "dimensions": 3,
+            },
+            {"language": "spa_Latn", "source": "eng_Latn", "op": "add", "value": "clas_diffmean", "factor": 2}
+            | {"site": "residual", "layers": "4"},
+        ]
+    },
 }
+ALL_HIDDEN_STATES = {"language": "fra_Latn", "site": "residual", "layers": "0-5"}
 
 
 def steer(lm: Any, name: str) -> None:
@@ -72,7 +95,19 @@ def test_factors_change_without_a_trace_and_nothing_is_compiled(steered: Any) ->
     before = steered.steering.compilations()
     found = []
     for factor in (1, 3, 1):
-        steered.intervene(demo_set(), language="fra_Latn", op="scale", factor=factor)
+        steered.intervene(
+            demo_set(),
+            intervention=[
+                {"language": "fra_Latn", "op": "scale", "factor": factor},
+                {
+                    "language": "fra_Latn",
+                    "op": "scale",
+                    "factor": (factor + 1) / 2,
+                    "site": "residual",
+                    "layers": "1-3",
+                },
+            ],
+        )
         # Twice, so that the second is read from the prefix cache.
         twice = [steered.generate_until(generating(max_gen_toks=40), disable_tqdm=True) for _ in range(2)]
         assert twice[0] == twice[1]
@@ -84,9 +119,16 @@ def test_factors_change_without_a_trace_and_nothing_is_compiled(steered: Any) ->
         assert sum(sum(one.values()) for one in before) > 0, "the counters saw that this engine was compiled"
 
 
-@pytest.mark.parametrize("op", [{"op": "scale", "factor": 1}, {"op": "add", "value": "mean", "factor": 0}])
+@pytest.mark.parametrize(
+    "op",
+    [
+        {"op": "scale", "factor": 1},
+        {"op": "add", "value": "mean", "factor": 0},
+        {"op": "add", "value": "diffmean", "factor": 0, **ALL_HIDDEN_STATES},
+    ],
+)
 def test_an_identity_shifts_nothing_and_is_counted(steered: Any, op: dict[str, Any]) -> None:
-    steered.intervene(demo_set(), language="fra_Latn", **op)
+    steered.intervene(demo_set(), **{"language": "fra_Latn", **op})
     both = steered.loglikelihood(scoring(twice=True), disable_tqdm=True)
     assert [score[0] - score.unsteered for score in both] == [0.0] * len(both)
     evidence = steered.steering.evidence()
@@ -144,6 +186,20 @@ def test_evidence_counts_what_the_requests_needed(steered: Any) -> None:
     assert all(
         one["layers"] == "0-5" and one["fewest_tokens"] == whole for one in evidence.workers if one["edited_layers"]
     )
+
+
+def test_each_worker_edits_all_dimensions_of_each_token_once(steered: Any) -> None:
+    steer(steered, "hidden-states")
+    pairs = scoring(2)
+    steered.loglikelihood(pairs, disable_tqdm=True)
+    evidence, plan = steered.steering.evidence(), hooks_plan("hidden-states")
+    whole = sum(len(steered.tok_encode("".join(pair.args))) for pair in pairs)
+    assert evidence.positions == evidence.asked == whole
+    assert (evidence.modules, evidence.neurons) == (2, plan.neurons) and plan.neurons == 2 * demo_set().dimensions
+    vectors = 2 * demo_set().hidden_states("fra_Latn", "diffmean")[2:4]
+    assert evidence.largest_change == pytest.approx(abs(vectors).max(), rel=1e-5)
+    numbers = ("edited_layers", "fewest_tokens", "most_tokens")
+    assert [[one[name] for name in numbers] for one in evidence.workers] == [[2, whole, whole]] * steered.mode.workers
 
 
 def hooks_plan(name: str) -> Any:
@@ -210,9 +266,15 @@ def test_what_is_refused_leaves_the_intervention_on(steered: Any) -> None:
         ({"value": "live_max", "op": "add"}, "live"),
         ({"value": "normal", "op": "add"}, "random"),
         ({"factor": "nan"}, "factor"),
+        ({"site": "residual", "layers": "2", "positions": "last"}, "positions=last"),
+        ({"site": "residual", "layers": "2", "value": "live_mean", "op": "add"}, "live"),
+        ({"site": "residual", "layers": "6"}, "layers='6'"),
     ]:
         with pytest.raises(InterventionError, match=message):
             steered.intervene(demo_set(), **{"language": "fra_Latn", "op": "scale", **wrong})
+    narrow = replace(demo_set(), residual={"mean": demo_set().residual["mean"][:, :8]})
+    with pytest.raises(InterventionError, match=r"layer 0 returns \d+ dimensions, the neuron set has statistics of 8"):
+        steered.intervene(narrow, op="scale", factor=2, **ALL_HIDDEN_STATES)
     with pytest.raises(SteeringError, match="klingon"):
         steered.intervene(demo_set(), language="klingon", op="scale", factor=2)
     assert steered.fingerprint == before
@@ -232,16 +294,16 @@ def test_the_request_cache_knows_the_intervention(steered: Any, tmp_path: Path) 
     steered.set_cache_hook(type(steered.cache_hook).__mro__[1](None))
 
 
-@pytest.mark.parametrize("factor", [None, 1])
-def test_an_identity_is_plain_vllm(steered: Any, factor: int | None) -> None:
+@pytest.mark.parametrize("more", [None, {}, ALL_HIDDEN_STATES])
+def test_an_identity_is_plain_vllm(steered: Any, more: dict[str, Any] | None) -> None:
     """Bit-equal, eager and compiled; with two workers an identity is compared with the unsteered engine."""
     if steered.plain_answers is None:
         steered.intervene()
         before = answers(steered)
     else:
         before = steered.plain_answers
-    if factor is not None:
-        steered.intervene(demo_set(), language="fra_Latn", op="scale", factor=factor)
+    if more is not None:
+        steered.intervene(demo_set(), **{"language": "fra_Latn", "op": "scale", "factor": 1, **more})
     else:
         steered.intervene()
     assert answers(steered) == before
@@ -267,3 +329,25 @@ def test_repeated_prompts_are_no_trouble(steered: Any) -> None:
     steer(steered, "scale")
     pairs = [Instance("loglikelihood", {}, ("Hello", " world"), number) for number in range(3)]
     assert len({score[0] for score in steered.loglikelihood(pairs, disable_tqdm=True)}) == 1
+
+
+def test_prompting_is_that_of_steered_hf(steered: Any) -> None:
+    """The model reads the same tokens: scores to the tolerance of two engines, and the same greedy texts."""
+    for instruction in ("Answer in {language}.", ""):
+        arguments = {"instruction": instruction, "language": "fra_Latn"}
+        for lm in (steered, hooks()):
+            lm.intervene(**arguments)
+        many = [*scoring(), Instance("loglikelihood", {}, ("", "Je ne sais pas."), 99)]
+        found, expected = (lm.loglikelihood(many, disable_tqdm=True) for lm in (steered, hooks()))
+        assert furthest(found, expected) < 1e-4
+        assert [score.tokens for score in found] == [score.tokens for score in expected]
+        twins, theirs = (lm.loglikelihood(scoring(2, twice=True), disable_tqdm=True) for lm in (steered, hooks()))
+        assert furthest([twin.unsteered for twin in twins], [twin.unsteered for twin in theirs]) < 1e-4
+        assert all((twin[0] == twin.unsteered) == (not instruction) for twin in twins)
+        texts, same = (lm.loglikelihood_rolling(rolling(), disable_tqdm=True) for lm in (steered, hooks()))
+        assert furthest(texts, same) < 1e-4 and [text.tokens for text in texts] == [text.tokens for text in same]
+        generated = [list(lm.generate_until(generating(), disable_tqdm=True)) for lm in (steered, hooks())]
+        assert generated[0] == generated[1]
+        evidence = [lm.steering_report()["evidence"] for lm in (steered, hooks())]
+        assert evidence[0] == evidence[1] and (evidence[0]["prompts"] > 40) == bool(instruction)
+    hooks().intervene()

@@ -15,7 +15,7 @@ from tests.vllm.test_modes import expected, steer
 
 def test_two_stages_answer_as_steered_hf(vllm: None, record_property: Any) -> None:
     with running("steered", Mode(eager=False, stages=2), str(demo_model())) as lm:
-        for name in ("none", "add-product", "layers", "both-sites"):
+        for name in ("none", "add-product", "layers", "both-sites", "hidden-states", "every-site"):
             steer(lm, name)
             scores, texts, greedy = expected(name)
             found = lm.loglikelihood(scoring(), disable_tqdm=True)

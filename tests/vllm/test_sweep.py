@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import signal
@@ -28,6 +29,8 @@ ENGINE = {"name": "steered-vllm", "arguments": EAGER}
 CHANGES: dict[str, Any] = {
     "model": {"pretrained": "demo", "dtype": "float32"},
     "tasks": ["small_lss", "small_forcing", "small_choice"],
+    "interventions": [*PLAN["interventions"], {"op": "scale", "factors": {"damage": [0.3]}}],
+    "damage": {"sentences": 12},
 }
 KILLS = 5
 
@@ -93,7 +96,7 @@ def test_a_sweep_in_one_engine_scores_as_steered_hf(
     assert furthest < 1e-4
     cells = uninterrupted.planned()
     assert len(cells) == len(by_hooks.planned()) > 15
-    assert {cell.stage for cell in cells} == {1, 2} and any(cell.intervention.control == 0 for cell in cells)
+    assert {cell.stage for cell in cells} == {0, 1, 2} and any(cell.intervention.control == 0 for cell in cells)
     assert not {cell.key for cell in cells} & {cell.key for cell in by_hooks.planned()}
     fingerprints = [{stored.facts["fingerprint"] for stored in store.stored()} for store in (uninterrupted, by_hooks)]
     assert not fingerprints[0] & fingerprints[1]
@@ -105,6 +108,24 @@ def test_a_sweep_in_one_engine_scores_as_steered_hf(
     assert "engine" in tables.splitlines()[0] and ",steered-vllm," in tables and ",steered-hf," in tables
     comparison = compare_runs(read_results(by_hooks.path), read_results(uninterrupted.path))
     assert len(comparison.cells) > 10
+
+
+def test_factors_of_equal_damage_are_those_of_steered_hf(by_hooks: Store, uninterrupted: Store) -> None:
+    searches = [
+        {path.name: json.loads(path.read_text()) for path in (store.path / "factors").glob("*.json")}
+        for store in (uninterrupted, by_hooks)
+    ]
+    assert searches[0].keys() == searches[1].keys() and len(searches[0]) >= 2
+    reached = 0
+    for name, found in searches[0].items():
+        expected = searches[1][name]
+        (target,), (other,) = found["targets"], expected["targets"]
+        assert (target["factor"], target["within"]) == (other["factor"], other["within"]), name
+        assert target["damage"] == pytest.approx(other["damage"], abs=1e-4)
+        damages = [{one["factor"]: one["damage"] for one in each["evaluations"]} for each in (found, expected)]
+        assert damages[0] == pytest.approx(damages[1], abs=1e-4), name
+        reached += target["within"]
+    assert reached > 0
 
 
 def test_the_folder_of_another_engine_is_refused(by_hooks: Store, spell: Spell) -> None:
@@ -200,7 +221,8 @@ def test_a_killed_worker_costs_one_cells_time_and_no_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    changes = CHANGES | {"tasks": ["small_lss", "small_forcing"], "controls": None}
+    grid_alone = {"interventions": PLAN["interventions"], "damage": None}
+    changes = CHANGES | {"tasks": ["small_lss", "small_forcing"], "controls": None} | grid_alone
     engine = {"name": "steered-vllm", "arguments": EAGER | {"tensor_parallel_size": 2}}
     grid, log = spell(PLAN, **changes, engine=engine), Killing(3)
     outcome = run(grid, tmp_path / "run", progress=log)
