@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
 
 # Arguments of LlamaConfig: a small model for a CPU, and one of 8B shape for a GPU.
@@ -23,6 +24,5 @@ def random_set(model: Any) -> NeuronSet:
         for layer in range(layers)
         for unit in np.sort(generator.choice(units, int(units * STEERED), replace=False))
     ])  # fmt: skip
-    return NeuronSet(
-        ("fra_Latn",), {"fra_Latn": rows}, Provenance("random", "", model.config.model_type, layers, units), None
-    )
+    provenance = Provenance("random", "", model.config.model_type, layers, units, weights=weights_sketch(model))
+    return NeuronSet(("fra_Latn",), {"fra_Latn": rows}, provenance)

@@ -13,7 +13,7 @@ from functools import cache
 from langcodes import Language, LanguageTagError, find
 from language_data.names import code_to_names
 
-from lm_eval_steering.errors import UnknownLanguageError, did_you_mean
+from lm_eval_steering.errors import UnknownLanguageError
 
 # --- Family and branch of every language of FLORES-200, so that tables and pictures can put relatives side by side
 #
@@ -117,8 +117,9 @@ _FLORES_OF_MACRO = {
     "yid": "ydd", "fil": "tgl", "cmn": "zho", "ekk": "est",
 }  # fmt: skip
 
-# What the library does not lead to: an old name, and individual languages that newer corpora are sorted by.
-_OTHER_SPELLINGS = {"tgl": ("tl",), "zho": ("cmn",), "est": ("ekk",)}
+# What the library does not lead to: an old name, a macrolanguage, and individual languages that newer corpora are
+# sorted by.
+_OTHER_SPELLINGS = {"tgl": ("tl",), "zho": ("cmn",), "est": ("ekk",), "pbt": ("pus", "ps")}
 
 # FLORES-200's script where CLDR's most likely one is another.
 _FLORES_SCRIPT = {
@@ -196,8 +197,8 @@ def _normalise(text: str) -> str:
 def _unknown(text: str) -> str:
     message = f"unknown language {text!r}: expected a code such as fra_Latn, fra or fr"
     try:
-        language = find(text) if len(text) > 3 else None
-        return f"{message}; did you mean {normalise(language.to_tag())!r}?" if language else message
+        meant = normalise(find(text).to_tag()) if len(text) > 3 else ""
+        return f"{message}; did you mean {meant!r}?" if family_of(meant) != UNKNOWN else message
     except (LookupError, UnknownLanguageError):
         return message
 
@@ -277,9 +278,19 @@ def native_name(code: str) -> str:
 
 
 def choose(code: str, available: tuple[str, ...], where: str) -> str:
-    """The code as `available` spells it; raises UnknownLanguageError with the nearest one where it is not there."""
-    normal = normalise(code)
+    """The code as `available` spells it.
+
+    Raises:
+        UnknownLanguageError: if it is not there; the message lists what is, and proposes the same language in another
+            script.
+    """
+    try:
+        normal = normalise(code)
+    except UnknownLanguageError as error:
+        raise UnknownLanguageError(f"{error}; {where} has {', '.join(available)}") from None
     if normal not in available:
-        hint = did_you_mean(normal, available)
-        raise UnknownLanguageError(f"language {code!r} ({normal}) is not in {where}{hint}")
+        near = [repr(other) for other in available if same_language(other, normal)]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        name = normal if code == normal else f"{code!r} ({normal})"
+        raise UnknownLanguageError(f"language {name} is not in {where}, which has {', '.join(available)}{hint}")
     return normal

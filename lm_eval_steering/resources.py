@@ -63,4 +63,7 @@ def find_neuron_set(name: str | Path) -> Path:
     shipped = {file.stem: file for file in neuron_sets_folder().glob("*.safetensors")}
     if str(name) in shipped:
         return shipped[str(name)]
-    raise NeuronSetError(f"neuron set {str(name)!r}: no such file{did_you_mean(str(name), shipped)}")
+    raise NeuronSetError(
+        f"neuron set {str(name)!r}: no such file, and no set of that name ships"
+        f"{did_you_mean(str(name), shipped)}; those that ship: {', '.join(sorted(shipped))}"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from lm_eval_steering.architectures import (
     sites_of,
     text_config_of,
 )
+from lm_eval_steering.architectures.loading import LazyModel
 from lm_eval_steering.architectures.weights import weights_digest, weights_sketch
-from lm_eval_steering.errors import ArchitectureError, NeuronSetError
+from lm_eval_steering.errors import ArchitectureError, NeuronSetError, SteeringError
 from lm_eval_steering.neurons.neuron_set import Provenance
 from lm_eval_steering.neurons.rows import TokenRows
 from lm_eval_steering.neurons.running import Batches, count_active
@@ -535,3 +537,17 @@ def test_tensor_subclasses_are_sampled_after_dequantising() -> None:
     assert weights_digest(subclass) == weights_digest(plain)
     with pytest.raises(ArchitectureError, match=r"up_proj.weight': a Opaque, whose values cannot be read \(no dequant"):
         weights_sketch(with_weights(Opaque))
+
+
+def test_a_model_without_an_mlp_is_told_so() -> None:
+    model = build("mamba", TOKENS | {"hidden_size": 16, "num_hidden_layers": LAYERS, "state_size": 4})
+    with pytest.raises(ArchitectureError, match=r"hold no MLP.*state space") as error:
+        sites_of(model)
+    assert "F.silu" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("t5", "encoder-decoder model"), ("vit", "no causal language model")])
+def test_a_model_that_is_no_decoder_is_refused_with_the_reason(name: str, reason: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(name).save_pretrained(tmp_path)
+    with pytest.raises(SteeringError, match=reason):
+        _ = LazyModel(str(tmp_path)).model

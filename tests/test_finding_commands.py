@@ -182,11 +182,16 @@ def bad_input(folder: Path) -> dict[str, tuple[list[Any], str]]:
         "budget no number": (find(CODES, "--tokens", "many"), r"--tokens many: expected a number above 0"),
         "batch size": (find(CODES, "--batch-size", "0"), r"--batch-size 0: expected auto, or a number above 0"),
         "one language": (find("fra_Latn"), r"name at least two"),
-        "no such model": (["find", "--model", folder / "nowhere", *find()[3:]], r"model '.*nowhere'"),
+        "no such model": (["find", "--model", folder / "nowhere", *find()[3:]], r"model '.*nowhere': no such folder"),
         "out is a folder": ([*find()[:-1], text], r"expected a file in a folder that can be written"),
         "unknown option": ([*find()[:4], f"{text}?colum=x", *find()[5:]], r"did you mean 'column'"),
         "truncated set": (["inspect", corrupt(folder / "cut.safetensors")], r"not a whole safetensors file"),
-        "no such set": (["inspect", "dmo"], r"neuron set 'dmo': no such file; did you mean 'demo'"),
+        "no such set": (["inspect", "dmo"], r"neuron set 'dmo': no such file.*did you mean 'demo'"),
+        "no set near": (["inspect", "xyzzy"], r"neuron set 'xyzzy': no such file.*that ship: .*demo.*gemma-3-270m"),
+        "no corpus": ([*find()[:4], folder / "nofolder", *find()[5:]], r"nofolder does not exist"),
+        "no corpus folder": ([*find()[:4], folder / "none" / "{lang}.txt", *find()[5:]], r"none does not exist"),
+        "a hub id": ([*find()[:4], "some/dataset", *find()[5:]], r"does not exist.*hf:some/dataset"),
+        "a model's folder": (["doctor", "--model", f"{resources.demo_model()}s"], r"no such folder.*'.*demo-model'"),
         "set of another model": (["calibrate", of_another_model(folder), *calibrate], r"the neuron set is for other"),
         "pickle with code": (["import", pickle_with_code(folder / "x.pth"), *importing], r"was not opened"),
         "no recording": (
@@ -225,3 +230,71 @@ def test_the_command_prints_the_line_and_exits_with_2(tmp_path: Path) -> None:
     )
     assert result.returncode == 2
     assert result.stderr.count("line 2: not UTF-8") == 1 and "Traceback" not in result.stderr
+
+
+def test_another_set_under_the_same_name_is_kept(recording: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set.safetensors"
+    select = ["select", "--recording", recording, "--out", out, "--rate"]
+    run(*select, "0.01")
+    earlier = out.read_bytes()
+    assert "kept" not in run(*select, "0.01") and sorted(tmp_path.iterdir()) == [out]
+    printed = run(*select, "0.05")
+    (kept,) = set(tmp_path.iterdir()) - {out}
+    assert kept.read_bytes() == earlier != out.read_bytes() and str(kept) in printed
+    # What is made in place is meant to be replaced; other commands that write a set keep what was there.
+    run("calibrate", out, *about_the_demo()[:4], "--sentences", "5", "--out", out)
+    calibrated = NeuronSet.load(out).content_hash()
+    run("neurons", "random", "demo", "--out", out)
+    sets = {NeuronSet.load(path).content_hash() for path in tmp_path.glob("*.safetensors")}
+    assert calibrated in sets and len(sets) == 3 and len(list(tmp_path.glob("*.log.json"))) == 1
+
+
+def test_a_selection_that_takes_everything_is_warned_of(recording: Path, tmp_path: Path) -> None:
+    select = ["select", "--recording", recording, "--out", tmp_path / "set.safetensors", "--rate"]
+    assert "warning" not in run(*select, "0.01")
+    assert "eligible neurons were selected" in run(*select, "1")
+    assert "warning: " in run("inspect", tmp_path / "set.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "way_on"), [("find", "run the same command again"), ("select", "interrupted"), ("doctor", "interrupted")]
+)
+def test_an_interrupted_command_says_how_it_goes_on(
+    name: str, way_on: str, recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LazyModel, "__init__", interrupt)
+    monkeypatch.setattr("lm_eval_steering.neurons.find.select", interrupt)
+    out = ["--out", tmp_path / "set.safetensors"]
+    arguments = {
+        "find": [*about_the_demo(), *out], "select": ["--recording", recording, *out], "doctor": about_the_demo()[:2],
+    }  # fmt: skip
+    result = CliRunner().invoke(app, [name, *map(str, arguments[name])])
+    assert result.exit_code == 130 and way_on in result.output
+    assert ("again" in result.output) is (name == "find")
+
+
+def test_where_names_what_it_knows() -> None:
+    with pytest.raises(SteeringError, match=r"where 'demo': expected one of demo-model, .*neuron-sets"):
+        run("where", "demo")
+    assert run("where", "demo-model").strip() == str(resources.demo_model())
+
+
+def test_lists_of_plans_and_tasks_have_a_line_each() -> None:
+    from lm_eval_steering.plans.shipped import shipped_plans
+
+    lines = run("plans").splitlines()
+    assert [line.split()[0] for line in lines[: len(shipped_plans())]] == list(shipped_plans())
+    assert len(lines) == len(shipped_plans()) + 2 and "languages " in run("plans", "--needs")
+    listed = run("tasks").splitlines()
+    assert max(map(len, listed[:-1])) < 80 and any(line.split()[0] == "xcopa" for line in listed if line)
+    family = run("tasks", "xcopa")
+    assert "languages  " in family and "needs " in family and "steering_xcopa_ita_Latn  (" in family
+
+
+def test_an_export_says_that_the_set_is_of_other_weights() -> None:
+    """The option that the message names is there in each command that it names."""
+    for name in ("doctor", "stepwise", "logit-lens", "export"):
+        assert "--force" in run(name, "--help")

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from lm_eval_steering import languages
 from lm_eval_steering.errors import UnknownLanguageError
-from lm_eval_steering.languages import normalise, spellings
+from lm_eval_steering.languages import choose, normalise, spellings
 from tests.test_language_families import FLORES_200
 
 
@@ -83,6 +86,26 @@ def test_short_spellings_stand_for_one_code_alone() -> None:
     assert "zh" in spellings("zho_Hans") and "zh" not in spellings("zho_Hant")
     assert {"no", "nb"} <= set(spellings("nob_Latn"))
     assert "ko" in spellings("kor_Hang") and "ar" in spellings("arb_Arab") and "tl" in spellings("tgl_Latn")
+
+
+def test_a_language_that_a_set_lacks_is_answered_with_those_it_has() -> None:
+    has = ("nld_Latn", "fra_Latn", "zho_Hans")
+    with pytest.raises(UnknownLanguageError, match=r"which has nld_Latn, fra_Latn, zho_Hans$"):
+        choose("ind_Latn", has, "the neuron set")  # nld_Latn is spelled almost alike and another language
+    with pytest.raises(UnknownLanguageError, match="did you mean 'zho_Hans'"):
+        choose("zho_Hant", has, "the neuron set")
+    with pytest.raises(UnknownLanguageError, match=r"'klingon'.*the neuron set has nld_Latn") as error:
+        choose("klingon", has, "the neuron set")
+    assert "did you mean" not in str(error.value)
+
+
+def test_the_docs_name_the_macrolanguages_that_serve_a_language() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "corpora.md").read_text(encoding="utf-8")
+    paragraph = page[page.index("The code of a macrolanguage") : page.index("A short spelling")]
+    named = set(re.findall(r"`([a-z]{3})(?:\.txt)?`", paragraph))
+    assert {"ara", "swa", "fas"} <= named and all(code in spellings(normalise(code)) for code in named)
+    for code, meant in (("ara", "arb_Arab"), ("swa", "swh_Latn"), ("fas", "pes_Arab"), ("msa", "zsm_Latn")):
+        assert f"{meant}" in paragraph and normalise(code) == meant
 
 
 @pytest.mark.parametrize(

@@ -197,13 +197,14 @@ class Bench:
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self.model.modules())
 
 
-def random_neurons(shape: Shape, architecture: str, seed: int) -> NeuronSet:
+def random_neurons(shape: Shape, architecture: str, seed: int, weights: Sequence[float] = ()) -> NeuronSet:
     """A seeded random set of two languages: 1 % of the units of every layer, and of every other layer.
 
     Args:
         shape: of the model.
         architecture: its `model_type`.
         seed: of the draw.
+        weights: a sketch of the model's weights, where it is loaded.
     """
     generator = np.random.default_rng(seed)
     count = max(1, round(_SHARE * shape.units))
@@ -220,7 +221,7 @@ def random_neurons(shape: Shape, architecture: str, seed: int) -> NeuronSet:
         for code, layers in every.items()
     }
     provenance = Provenance(
-        "random", "", architecture, shape.layers, shape.units, widths=shape.widths,
+        "random", "", architecture, shape.layers, shape.units, widths=shape.widths, weights=weights,
         selection={"method": "random", "seed": seed},
     )  # fmt: skip
     return NeuronSet(tuple(assignments), assignments, provenance)

@@ -7,6 +7,7 @@ import platform
 import textwrap
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from lm_eval_steering.analysis import checks
 from lm_eval_steering.analysis.checks import Bench, Check, PlannedCheck, random_neurons, results_of
 from lm_eval_steering.architectures import model_type_of, sites_of
 from lm_eval_steering.architectures.loading import LazyModel
-from lm_eval_steering.architectures.weights import weights_digest
+from lm_eval_steering.architectures.weights import weights_digest, weights_sketch
 from lm_eval_steering.errors import ArchitectureError
-from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.neurons.neuron_set import NeuronSet, neuron_set_of
 from lm_eval_steering.progress import Log
 from lm_eval_steering.provenance import versions
 from lm_eval_steering.steering.attach import fitting_sites
@@ -28,21 +29,23 @@ _WIDTH = 100  # columns of plain text
 
 def examine(
     model: Any,
-    neurons: NeuronSet | None = None,
+    neurons: NeuronSet | str | Path | None = None,
     *,
     sites: str | None = None,
     seed: int = 0,
     name: str = "this model",
+    force: bool = False,
     log: Log | None = None,
 ) -> list[Check]:
     """Check every guarantee on a loaded model.
 
     Args:
         model: a causal language model of transformers.
-        neurons: of the model; a seeded random set of its shape by default.
+        neurons: of the model, or its file; a seeded random set of its shape by default.
         sites: the modules of the units, for a family that is not in the table (`docs/architectures.md`).
         seed: of the random set and of the token rows.
         name: of the model, for messages.
+        force: accept a set that was found in other weights.
         log: of progress.
 
     Returns:
@@ -57,8 +60,10 @@ def examine(
         model_sites = sites_of(model, sites)
     except ArchitectureError as error:
         return [Check("the units are found", False, "not found", "one site in each layer", str(error))]
-    neurons = neurons or random_neurons(model_sites.shape, model_type_of(model.config), seed)
-    model_sites = fitting_sites(model, neurons, sites=sites, name=name)
+    if neurons is None:
+        neurons = random_neurons(model_sites.shape, model_type_of(model.config), seed, weights_sketch(model))
+    neurons = neuron_set_of(neurons)
+    model_sites = fitting_sites(model, neurons, sites=sites, force=force, name=name)
     bench = Bench(model, neurons, model_sites, sites or neurons.provenance.sites or None, seed)
     first, shape = model_sites.layers[0], model_sites.shape
     kind = "gated MLP" if model_sites.gated else "plain MLP"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from lm_eval_steering.languages import english_name
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 
 _MOST_SIMILAR = 5  # pairs of languages in the text
+# Above these a set gets a warning. The sets of Gemma-3-270m: no neuron in every language, entropies up to 96 % of ln K,
+# 37 % of the eligible neurons; a Falcon with random weights: 48 %, 100 % and 79 %.
+_MANY_SHARED, _NEAR_EQUAL, _MOST_ELIGIBLE = 0.25, 0.98, 0.75
 _IN_OTHER_LINES = {"entropy_histogram", "entropy_threshold", "languages_without_neurons", "of"}
 _LABEL = 16  # width of a label in characters: a line with a SHA-256 has 80
 
@@ -131,13 +135,42 @@ def entropy_distribution(neuron_set: NeuronSet) -> EntropyDistribution | None:
     )  # fmt: skip
 
 
+def warning_of(neuron_set: NeuronSet) -> str | None:
+    """One line where a set that LAPE selected hardly tells its languages apart, as in a model without training.
+
+    That is: more than a quarter of its neurons belong to every language, the entropy of one is above 98 % of ln K
+    (equally active in all), or more than three quarters of the eligible neurons were selected.
+    """
+    entropies, languages = entropy_distribution(neuron_set), len(neuron_set.languages)
+    if entropies is None or entropies.threshold is None:
+        return None
+    signs = []
+    shared = float(np.mean(multiplicity(neuron_set) == languages))
+    if shared > _MANY_SHARED:
+        signs.append(f"{shared:.0%} of the neurons belong to every language")
+    if entropies.threshold > _NEAR_EQUAL * math.log(languages):
+        signs.append(f"their entropy reaches {entropies.threshold:.4f} of at most {math.log(languages):.4f} nats")
+    eligible = int(entropies.counts.sum())
+    if entropies.selected > _MOST_ELIGIBLE * eligible:
+        signs.append(f"{entropies.selected:,} of {eligible:,} eligible neurons were selected")
+    if not signs:
+        return None
+    return (
+        f"warning: {'; '.join(signs)}: these neurons hardly tell the languages apart; a smaller --rate takes the most "
+        "specific ones, and more text (--tokens) makes their probabilities more exact (docs/find.md)"
+    )
+
+
 def describe(neuron_set: NeuronSet) -> str:
-    """Provenance, neurons of each language, shared neurons, and the calibrated statistics.
+    """Neurons of each language, shared neurons, layers, calibrated statistics, and last the provenance with its hashes.
 
     Plain text without colours, the same on a terminal, in a pipe and in a file; no line is cut.
     """
-    parts = (_provenance(neuron_set), _languages(neuron_set), _sharing(neuron_set), _contents(neuron_set))
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+    warning = textwrap.wrap(warning_of(neuron_set) or "", 80)
+    parts = (
+        _languages(neuron_set), _sharing(neuron_set), _contents(neuron_set), warning, _provenance(neuron_set),
+    )  # fmt: skip
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
 # --- Parts of the text
@@ -153,17 +186,17 @@ def _provenance(neuron_set: NeuronSet) -> list[str]:
     made = neuron_set.provenance
     return [
         _line("model", made.model),
-        _line("revision", made.revision or "not known"),
         _line("architecture", made.architecture),
         *([_line("activation", made.activation_function)] if made.activation_function else []),
         *([_line("sites", made.sites)] if made.sites else []),
-        _line("layers x units", f"{made.layers} x {made.units:,} = {made.layers * made.units:,}"),
         _line("weights", "sketch known" if made.weights else "not known: another checkpoint cannot be detected"),
         *_selection(made.selection),
         *([_line("recorded in", made.dtype)] if made.dtype else []),
-        *([_line("tokenizer", made.tokenizer)] if made.tokenizer else []),
         *_corpus(made.corpus),
         _line("versions", _pairs(made.versions) or "not known"),
+        _line("revision", made.revision or "not known"),
+        *([_line("tokenizer", made.tokenizer)] if made.tokenizer else []),
+        *_text_hashes(made.corpus),
         _line("content sha256", neuron_set.content_hash()),
     ]
 
@@ -182,10 +215,15 @@ def _corpus(corpus: Mapping[str, Any]) -> list[str]:
     lines = [_line("corpus", str(corpus["source"]))] if "source" in corpus else []
     read = {name: corpus[name] for name in ("rows", "context", "budget") if corpus.get(name) is not None}
     lines += [_line("read as", _pairs(read, first="rows"))] if read else []
-    lines += _one_or_each("text sha256", corpus["sha256"]) if "sha256" in corpus else []
     if calibration := corpus.get("calibration"):
         sentences = _range(calibration["sentences"].values())
         lines += [_line("calibration", f"{sentences} sentences per language from {calibration['source']}")]
+    return lines
+
+
+def _text_hashes(corpus: Mapping[str, Any]) -> list[str]:
+    lines = _one_or_each("text sha256", corpus["sha256"]) if "sha256" in corpus else []
+    if calibration := corpus.get("calibration"):
         lines += _one_or_each("calibr. sha256", calibration["sha256"])
     return lines
 
@@ -237,9 +275,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> 
 
 
 def _sharing(neuron_set: NeuronSet) -> list[str]:
-    times = multiplicity(neuron_set)
-    total = neuron_set.provenance.layers * neuron_set.provenance.units
-    lines = [_line("distinct", f"{len(times):,} neurons ({len(times) / total:.3%} of all)")]
+    times, made = multiplicity(neuron_set), neuron_set.provenance
+    total = made.layers * made.units
+    by_layer = " ".join(f"{neurons:,}" for neurons in distinct_by_layer(neuron_set))
+    lines = [
+        _line("layers x units", f"{made.layers} x {made.units:,} = {total:,}"),
+        _line("distinct", f"{len(times):,} neurons ({len(times) / total:.3%} of all)"),
+        _line("by layer", by_layer),
+    ]
     for languages, neurons in enumerate(np.bincount(times)):
         if neurons:
             label = f"in {languages} language{'s' if languages > 1 else ''}"

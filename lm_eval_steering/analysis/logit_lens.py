@@ -281,6 +281,7 @@ def run_lens(
     settings: LensSettings | None = None,
     identifier: LanguageIdentifier | None = None,
     log: Log | None = None,
+    force: bool = False,
 ) -> Lens:
     """The lens of the unsteered model and, where an intervention is given, of the steered one.
 
@@ -293,6 +294,7 @@ def run_lens(
         settings: positions and tokens.
         identifier: of the tokens' languages.
         log: shows progress.
+        force: accept a set that was found in other weights.
 
     Raises:
         SteeringError: if an intervention has no neurons, the set belongs to another model, or a prompt is too long.
@@ -305,7 +307,7 @@ def run_lens(
     if neurons is None:
         sites = sites_of(model.model, override)
     else:
-        sites = fitting_sites(model.model, neurons, sites=override, sketch=model.sketch, name=model.name)
+        sites = fitting_sites(model.model, neurons, sites=override, force=force, sketch=model.sketch, name=model.name)
     head = ModelHead(model.model, sites)
     labels = TokenLabels(model.tokenizer, identifier, int(text_config_of(model.config).vocab_size))
     rows = list(batches(model, prompts.texts, settings.batch_size))

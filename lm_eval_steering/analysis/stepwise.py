@@ -150,6 +150,7 @@ def deactivate_stepwise(
     decoding: Decoding | None = None,
     identifier: LanguageIdentifier | None = None,
     log: Log | None = None,
+    force: bool = False,
 ) -> Fallback:
     """Run all steps.
 
@@ -161,6 +162,7 @@ def deactivate_stepwise(
         decoding: greedy.
         identifier: of the outputs' languages.
         log: shows progress, and keeps times.
+        force: accept a set that was found in other weights.
 
     Raises:
         SteeringError: if the set belongs to another model, or a prompt is too long.
@@ -168,7 +170,7 @@ def deactivate_stepwise(
     """
     decoding, identifier, log = decoding or Decoding(), identifier or LanguageIdentifier(), log or Log(show=False)
     sites = model.override or neurons.provenance.sites or None
-    fitting_sites(model.model, neurons, sites=sites, sketch=model.sketch, name=model.name)
+    fitting_sites(model.model, neurons, sites=sites, force=force, sketch=model.sketch, name=model.name)
     rows = list(batches(model, prompts.texts, decoding.batch_size, decoding.max_new_tokens))
     provenance = made_with(model, neurons, prompts, identifier, order=list(order), **asdict(decoding))
     steps = []

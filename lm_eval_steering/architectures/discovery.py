@@ -417,6 +417,11 @@ def _way_out(layer: nn.Module, trace: LayerTrace) -> str:
     modules = {path: layer.get_submodule(path) for path in trace.outputs}
     if any(_works_on_each_unit(module, trace, path) for path, module in modules.items() if not _is_linear(module)):
         return f"; name it: {FORM}"
+    if all(_NOT_MLP.search(path) for path in _linear_layers(layer, trace)):
+        return (
+            "; its layers hold no MLP, so there are no units to observe or edit: all of their linear layers are of "
+            "attention, convolution or a state space (as in Mamba); use a model whose layers have an MLP"
+        )
     return (
         "; its MLP calls its activation as a function (such as F.silu) and not as a module, so there is nothing to "
         "observe or edit: `sites=` cannot help; use an implementation of the model with a module for it"

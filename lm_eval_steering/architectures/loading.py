@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import takewhile
@@ -19,6 +21,7 @@ from lm_eval_steering.architectures import (
     Shape,
     model_type_of,
     parse_sites,
+    refuse_unsupported,
     shape_of,
     sites_of,
     text_config_of,
@@ -33,6 +36,7 @@ _ARGUMENTS = (
     "quantization_config", "load_in_8bit", "load_in_4bit", "attn_implementation", "max_memory", "offload_folder",
     "token", "cache_dir",
 )  # fmt: skip
+_log = logging.getLogger("lm_eval.steering")
 _TOKENIZER_ONLY = {"tokenizer", "use_fast_tokenizer", "add_bos_token", "prefix_token_id"}
 _BITSANDBYTES = ("load_in_", "bnb_4bit_", "llm_int8_")  # how the names of its arguments begin
 
@@ -86,6 +90,7 @@ class LazyModel:
         if sites is not None:
             parse_sites(sites)
         self.override = sites
+        refuse_missing_folder(self._pretrained)
         self.config = self._from_pretrained(AutoConfig, **self._given("gguf_file", "subfolder", "token", "cache_dir"))
         self.revision = commit_of(self._pretrained, revision, self.arguments.get("cache_dir"))
         # The dtype that `auto` means, so that a recording names it.
@@ -119,7 +124,11 @@ class LazyModel:
                 source, revision=self._revision, trust_remote_code=self._trust_remote_code, **arguments
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
-            raise SteeringError(f"model {source!r}: {str(error).strip().splitlines()[0]}") from error
+            message = str(error).strip().splitlines()[0]
+            if message.startswith("Unrecognized configuration class"):
+                refuse_unsupported(self.config)
+                message = f"{self.config.model_type}: transformers has no causal language model of this architecture"
+            raise SteeringError(f"model {source!r}: {message}{missing_folder(source)}") from error
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -300,6 +309,37 @@ def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if name not in _ARGUMENTS and not is_quantization(name):
             raise SteeringError(f"unknown model argument {name!r}{did_you_mean(name, _ARGUMENTS)}")
     return {name: expand_home(value) for name, value in arguments.items()}
+
+
+def refuse_missing_folder(pretrained: str) -> None:
+    """Refuse at once what can only be a folder and is none, and warn of what may be meant as one.
+
+    Without a network the hub is tried again and again before anything is printed.
+
+    Raises:
+        SteeringError: naming it, and folders beside it that are spelled almost alike.
+    """
+    path = Path(pretrained).expanduser()
+    no_hub_id = pretrained.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2
+    if path.exists():
+        return
+    similar = _similar_folders(path)
+    if no_hub_id or pretrained.endswith("/"):
+        raise SteeringError(f"model {pretrained!r}: no such folder{similar}")
+    if similar or (len(path.parts) > 1 and path.parent.is_dir()):
+        _log.warning("model %r: no such folder%s; looking for it on the hub", pretrained, similar)
+
+
+def missing_folder(pretrained: str) -> str:
+    """What to add to the hub's error about a name that may have been meant as a folder; empty where there is one."""
+    path = Path(pretrained).expanduser()
+    return "" if path.exists() else f"; there is no folder of that name either{_similar_folders(path)}"
+
+
+def _similar_folders(path: Path) -> str:
+    folders = [folder.name for folder in path.parent.iterdir() if folder.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, folders, n=3, cutoff=0.75)
+    return f"; did you mean {' or '.join(repr(str(path.with_name(name))) for name in near)}?" if near else ""
 
 
 def commit_of(pretrained: str, revision: str = "main", cache_dir: str | None = None) -> str:

@@ -43,6 +43,24 @@ def _options(
     """Evaluate language models while their language-specific neurons are steered."""
 
 
+# Commands that keep what they finished, and do only what is missing when they are run again. `sweep` says so itself.
+RESUMED = {"find", "record"}
+
+
+def _interruptible(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, which says on Ctrl-C how it goes on; typer alone would end it without a word."""
+
+    @wraps(command)
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.echo(f"interrupted{'; run the same command again to go on' if name in RESUMED else ''}", err=True)
+            raise typer.Exit(130) from None
+
+    return interrupted
+
+
 def _with_extra(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
     """The command, refused in one line where the extra that it needs is not installed."""
     if name not in NEEDS:
@@ -87,11 +105,16 @@ def run(context: typer.Context) -> None:
 
 
 @app.command()
-def where(name: Annotated[WhereName, typer.Argument(help="What to look up.")]) -> None:
+def where(
+    name: Annotated[str, typer.Argument(help=f"What to look up: {', '.join(WhereName)}.", show_default=False)],
+) -> None:
     """Print a path or names, for people and scripts."""
     from lm_eval_steering import resources
 
-    if name is WhereName.DEMO_LANGUAGES:
+    if name not in list(WhereName):
+        raise SteeringError(f"where {name!r}: expected one of {', '.join(WhereName)}")
+
+    if name == WhereName.DEMO_LANGUAGES:
         from lm_eval_steering.lmeval.task_families.demo import demo_languages
 
         typer.echo("\n".join(demo_languages()))
@@ -106,7 +129,7 @@ def where(name: Annotated[WhereName, typer.Argument(help="What to look up.")]) -
         WhereName.TASKS: resources.tasks_folder,
         WhereName.NEURON_SETS: resources.neuron_sets_folder,
     }
-    typer.echo(answers[name]())
+    typer.echo(answers[WhereName(name)]())
 
 
 # In the order in which the help shows them.
@@ -119,7 +142,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report.report, "compare": report.compare,
 }  # fmt: skip
 for name, command in COMMANDS.items():
-    app.command(name)(_with_extra(name, command))
+    app.command(name)(_interruptible(name, _with_extra(name, command)))
 app.add_typer(sets.neurons, name="neurons")
 
 

@@ -58,6 +58,7 @@ def doctor(
     ] = EngineName.HF,
     json: Annotated[Path | None, typer.Option(help="File for the checks as JSON.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random set and of the tokens.")] = 0,
+    force: options.Force = False,
 ) -> None:
     """Check on your model every guarantee that can be checked. Exit code 1 if one does not hold."""
     from lm_eval_steering.analysis.doctor import examine, passed, plain_text, report, rich_table, summary
@@ -71,12 +72,12 @@ def doctor(
         from lm_eval_steering.analysis.doctor_vllm import engine_report, examine_engine
 
         arguments = {"revision": model.revision, "trust_remote_code": model.trust_remote_code, "dtype": model.dtype}
-        arguments |= options.read_model_arguments(model.model_args)
+        arguments |= ({"force": True} if force else {}) | options.read_model_arguments(model.model_args)
         checks = examine_engine(model.model, arguments, neuron_set, seed=seed, log=Log())
         record = partial(engine_report, checks, model.model, arguments, neuron_set, seed)
     else:
-        lazy = _model(model, neuron_set)
-        checks = examine(lazy.model, neuron_set, sites=model.sites, seed=seed, name=lazy.name, log=Log())
+        lazy = _model(model, neuron_set, force)
+        checks = examine(lazy.model, neuron_set, sites=model.sites, seed=seed, name=lazy.name, force=force, log=Log())
         record = partial(report, checks, lazy, neuron_set, seed)
     if sys.stdout.isatty():
         from rich.console import Console
@@ -108,6 +109,7 @@ def stepwise(
     lid: Lid = "lid.176",
     lid_threshold: Threshold = 0.5,
     lid_letters: Letters = 3,
+    force: options.Force = False,
 ) -> None:
     """Deactivate languages one after another, and see which language the model answers in after each step."""
     from lm_eval_steering.analysis.prompts import read_prompts
@@ -121,11 +123,11 @@ def stepwise(
     signature_of({"deactivate": "+".join(languages)}, neuron_set)
     texts = read_prompts(prompts, model.model, languages)
     identifier = _identifier(lid, lid_threshold, lid_letters, languages)
-    lazy, log = _model(model, neuron_set), Log()
+    lazy, log = _model(model, neuron_set, force), Log()
     if left_out:
         log.say(f"left out, as they have no neurons: {', '.join(left_out)}")
     decoding = Decoding(max_new_tokens, batch_size, tuple(stop or ()), min_new_tokens)
-    steps = deactivate_stepwise(lazy, neuron_set, texts, languages, decoding, identifier, log)
+    steps = deactivate_stepwise(lazy, neuron_set, texts, languages, decoding, identifier, log, force)
     typer.echo(table(steps))
     for path in write(steps, out):
         typer.echo(f"wrote {path}")
@@ -155,6 +157,7 @@ def logit_lens(
     lid: Lid = "lid.176",
     lid_threshold: Threshold = 0.5,
     lid_letters: Letters = 3,
+    force: options.Force = False,
 ) -> None:
     """How much probability each layer gives to each language, unsteered and, with an intervention, steered."""
     from lm_eval_steering.analysis.logit_lens import LensSettings, run_lens, table, write
@@ -177,8 +180,8 @@ def logit_lens(
     # Prompts in the target itself would give it mass without any steering.
     texts = read_prompts(prompts, model.model, ["deu_Latn" if "eng_Latn" in targets else "eng_Latn"], clauses=True)
     identifier = _identifier(lid, lid_threshold, lid_letters, targets)
-    lazy, log = _model(model, neuron_set), Log()
-    lens = run_lens(lazy, texts, targets, neuron_set, intervention, settings, identifier, log)
+    lazy, log = _model(model, neuron_set, force), Log()
+    lens = run_lens(lazy, texts, targets, neuron_set, intervention, settings, identifier, log, force)
     typer.echo(table(lens))
     for path in write(lens, out):
         typer.echo(f"wrote {path}")
@@ -198,7 +201,7 @@ def _neurons(path: Path | None) -> NeuronSet | None:
     return None if path is None else _load(path)
 
 
-def _model(options_of_model: options.ModelOptions, neurons: NeuronSet | None) -> LazyModel:
+def _model(options_of_model: options.ModelOptions, neurons: NeuronSet | None, force: bool = False) -> LazyModel:
     """The model's config is read here and compared with the set; its weights are not read.
 
     Raises:
@@ -206,7 +209,7 @@ def _model(options_of_model: options.ModelOptions, neurons: NeuronSet | None) ->
     """
     lazy = options_of_model.load()
     if neurons is not None:
-        neurons.check_model(lazy.shape.layers, lazy.shape.units, lazy.architecture, widths=lazy.shape.widths)
+        neurons.check_model(lazy.shape.layers, lazy.shape.units, lazy.architecture, force, lazy.shape.widths)
     return lazy
 
 

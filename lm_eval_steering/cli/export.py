@@ -53,7 +53,7 @@ def export(
     verify: Annotated[int, typer.Option(min=0, help="Compare hooks and export on this many prompts of --text.")] = 0,
     text: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
     allow_empty: Annotated[bool, typer.Option(help="Accept a language without neurons.")] = False,
-    force: Annotated[bool, typer.Option(help="Accept a neuron set that was found in other weights.")] = False,
+    force: options.Force = False,
     revision: options.Revision = "main",
     device: options.Device = None,
     device_map: options.DeviceMap = None,

@@ -25,7 +25,7 @@ def find(
     percentiles: options.Percentiles = options.NINE,
     residual: options.Residual = False,
     recording: Annotated[Path | None, typer.Option(help="Folder of the recording; by default OUT.recording.")] = None,
-    batch_size: options.BatchSize = "16",
+    batch_size: options.BatchSize = "auto",
     bos: options.Bos = options.BosKind.AUTO,
 ) -> None:
     """Find the language neurons of a model: record, select, calibrate. Run again, it does what is missing."""
@@ -54,7 +54,7 @@ def record(
         bool, typer.Option(help="Keep what the methods activated and average-precision need.")
     ] = False,
     text_only: Annotated[bool, typer.Option(help="Read the text and stop: for a machine with internet.")] = False,
-    batch_size: options.BatchSize = "16",
+    batch_size: options.BatchSize = "auto",
     bos: options.Bos = options.BosKind.AUTO,
 ) -> None:
     """Count how often each unit is active in each language; several GPUs by accelerate launch -m lm_eval_steering."""
@@ -102,7 +102,7 @@ def calibrate(
     percentiles: options.Percentiles = options.NINE,
     residual: options.Residual = False,
     context: options.Context = None,
-    batch_size: options.BatchSize = "16",
+    batch_size: options.BatchSize = "auto",
     bos: options.Bos = options.BosKind.AUTO,
 ) -> None:
     """Measure the activations of a set's neurons, so that `value=mean`, `max`, `p90`, ... can be used.
@@ -121,7 +121,7 @@ def calibrate(
     texts = search.calibration_texts(runner.model)
     (done,) = calibrated([neuron_set], runner, texts, search.corpora()[1].name, kept, residual)
     if runner.ranks.first:
-        _report(done, out, runner)
+        _report(done, out, runner, instead_of=neurons)
 
 
 def _write(neuron_sets: Sequence[NeuronSet], method: Method, out: Path, runner: ModelRunner | None = None) -> None:
@@ -130,11 +130,15 @@ def _write(neuron_sets: Sequence[NeuronSet], method: Method, out: Path, runner: 
         _report(neuron_set, out.with_name(out.name.replace("{rate}", rate)), runner)
 
 
-def _report(neuron_set: NeuronSet, out: Path, runner: ModelRunner | None) -> None:
-    """Write a set and its log, and print how many neurons each language has."""
-    neuron_set.save(out)
+def _report(neuron_set: NeuronSet, out: Path, runner: ModelRunner | None, instead_of: Path | None = None) -> None:
+    """Write a set and its log, and print how many neurons each language has, and how well they tell them apart."""
+    from lm_eval_steering.analysis.inspect import warning_of
+
+    options.save_set(neuron_set, out, instead_of=instead_of)
     if runner is not None:
         runner.log.write(out)
     for code in neuron_set.languages:
         typer.echo(f"{code}  {len(neuron_set.neurons(code))} neurons")
+    if warning := warning_of(neuron_set):
+        typer.echo(warning, err=True)
     typer.echo(f"wrote {out}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,13 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from lm_eval_steering.errors import CorpusError, SteeringError
+from lm_eval_steering.errors import CorpusError, NeuronSetError, SteeringError
 
 if TYPE_CHECKING:
     import torch
 
     from lm_eval_steering.architectures.loading import LazyModel
     from lm_eval_steering.neurons.find import Method
+    from lm_eval_steering.neurons.neuron_set import NeuronSet
     from lm_eval_steering.neurons.recorder import Search
     from lm_eval_steering.neurons.running import ModelRunner
 
@@ -68,6 +71,10 @@ Sentences = Annotated[int, typer.Option(help="Calibration sentences per language
 Percentiles = Annotated[str, typer.Option(help="Which pNN to keep, joined by commas, or all.")]
 Residual = Annotated[
     bool, typer.Option("--residual", help="Measure the hidden states of every layer too, for site=residual.")
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Use a neuron set that was found in other weights, such as the unquantised ones."),
 ]
 NINE = "1,5,10,25,50,75,90,95,99"
 BatchSize = Annotated[str, typer.Option(help="Rows per forward pass, or auto: what suits the device.")]
@@ -162,9 +169,11 @@ class SelectionOptions:
 
     method: Annotated[MethodName, typer.Option(help="How neurons are selected.")] = MethodName.LAPE
     rate: Annotated[str, typer.Option(help="LAPE: share of all neurons; several joined by commas.")] = "0.01"
-    filter_rate: Annotated[float, typer.Option(help="LAPE: which smallest probability a neuron must exceed.")] = 0.95
+    filter_rate: Annotated[
+        float, typer.Option(help="LAPE: a neuron is eligible if one of its probabilities is above this share of all.")
+    ] = 0.95
     bar_rate: Annotated[
-        float, typer.Option(help="LAPE: which smallest probability makes a neuron one of a language.")
+        float, typer.Option(help="LAPE: it belongs to the languages whose probability is above this share of all.")
     ] = 0.95
     top_k: Annotated[int | None, typer.Option(help="activated, average-precision: neurons per language.")] = None
     bottom_k: Annotated[
@@ -340,6 +349,35 @@ def check_folder(path: Path, option: str = "--out") -> None:
     """
     if (path.exists() and not path.is_dir()) or not _writable(path):
         raise SteeringError(f"{option} {path}: expected a folder that can be written")
+
+
+def save_set(neuron_set: NeuronSet, out: Path, compact: bool = False, instead_of: Path | None = None) -> None:
+    """Write a neuron set; another set that the file held is kept beside it, so that nothing computed is lost.
+
+    Args:
+        neuron_set: to write.
+        out: its file.
+        compact: as in `NeuronSet.save`.
+        instead_of: file of the set that this one is made of, which may be replaced.
+    """
+    if out.is_file() and not (instead_of and instead_of.exists() and out.samefile(instead_of)):
+        _keep_earlier(neuron_set, out)
+    neuron_set.save(out, compact)
+
+
+def _keep_earlier(neuron_set: NeuronSet, out: Path) -> None:
+    """Rename the file, and its log, unless it holds the same content; the name tells its bytes from others."""
+    from lm_eval_steering.neurons.neuron_set import NeuronSet
+
+    with suppress(NeuronSetError):  # damaged, or something else: kept too
+        if NeuronSet.load(out).content_hash() == neuron_set.content_hash():
+            return
+    kept = out.with_stem(f"{out.stem}.{hashlib.sha256(out.read_bytes()).hexdigest()[:8]}")
+    out.rename(kept)
+    log = out.with_suffix(".log.json")
+    if log.is_file():
+        log.rename(kept.with_suffix(".log.json"))
+    typer.echo(f"{out} held another neuron set, which is kept as {kept}")
 
 
 def _writable(path: Path) -> bool:

@@ -63,7 +63,7 @@ def import_(
     }
     provenance = Provenance(**maker, selection=selection, versions=versions(evaluation=False))
     imported = import_lists(files[0], codes, provenance, dictionary)
-    imported.save(out, compact)
+    options.save_set(imported, out, compact)
     for code in imported.languages:
         typer.echo(f"{code}  {len(imported.neurons(code))} neurons")
     typer.echo(f"wrote {out}; it holds no statistics, so value= takes numbers only until `calibrate` adds them")
@@ -140,7 +140,7 @@ def _load(path: Path) -> NeuronSet:
 
 def _save(result: NeuronSet, out: Path) -> None:
     options.check_out(out)
-    result.save(out)
+    options.save_set(result, out)
     for code in result.languages:
         typer.echo(f"{code}  {len(result.neurons(code))} neurons")
     statistics = "with statistics" if result.calibrated is not None else "without statistics (`calibrate` adds them)"

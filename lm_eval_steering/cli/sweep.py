@@ -80,11 +80,21 @@ def sweep(
 
 def plans(
     name: Annotated[str | None, typer.Argument(help="Print this plan's file, to read or to change.")] = None,
+    needs: Annotated[
+        bool, typer.Option("--needs", help="With the model, neuron set, languages and data of each.")
+    ] = False,
 ) -> None:
-    """List the plans of the papers' experiments that `sweep` takes by name, with what each needs."""
-    from lm_eval_steering.plans.shipped import describe, find_plan
+    """List the plans of the papers' experiments that `sweep` takes by name."""
+    from lm_eval_steering.plans.shipped import describe, find_plan, titles
 
-    typer.echo(find_plan(name).read_text(encoding="utf-8") if name else describe(), nl=not name)
+    if name is not None:
+        typer.echo(find_plan(name).read_text(encoding="utf-8"), nl=False)
+    elif needs:
+        typer.echo(describe())
+    else:
+        typer.echo(
+            f"{titles()}\n\n`lm-eval-steering plans NAME` prints a plan's file, `plans --needs` what all of them need."
+        )
 
 
 def status(out: Folder) -> None:

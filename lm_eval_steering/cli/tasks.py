@@ -27,13 +27,18 @@ def tasks(
         if family not in families:
             where = f" in {language}" if language else ""
             raise SteeringError(f"no task family {family!r}{where}{did_you_mean(family, families)}")
+        entries = [entry for entry in entries if entry.family == family]
+        typer.echo(f"{_summary(family, entries)}\n")
         for entry in entries:
-            if entry.family == family:
-                typer.echo(f"{entry.name}  ({'group' if entry.group else entry.output_type})")
+            typer.echo(f"{entry.name}  ({'group' if entry.group else entry.output_type})")
         return
+    width = max(map(len, families))
     for name in families:
-        typer.echo(_summary(name, [entry for entry in entries if entry.family == name]))
-    typer.echo("\n`lm-eval-steering tasks FAMILY` lists its tasks; docs/tasks.md has the wordings and sources.")
+        typer.echo(f"{name:<{width}}  {_line([entry for entry in entries if entry.family == name])}")
+    typer.echo(
+        "\n`lm-eval-steering tasks FAMILY` lists its tasks, languages, wordings and metrics, and what it needs; "
+        "docs/tasks.md has the sources."
+    )
 
 
 def _in_language(entries: list[TaskEntry], language: str) -> list[TaskEntry]:
@@ -50,6 +55,13 @@ def _in_language(entries: list[TaskEntry], language: str) -> list[TaskEntry]:
     raise SteeringError(f"no task of ours is in {language}{hint}")
 
 
+def _line(entries: list[TaskEntry]) -> str:
+    """`12 tasks, 11 languages`."""
+    singles = [entry for entry in entries if not entry.group]
+    codes = {code for entry in singles for code in entry.languages}
+    return f"{counted(len(singles), 'task')}, {counted(len(codes), 'language')}"
+
+
 def _summary(family: str, entries: list[TaskEntry]) -> str:
     from lm_eval_steering.lmeval.listing import needs
 
@@ -59,7 +71,7 @@ def _summary(family: str, entries: list[TaskEntry]) -> str:
     metrics = list(dict.fromkeys(metric for entry in singles for metric in entry.metrics))
     groups = ", ".join(entry.name for entry in entries if entry.group)
     lines = [
-        f"{family}: {counted(len(singles), 'task')}, {counted(len(codes), 'language')}",
+        f"{family}: {_line(entries)}",
         *([f"  groups     {groups}"] if groups else []),
         f"  languages  {' '.join(codes)}",
         f"  wordings   default{''.join(f', {wording}' for wording in wordings)}",

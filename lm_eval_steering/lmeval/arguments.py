@@ -12,8 +12,20 @@ import torch
 
 from lm_eval_steering import languages
 from lm_eval_steering.architectures import model_type_of, parse_sites, shape_of
-from lm_eval_steering.architectures.loading import is_quantization, quantization_config
-from lm_eval_steering.errors import ArchitectureError, InterventionError, NeuronSetError, SteeringError, did_you_mean
+from lm_eval_steering.architectures.loading import (
+    is_quantization,
+    missing_folder,
+    quantization_config,
+    refuse_missing_folder,
+)
+from lm_eval_steering.errors import (
+    ArchitectureError,
+    InterventionError,
+    NeuronSetError,
+    SteeringError,
+    UnknownLanguageError,
+    did_you_mean,
+)
 from lm_eval_steering.lmeval.compat import from_pretrained_arguments
 from lm_eval_steering.metrics.language_id import DEFAULT, LETTERS, THRESHOLD, LanguageIdentifier
 from lm_eval_steering.neurons.neuron_set import NeuronSet
@@ -217,11 +229,15 @@ def plan_before_loading(
     Raises:
         SteeringError: for anything that would make the score wrong.
     """
-    intervention = from_arguments(arguments.steps())
+    neuron_set = None if arguments.neurons is None else NeuronSet.load(arguments.neurons)
+    try:
+        intervention = from_arguments(arguments.steps())
+    except UnknownLanguageError as error:
+        known = f"; the neuron set has {', '.join(neuron_set.languages)}" if neuron_set else ""
+        raise UnknownLanguageError(f"{error}{known}") from None
     arguments.targets()
-    if arguments.neurons is None:
+    if neuron_set is None:
         return None, None
-    neuron_set = NeuronSet.load(arguments.neurons)
     shape = shape_of(config)
     neuron_set.check_model(shape.layers, shape.units, model_type_of(config), arguments.force, shape.widths)
     return neuron_set, compile_intervention(intervention, neuron_set, arguments.allow_empty)
@@ -236,7 +252,10 @@ def read_config(pretrained: Any, arguments: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     read: Callable[..., Any] = AutoConfig.from_pretrained
+    refuse_missing_folder(pretrained)
     try:
         return read(pretrained, **chosen)
     except (OSError, ValueError, ImportError) as error:
-        raise SteeringError(f"pretrained={pretrained!r}: {str(error).splitlines()[0]}") from error
+        raise SteeringError(
+            f"pretrained={pretrained!r}: {str(error).splitlines()[0]}{missing_folder(pretrained)}"
+        ) from error

@@ -154,6 +154,9 @@ def find_files(location: str, language: str, names: Sequence[str], per_file: boo
         raise CorpusError(
             f"corpus {location!r}: {LANG} needs a separator after it, or fr* would take Frisian for French"
         )
+    fixed = Path(re.split(r"[^/]*[*?\[{]", path)[0] or ".")  # what stands before the first sign of a pattern
+    if not fixed.exists():
+        raise CorpusError(f"corpus {location!r}: {fixed} does not exist{_way_to_the_hub(location)}")
     if Path(path).is_dir() and LANG not in path:
         files = _one_of([f"{glob.escape(path)}/{LANG}{suffix}" for suffix in SUFFIXES], language, names)
     elif LANG in path or not per_file:
@@ -167,6 +170,11 @@ def find_files(location: str, language: str, names: Sequence[str], per_file: boo
         if not file.name.endswith(SUFFIXES):
             raise CorpusError(f"{file}: cannot be read as text; expected one of {', '.join(SUFFIXES)}")
     return files
+
+
+def _way_to_the_hub(location: str) -> str:
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", location)
+    return f"; a dataset of the hub is written hf:{location}" if is_hub_id else ""
 
 
 def _one_of(patterns: list[str], language: str, names: Sequence[str]) -> tuple[Path, ...]:

@@ -167,7 +167,7 @@ def find_neurons(
     residual: bool = False,
     dtype: str = "auto",
     device: str | None = None,
-    batch_size: int | None = 16,
+    batch_size: int | None = None,
     show_progress: bool = True,
 ) -> list[NeuronSet]:
     """Find the language neurons of a model, as the command `find` does: record, select, calibrate at both sites.
@@ -187,7 +187,7 @@ def find_neurons(
         residual: whether the hidden states are measured too, for site=residual.
         dtype: of the weights; the checkpoint's by default.
         device: a GPU by default where there is one.
-        batch_size: rows per forward pass; None measures one that fits.
+        batch_size: rows per forward pass; None takes what suits the device.
         show_progress: whether bars and times are printed.
 
     Returns:

@@ -413,9 +413,22 @@ class NeuronSet:
                 )
             message += ")"
         raise NeuronSetError(
-            f"{message}; an adapter, a fine-tuned or a quantised model has other weights; force=true uses the set all "
-            "the same"
+            f"{message}; an adapter, a fine-tuned or a quantised model has other weights; force=true (--force of "
+            "doctor, stepwise, logit-lens and export) uses the set all the same"
         )
+
+
+def neuron_set_of(neurons: NeuronSet | str | Path) -> NeuronSet:
+    """A neuron set as it is, or the one in a file: its path, or the name of one that ships (`demo`).
+
+    Raises:
+        NeuronSetError: if there is no such file, it is damaged, or the value is something else.
+    """
+    if isinstance(neurons, str | Path):
+        return NeuronSet.load(neurons)
+    if not isinstance(neurons, NeuronSet):
+        raise NeuronSetError(f"neurons: got {type(neurons).__name__}, expected a NeuronSet, or the path or name of one")
+    return neurons
 
 
 @cache

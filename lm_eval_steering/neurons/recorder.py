@@ -147,13 +147,20 @@ class Recorder:
         missing = [language for language in identities if not self.folder.has("tokens", language)]
         sources = {language: (recorded.source(language), calibrating.source(language)) for language in missing}
         self.folder.begin(settings)
-        with self.log.bar("reading text", len(missing), "language") as bar:
-            for language, source in sources.items():
-                self.folder.write_tokens(language, self._read(language, *source, identities[language]))
-                self._check_text(language, identities[language])
-                self.log.note("source", language=language, **source[0].identity())
-                bar.update(1)
+        self._say_reused("text", missing)
+        if missing:
+            with self.log.bar("reading text", len(missing), "language") as bar:
+                for language, source in sources.items():
+                    self.folder.write_tokens(language, self._read(language, *source, identities[language]))
+                    self._check_text(language, identities[language])
+                    self.log.note("source", language=language, **source[0].identity())
+                    bar.update(1)
         self._refuse_equal_texts()
+
+    def _say_reused(self, what: str, missing: Sequence[str]) -> None:
+        """Name the languages of which the folder holds something already."""
+        if kept := [language for language in self.search.languages if language not in missing]:
+            self.log.say(f"{what} of {', '.join(kept)}: reused from {self.folder.path}")
 
     def _check_text(self, language: str, identity: Mapping[str, Any]) -> None:
         """Refuse a language whose text has changed since it was read, or was counted."""
@@ -216,6 +223,9 @@ class Recorder:
         to_average = [
             language for language in languages if with_sentences and not self.folder.has("sentences", language)
         ]
+        self._say_reused("counts", to_count)
+        if with_sentences:
+            self._say_reused("sentence means", to_average)
         if to_count or to_average:
             self.runner.load()
             self.folder.check_weights(self.model.sketch, self.model.name)
@@ -269,8 +279,11 @@ class Recorder:
         }
         counts, done = self.folder.partial_counts(language, made_of)
         stretches = self.runner.batches(rows).stretches(_BATCHES_PER_CHECKPOINT)
+        counted_before = sum(stretch.tokens for stretch in stretches[:done])
+        if done:
+            self.log.say(f"{language}: goes on after {counted_before * self.ranks.size:,} tokens counted before")
         for bar in bars:
-            bar.update(sum(stretch.tokens for stretch in stretches[:done]))
+            bar.update(counted_before)
         for number, stretch in enumerate(stretches[done:], done + 1):
             counted = count_active(self.model.sites, stretch, self.ranks, progress)
             counts = counted if counts is None else counts + counted

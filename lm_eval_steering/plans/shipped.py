@@ -73,6 +73,13 @@ def summary_of(name: str) -> PlanSummary:
     return PlanSummary(name, title, plan, tuple(statistics), _ships(plan.neurons), families)
 
 
+def titles() -> str:
+    """One line for every plan: its name and what it is."""
+    found = {name: summary_of(name).title for name in shipped_plans()}
+    width = max(map(len, found))
+    return "\n".join(f"{name:<{width}}  {title}" for name, title in found.items())
+
+
 def describe() -> str:
     """Every plan with what it needs, as text for a terminal."""
     return "\n\n".join(_text(summary_of(name)) for name in shipped_plans())

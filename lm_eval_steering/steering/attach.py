@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -26,7 +27,7 @@ from lm_eval_steering.architectures import (
 )
 from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError
-from lm_eval_steering.neurons.neuron_set import NeuronSet
+from lm_eval_steering.neurons.neuron_set import NeuronSet, neuron_set_of
 from lm_eval_steering.steering.compiled import Affine, CompiledIntervention, Edit, LiveValue, Term, compile_intervention
 from lm_eval_steering.steering.intervention import NORMAL, RESIDUAL, SITES, from_arguments
 from lm_eval_steering.steering.live import normal, statistic
@@ -687,7 +688,7 @@ def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 def steer(
     model: nn.Module,
-    neurons: NeuronSet,
+    neurons: NeuronSet | str | Path,
     language: str | None = None,
     *,
     allow_empty: bool = False,
@@ -699,7 +700,7 @@ def steer(
 
     Args:
         model: a causal language model of transformers.
-        neurons: the model's neuron set.
+        neurons: the model's neuron set, the path of its file, or the name of one that ships.
         language: whose neurons; several are joined by `+`.
         allow_empty: accept a language without neurons.
         force: use a neuron set that was found in other weights.
@@ -709,6 +710,7 @@ def steer(
     Raises:
         SteeringError: if the intervention is not defined or the set belongs to another model.
     """
+    neurons = neuron_set_of(neurons)
     model_sites = fitting_sites(model, neurons, sites=sites, force=force)
     intervention = from_arguments({"language": language, **arguments})
     return Steering(model_sites, compile_intervention(intervention, neurons, allow_empty), model)

@@ -20,6 +20,7 @@ from lm_eval_steering.analysis.checks import Bench, Check, random_neurons, toler
 from lm_eval_steering.analysis.doctor import examine, passed, plain_text, report, rich_table, summary
 from lm_eval_steering.architectures import Shape, sites_of
 from lm_eval_steering.architectures.loading import LazyModel
+from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.neurons.neuron_set import NeuronSet
 from tests.conftest import LAYERS, UNITS, make_set, tiny_model, with_hidden_states
@@ -282,3 +283,17 @@ def test_a_model_that_breaks_inside_a_check_gets_its_whole_table() -> None:
     found = examine(model)
     assert len(found) == 26
     assert {(check.found, check.detail) for check in failed(found)} == {("RuntimeError", "this model keeps no cache")}
+
+
+def test_the_random_set_has_the_models_sketch(caplog: pytest.LogCaptureFixture) -> None:
+    examine(tiny_model("llama"))
+    assert "no sketch" not in caplog.text
+
+
+def test_a_set_of_other_weights_is_refused_unless_forced() -> None:
+    model = tiny_model("llama")
+    found = make_set({"fra_Latn": [(0, 1)]})
+    other = replace(found, provenance=replace(found.provenance, weights=(0.5,) * len(weights_sketch(model))))
+    with pytest.raises(NeuronSetError, match=r"--force of doctor"):
+        examine(model, other)
+    assert all(check.passed for check in examine(model, other, force=True))

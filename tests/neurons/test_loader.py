@@ -258,3 +258,21 @@ def test_a_home_folder_is_expanded(adapted: Path, monkeypatch: pytest.MonkeyPatc
     (adapted / "lid.bin").write_bytes(LanguageIdentifier().file.read_bytes())
     assert LanguageIdentifier.named("~/lid.bin").file == adapted / "lid.bin"
     app(["select", "--help"], standalone_mode=False)
+
+
+def test_a_mistyped_folder_is_named_before_the_hub_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "models" / "falcon").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("./models/falcn", str(tmp_path / "models/falcn"), "../x/models/falcn"):
+        with pytest.raises(SteeringError, match="no such folder"):
+            LazyModel(name)
+    assert not caplog.records
+    monkeypatch.chdir(tmp_path / "models")
+    for where, name, meant in ((tmp_path / "models", "falcn", "falcon"), (tmp_path, "models/falcn", "models/falcon")):
+        monkeypatch.chdir(where)
+        caplog.clear()
+        with pytest.raises(SteeringError, match=rf"no folder of that name either; did you mean '{meant}'"):
+            LazyModel(name)  # may be an id of the hub, which is asked
+        assert f"no such folder; did you mean '{meant}'?; looking for it on the hub" in caplog.text

@@ -356,3 +356,15 @@ def test_a_mistake_ends_every_process_with_its_line(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode != 0
     assert "corpus for fra_Latn: no file" in done.stderr
+
+
+def test_a_second_run_names_what_it_reuses(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder_of(text, tmp_path / "a", languages=LANGUAGES[:2]).record()
+    assert "reused" not in capsys.readouterr().err
+    recorder_of(text, tmp_path / "a").record()
+    printed = capsys.readouterr().err
+    for what in ("text", "counts"):
+        assert f"{what} of {', '.join(LANGUAGES[:2])}: reused from {tmp_path / 'a'}" in printed
+    recorder_of(text, tmp_path / "a").record()
+    printed = capsys.readouterr().err
+    assert f"counts of {', '.join(LANGUAGES)}: reused" in printed and "reading text" not in printed

@@ -22,6 +22,7 @@ from lm_eval_steering.analysis.inspect import (
     language_rows,
     layer_counts,
     multiplicity,
+    warning_of,
 )
 from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.neurons.neuron_set import NeuronSet
@@ -256,3 +257,34 @@ def test_the_entropy_picture_names_threshold_and_number(hand_made: NeuronSet) ->
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
         expected = ["selected: 4", "threshold: 0.500 nats"] if threshold else []
         assert labels == ["eligible: 2,016", *expected]
+
+
+def test_neurons_of_every_language_are_warned_of(hand_made: NeuronSet) -> None:
+    all_languages = make_set({code: [(0, 5), (1, 7)] for code in HAND_MADE} | {"fra_Latn": [(0, 5), (1, 7), (2, 3)]})
+    warning = warning_of(with_entropy(all_languages))
+    assert warning is not None and "67% of the neurons belong to every language" in warning
+    assert "--rate" in warning and "--tokens" in warning and "eligible" not in warning
+    nearly_equal = warning_of(with_entropy(hand_made, threshold=float(np.log(4))))
+    assert nearly_equal is not None and "1.3863 of at most 1.3863 nats" in nearly_equal
+    exhausted = warning_of(with_selection(
+        hand_made, entropy_histogram={"edges": [0.0, 1.0], "counts": [521]}, entropy_threshold=1.0, selected=410
+    ))  # fmt: skip
+    assert exhausted is not None and "410 of 521 eligible neurons" in exhausted and "nats" not in exhausted
+    text = describe(with_entropy(all_languages))
+    assert "warning: 67%" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_sets_that_tell_languages_apart_get_no_warning(hand_made: NeuronSet) -> None:
+    assert warning_of(with_entropy(hand_made)) is None
+    assert warning_of(with_entropy(hand_made, threshold=None)) is None
+    for name in ("demo", "gemma-3-270m-q4km-lape-5", "llama-3.1-8b-instruct-lape-1"):
+        assert warning_of(NeuronSet.load(name)) is None
+
+
+def test_languages_and_layers_come_first_and_hashes_last() -> None:
+    text = describe(NeuronSet.load("demo"))
+    order = ["code ", "layers x units", "by layer", "statistics", "model ", "text sha256", "content sha256"]
+    places = [f"\n{text}".index(f"\n{start}") for start in order]
+    assert places == sorted(places)
+    assert text.splitlines()[0].startswith("code ") and text.splitlines()[-1].startswith("content sha256")
+    assert line(text, "by layer")[2:] == ["15", "18", "67", "46", "79", "82"]

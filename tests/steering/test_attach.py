@@ -321,3 +321,16 @@ def test_a_hidden_state_of_zeros_is_what_a_norm_makes_of_an_overflow(neuron_set_
 @pytest.fixture
 def neuron_set_of_llama() -> NeuronSet:
     return make_set({"fra_Latn": [(0, 1), (0, 5), (2, 3)]})
+
+
+def test_a_set_is_given_by_its_path_or_name_too(model: torch.nn.Module, neuron_set: NeuronSet, tmp_path: Path) -> None:
+    neuron_set.save(tmp_path / "set.safetensors")
+    for given in (tmp_path / "set.safetensors", str(tmp_path / "set.safetensors")):
+        with steer(model, neuron_set, "fra_Latn", op="scale", factor=3):
+            expected = logits(model)
+        with steer(model, given, "fra_Latn", op="scale", factor=3):
+            assert torch.equal(logits(model), expected)
+    with pytest.raises(NeuronSetError, match="the neuron set is for demo-model"):
+        steer(model, "demo", "fra_Latn", op="scale", factor=3)
+    with pytest.raises(NeuronSetError, match="got dict, expected a NeuronSet, or the path or name"):
+        steer(model, {}, "fra_Latn")  # type: ignore[arg-type]
