@@ -25,7 +25,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, VERMILION = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#D55E00",
 )  # fmt: skip
 CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, YELLOW)
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"  # one more than colours, so that the first 56 of both differ
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ SETS_FOR_A_CLAIM = 20  # matched random sets
 DEGENERATE_LIMIT = 0.5  # rise of the share of degenerate outputs from which the text is called destroyed
 NATS_LIMIT = 3.0  # rise of nats per token of the steered language's own text; a perplexity 20 times as high
 _HIGH_LSS, _LOW_SUCCESS = 0.8, 0.5
+_EXAMPLES = 3  # settings in one sentence
 # Shares of the same outputs as the score, by metric; and what was measured on texts.
 _OF_OUTPUTS = {"degenerate": DEGENERATE, "repeated": REPEATED, "unknown": LANG_UNKNOWN}
 _PRICE = (*_OF_OUTPUTS, "nats_self", "nats_cross")
@@ -349,7 +350,9 @@ def _verdict(results: Results, headline: Headline, evidence: Evidence) -> str:
         difference = f"difference {with_interval(rows['difference'].mean(), low, high)}"
         difference += ", without an interval, for no items were logged" if np.isnan(low) else ", 95 % interval"
     better = headline.sign * rows["difference"] > 0
-    facts = [difference, f"{int(better.sum())} of {len(rows)} cells improved"]
+    # Any intervention moves the preference of some items, so that an LSS above 0 is no improvement.
+    shift = sweep.is_shift(headline.metric)
+    facts = [difference, "" if shift else f"{int(better.sum())} of {len(rows)} cells improved"]
     if rows["p_holm"].notna().any():
         facts[-1] += f", {int((better & (rows['p_holm'] < ALPHA)).sum())} significantly after Holm's correction"
     facts += [_why_no_evidence(evidence, headline.prompts), f"n = {int(rows['n'].sum()):,} items on {headline.family}"]
@@ -427,7 +430,8 @@ def _others(results: Results, headline: Headline) -> str:
     cross = frame[(frame["family"] == headline.family) & (frame["metric"] == headline.metric)]
     cross = _at(cross[(cross["relation"] == CROSS) & cross["difference"].notna()], headline.settings)
     parts = []
-    if len(cross) and headline.relation == SELF and not results.sweep.is_shift(headline.metric):
+    shift = results.sweep.is_shift(headline.metric)
+    if len(cross) and headline.relation == SELF and not shift:
         worse = headline.sign * cross["difference"] < 0
         significant = int((worse & (cross["p_holm"] < ALPHA)).sum())
         interval = intervals(cross, results.effects).get(CROSS, (np.nan, np.nan))
@@ -444,7 +448,7 @@ def _others(results: Results, headline: Headline) -> str:
     if unknown := _measured(headline, "unknown", "points", 100):
         parts.append(f"outputs in no known language moved by {unknown}")
     if not parts:
-        return "What it does to other languages was not measured: no cross cells, no perplexity, no outputs."
+        return "What it does to the scores, text and outputs of other languages was not measured."
     return f"Other languages, at the same settings: {'; '.join(parts)}."
 
 
@@ -499,13 +503,14 @@ def _contradictions(results: Results, headline: Headline) -> list[str]:
     and_clean = " and not degenerate" if len(means[CLEAN]) else ""
     shown: list[str] = []
     more = 0
-    for setting, lss in means["lss"].items():
+    # The headline's own settings first.
+    for setting, lss in sorted(means["lss"].items(), key=lambda item: item[0] not in headline.settings):
         if not lss >= _HIGH_LSS:
             continue
         clean, garbage = success.get(setting, np.nan), means[DEGENERATE].get(setting, np.nan)
         if not (clean < _LOW_SUCCESS or garbage >= _LOW_SUCCESS):
             continue
-        if len(shown) == 3 and setting not in headline.settings:
+        if len(shown) >= _EXAMPLES:
             more += 1
             continue
         code, kind, factor = setting
@@ -525,7 +530,7 @@ def _contradictions(results: Results, headline: Headline) -> list[str]:
 def _tiles(headline: Headline, evidence: Evidence, null: dict[int, float]) -> list[tuple[str, str]]:
     name = readable_metric(headline.metric)
     where = {SELF: "in the steered language", CROSS: "in other languages"}.get(headline.relation, "steered")
-    tiles = [(number(headline.rows["difference"].mean(), True), f"{name}, {where}")]
+    tiles = [(number(headline.rows["difference"].mean(), not evidence.random_is_null), f"{name}, {where}")]
     languages = headline.languages
     for column, what, scale in (
         ("degenerate", "degenerate outputs, points", 100.0),

@@ -47,6 +47,7 @@ from lm_eval_steering.report.naming import (
     SUCCESSES,
     counted,
     is_lss,
+    is_share_of_items,
     listed,
     readable_metric,
     sign_of,
@@ -101,7 +102,8 @@ def heat_map(effects: Effects, family: str, metric: str, kind: str, factor: floa
     figure = new_figure(width, 1.0 + max(2, len(rows)) * max(cell, 0.2))
     axes = figure.subplots()
     sign = sign_of(shown["higher_is_better"].iloc[0]) or 1
-    _draw_grid(figure, axes, grid["difference"], grid["p_holm"], sign, theme, 72 * cell)
+    centre = 0.5 if is_share_of_items(metric) else 0.0
+    _draw_grid(figure, axes, grid["difference"], grid["p_holm"], sign, theme, 72 * cell, centre)
     names = [f"×{column:g}" if factor is None else short(column) for column in columns]
     axes.set_xticks(range(len(columns)), names, rotation=90 if factor is not None and len(columns) > 6 else 0)
     axes.set_yticks(range(len(rows)), [short(code) for code in rows])
@@ -118,13 +120,17 @@ def heat_map(effects: Effects, family: str, metric: str, kind: str, factor: floa
 
 
 def _draw_grid(
-    figure: Figure, axes: Any, differences: np.ndarray, p_holm: np.ndarray, sign: int, theme: Theme, points: float
-) -> None:
-    limit = float(np.nanmax(np.abs(differences), initial=0.0)) or 1.0
+    figure: Figure, axes: Any, differences: np.ndarray, p_holm: np.ndarray, sign: int, theme: Theme, points: float,
+    centre: float,
+) -> None:  # fmt: skip
+    """Differences around 0, or shares of items around one half, which is white."""
+    written = signed if centre == 0 else "{:.2f}".format
+    offsets = differences - centre
+    limit = centre or float(np.nanmax(np.abs(offsets), initial=0.0)) or 1.0
     if np.isnan(differences).all():
         limit = 1.0
     # The square root, because one ruined cell would leave all others pale.
-    shades = np.sign(differences) * np.sqrt(np.abs(differences) / limit) * sign
+    shades = np.sign(offsets) * np.sqrt(np.abs(offsets) / limit) * sign
     axes.patch.set(facecolor=theme.absent, edgecolor=theme.faint, hatch="////", linewidth=0)
     image = axes.imshow(
         shades, cmap=theme.diverging, norm=TwoSlopeNorm(0, -1, 1), aspect="auto", interpolation="nearest"
@@ -138,7 +144,7 @@ def _draw_grid(
         sure = p_holm[row, column] < ALPHA
         if differences.shape[1] <= _CROWDED and size >= 4:
             axes.text(
-                column, row, signed(value), ha="center", va="center", fontsize=size, color=colour,
+                column, row, written(value), ha="center", va="center", fontsize=size, color=colour,
                 fontweight="bold" if sure else "normal",
             ).set_in_layout(False)  # fmt: skip
         if sure:
@@ -148,7 +154,7 @@ def _draw_grid(
         axes.scatter(across, down, s=1.8**2, c=colours, linewidths=0)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=18)
     ticks = (-1.0, -0.5, 0.0, 0.5, 1.0)
-    bar.set_ticks(ticks, labels=[signed(sign * tick * abs(tick) * limit) for tick in ticks])
+    bar.set_ticks(ticks, labels=[written(centre + sign * tick * abs(tick) * limit) for tick in ticks])
     bar.ax.tick_params(labelsize=6, length=0)
     bar.outline.set_visible(False)
 
@@ -578,7 +584,7 @@ def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[P
         moved = "mean over languages" if lss else f"mean difference from the {against}"
         caption = (
             f"{what}: {moved}, with 95 % bands over languages and items "
-            f"({counted(setting['steered'].nunique(), 'language')}; n = {int(setting['n'].sum()):,} items in all)."
+            f"({counted(setting['steered'].nunique(), 'language')}; n = {int(setting['n'].sum()):,} items, all cells)."
         )
         pictures.append(Picture(_file("curve", *name), caption, _bind(factor_curve, rows)))
     one_column = setting["evaluated"].nunique() < 2
@@ -589,8 +595,8 @@ def _of_setting(results: Results, family: str, metric: str, kind: str) -> list[P
         comparisons = int(setting["comparisons"].max())
         if lss:
             caption = (
-                f"{what} at {at}: share of items whose preference moved towards the steered language; 0 for the "
-                "unsteered model by definition. No test: what random neurons give is beside it, or was not run"
+                f"{what} at {at}: share of items whose preference moved towards the steered language; white is one "
+                "half, and neither that nor 0 is what chance gives: random neurons are beside it, or were not run"
             )
         else:
             caption = f"{what}: difference from the {against} at {at}."

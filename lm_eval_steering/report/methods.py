@@ -32,6 +32,7 @@ _SOURCE_OF_PRESET = {
     "additive": ARITHMETICS, "replacement": ARITHMETICS,
 }  # fmt: skip
 _SOURCE_OF_METRIC = {"lpr": CONFUSION, "wpr": CONFUSION, "clas_language": CLAS, "bleu": SACREBLEU, "chrf++": CHRF}
+_RESIDUAL = " at residual"  # in a kind (`naming.kind_of`) that edits hidden states
 _CITATION = re.compile(r" ?\[@([\w-]+)\]")
 
 
@@ -118,13 +119,17 @@ def _model(results: Results, config: Mapping[str, Any]) -> str:
     exact = _in_brackets([detail for detail in details if detail])
     tools = [f"{name} {releases[name]}" for name in ("lm-eval-steering", "transformers", "torch") if name in releases]
     cells = results.sweep.steered_cells()
-    neurons = cells.empty or not cells["kind"].map(is_prompt).all()
+    neurons = cells.empty or cells["kind"].map(_changes_neurons).any()
     changed = ", while the activations of language-specific neurons in its MLP layers were changed" if neurons else ""
     harness = f"lm-evaluation-harness {releases.get('lm-eval', '')}".strip()
     return (
         f"We evaluated {listed(sorted(results.sweep.cells['model'].unique()))}"
         f"{exact} with {harness} [@{HARNESS}] and {listed(tools)}{changed}."
     )
+
+
+def _changes_neurons(kind: str) -> bool:
+    return not is_prompt(kind) and _RESIDUAL not in kind
 
 
 def _neurons(neuron_set: Mapping[str, Any]) -> list[str]:
@@ -166,11 +171,13 @@ def _interventions(results: Results) -> str:
         (prompts if is_prompt(kind) else kinds).append(f"{kind}{cited}{_at(rows)}")
     text = ""
     if kinds:
-        text = f"Interventions on the neurons of {named}, one language at a time: {'; '.join(kinds)}."
+        where = "on the neurons of" if any(map(_changes_neurons, kinds)) else "for"
+        text = f"Interventions {where} {named}, one language at a time: {'; '.join(kinds)}."
     if prompts:
         text += f"{' ' if kinds else ''}Prompting for {named}, in front of every prompt: {'; '.join(prompts)}."
-    prompted = results.sweep.cells["kind"].map(is_prompt)
-    controls, naming = (int(results.sweep.cells.loc[chosen, "control"].nunique()) for chosen in (~prompted, prompted))
+    all_kinds = results.sweep.cells["kind"]
+    chosen = (all_kinds.map(_changes_neurons), all_kinds.map(is_prompt))
+    controls, naming = (int(results.sweep.cells.loc[these, "control"].nunique()) for these in chosen)
     if naming:
         text += f" As control of an instruction the same one named {counted(naming, 'other language')} instead."
     if controls:
@@ -184,7 +191,7 @@ def _interventions(results: Results) -> str:
 def _hidden_states(results: Results, neuron_set: Mapping[str, Any]) -> str:
     """What those interventions do that change no neurons."""
     cells = results.sweep.cells
-    here = cells[cells["kind"].str.contains(" at residual")]
+    here = cells[cells["kind"].str.contains(_RESIDUAL)]
     if here.empty:
         return ""
     text = "Interventions at residual change no neurons but the hidden states that the named layers (from 0) return"

@@ -50,6 +50,11 @@ def is_lss(metric: str) -> bool:
     return metric.startswith("lss")
 
 
+def is_share_of_items(metric: str) -> bool:
+    """Whether a metric is a share of items that moved, of which no half is a gain: LSS and its variants, not shifts."""
+    return metric.partition("@")[0] in {"lss", "lss_distinct"}
+
+
 def sign_of(higher_is_better: Any) -> int:
     """1 if higher is better, -1 if lower is, 0 if unknown."""
     if higher_is_better is None or higher_is_better != higher_is_better:  # noqa: PLR0124  (nan)
@@ -109,7 +114,8 @@ def kind_of(signature: str, preset: str | None, off: str) -> str:
     if step.dimensions is not None:
         parts.append(f"{step.dimensions} dimensions")
     if step.layers is not None:
-        parts.append(f"layers {'+'.join(map(str, step.layers)) if isinstance(step.layers, tuple) else step.layers}")
+        layers = "+".join(map(str, step.layers)) if isinstance(step.layers, tuple) else str(step.layers)
+        parts.append(f"{'layer' if layers.isdecimal() else 'layers'} {layers}")
     if step.positions != "all":
         parts.append(f"{step.positions} positions")
     if step.scope == "sequence" and not preset:

@@ -565,7 +565,7 @@ def add_baseline(sweep: Sweep, path: Path, max_samples: int = MAX_SAMPLES) -> No
     sweep.facts.sources += plain.facts.sources
     sweep.facts.notes = [note for note in sweep.facts.notes if "no finished baseline" not in note] + plain.facts.notes
     sweep.facts.notes.append(f"Baselines of {', '.join(added['task'])} are from {path}.")
-    _link_baselines(sweep.cells, sweep.facts)
+    _link_baselines(sweep.cells, sweep.scores, sweep.facts)
 
 
 # --- Cells, scores and items
@@ -611,7 +611,7 @@ def _from_frame(frame: pd.DataFrame, facts: Facts, evaluated: Mapping[str, str])
         metric=[naming.metric_label(*pair) for pair in zip(frame["metric"], frame["filter"].fillna(""), strict=True)]
     )
     cells = _cells_of(frame.drop_duplicates("cell"), evaluated)
-    _link_baselines(cells, facts)
+    _link_baselines(cells, scores, facts)
     return cells, scores.reindex(columns=list(SCORE_COLUMNS)).reset_index(drop=True)
 
 
@@ -644,7 +644,7 @@ def _cells_of(rows: pd.DataFrame, evaluated: Mapping[str, str]) -> pd.DataFrame:
     return cells.reindex(columns=list(CELL_COLUMNS))
 
 
-def _link_baselines(cells: pd.DataFrame, facts: Facts) -> None:
+def _link_baselines(cells: pd.DataFrame, scores: pd.DataFrame, facts: Facts) -> None:
     """Set `baseline_cell`: same task and items; made for the same target where the task is another for each."""
     baselines = {(row.task, row.items, row.target): row.cell for row in cells[cells["is_baseline"]].itertuples()}
     cells["baseline_cell"] = [
@@ -652,7 +652,9 @@ def _link_baselines(cells: pd.DataFrame, facts: Facts) -> None:
         else baselines.get((row.task, row.items, row.target)) or baselines.get((row.task, row.items, ""), "")
         for row in cells.itertuples()
     ]  # fmt: skip
-    alone = int(((cells["baseline_cell"] == "") & ~cells["is_baseline"]).sum())
+    # LSS compares with the unsteered model in itself and has none.
+    compared = scores.loc[[not naming.is_lss(metric) for metric in scores["metric"]], "cell"]
+    alone = int(((cells["baseline_cell"] == "") & ~cells["is_baseline"] & cells["cell"].isin(set(compared))).sum())
     if alone:
         facts.notes.append(f"{alone} steered cells have no finished baseline: their differences are left blank.")
 

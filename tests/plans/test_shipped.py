@@ -16,7 +16,7 @@ from lm_eval_steering.cli import app
 from lm_eval_steering.lmeval.task_families.demo import demo_languages
 from lm_eval_steering.neurons.neuron_set import SITES, NeuronSet, Provenance, Statistics, union_of
 from lm_eval_steering.plans.shipped import describe, family_of, find_plan, shipped_plans, summary_of
-from lm_eval_steering.sweep.cells import interventions_of, spell_out
+from lm_eval_steering.sweep.cells import interventions_of, searches_of, spell_out
 from lm_eval_steering.sweep.plan import PlanError, SweepPlan, read_plan
 from lm_eval_steering.sweep.plan_tasks import TaskBook
 from lm_eval_steering.sweep.run import run_sweep
@@ -30,12 +30,14 @@ SHAPES = {
     "meta-llama/Llama-3.1-8B-Instruct": ("llama", 32, 14336),
     "meta-llama/Llama-3.2-1B": ("llama", 16, 8192),
     "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", 24, 4864),
+    "google/gemma-3-270m": ("gemma3_text", 18, 2048),
 }
 # What each plan asks for: languages, interventions (a factor each), tasks; from the papers and their scripts.
 SIZES = {
     "clas-bench-2026-diffmean": (31, 28, 1),
     "clas-bench-2026-lape": (32, 2, 32),
     "clas-bench-2026-prompting": (32, 2, 32),
+    "comparison": (4, 7 * 3 + 1, 6),  # seven methods at three damages, and prompting
     "gurgurov-2025-belebele": (21, 1, 21),
     "gurgurov-2025-forcing": (21, 5, 20),
     "gurgurov-2025-stepwise": (11, 11, 1),
@@ -77,7 +79,9 @@ def test_every_plan_is_listed_with_what_it_needs(command: Command) -> None:
     text = describe()
     for name in SIZES:
         summary = summary_of(name)
-        assert (f"{name}: {summary.title}" in text and "arXiv" in summary.title) or name.startswith("semeval")
+        assert (f"{name}: {summary.title}" in text and "arXiv" in summary.title) or name.startswith(
+            ("semeval", "comparison")
+        )
         assert summary.data and all(family_of(task) for task in summary.plan.tasks)
     assert summary_of("clas-bench-2026-prompting").ships and not summary_of("rahmanisa-2025-lss").ships
     assert summary_of("rahmanisa-2025-lss").statistics == ("max", "median")
@@ -99,13 +103,14 @@ def test_an_unknown_plan_gets_the_nearest(command: Command, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_plan_is_spelled_out_for_its_real_model(name: str) -> None:
-    plan = read_plan(find_plan(name))
+    plan = read_plan(find_plan(name), ["controls.random=0"])
     codes, per_language, tasks = SIZES[name]
     assert len(plan.languages) == codes
     assert all(languages.normalise(code) == code for code in plan.languages)
     spelled = TaskBook(plan).spelled_out(plan.tasks)  # refuses a name that lm-eval does not know
     assert len(spelled) == tasks
-    interventions, notes = interventions_of(plan, real_set(plan))  # refuses a statistic or language that is not there
+    neuron_set = real_set(plan)  # refuses a statistic or language that is not there
+    interventions, notes = interventions_of(plan, neuron_set, searches_of(plan, neuron_set))
     expected = {
         "tang-2024-steering": 7 + 6,
         "gurgurov-2025-stepwise": 11,
@@ -149,6 +154,14 @@ FOR_THE_DEMO: Mapping[str, tuple[str, ...]] = {
         "metadata.clas_identifier=lid.176",
         "apply_chat_template=false",
         "interventions=[{preset: clas_diffmean, source: eng_Latn, layers: 2, factors: [2.5, 5]}]",
+    ),
+    "comparison": (
+        "interventions=[{op: scale, factors: {damage: [0.1]}}, "
+        "{op: add, value: diffmean, site: residual, layers: 2, factors: {damage: [0.1]}}, "
+        "{preset: clas_diffmean, source: eng_Latn, layers: 2, factors: {damage: [0.1], max_factor: 4096}}, "
+        "{prompt: {instruction: 'Answer in {language}.'}}]",
+        "controls={random: 1, calibration: demo, sentences: 3}",
+        "damage={text: demo, sentences: 3}",
     ),
     "gurgurov-2025-xnli": ("metadata.split=validation",),
     "gurgurov-2025-stepwise": ("interventions=[{deactivate: eng_Latn}, {deactivate: eng_Latn+fra_Latn}]",),

@@ -55,6 +55,8 @@ def test_what_is_done_to_hidden_states_is_said(configured: Results) -> None:
     corpus = NEURON_SET["corpus"] | {"residual": {"sentences": {"deu_Latn": 90, "fra_Latn": 100}}}
     configured.sweep.facts.config["steering"]["neuron_set"] = NEURON_SET | {"corpus": corpus}
     text = methods(configured).text
+    assert "activations of language-specific neurons" not in text and "on the neurons of" not in text
+    assert "random neuron set" not in text
     for fact in ("change no neurons but the hidden states", "90 to 100 sentences", "[@gurgurov-etal-2026-clas]"):
         assert fact in text, fact
     assert ("random directions of the same norm" in text) == bool(cells.loc[steered, "control"].notna().any())

@@ -13,6 +13,7 @@ import pytest
 
 from lm_eval_steering.report import tables
 from lm_eval_steering.report.comparison import compare_interventions, compare_runs
+from lm_eval_steering.report.conclusions import answer
 from lm_eval_steering.report.figures import draw, gallery
 from lm_eval_steering.report.naming import families, kind_of, silenced
 from lm_eval_steering.report.page import Report, render
@@ -136,6 +137,15 @@ def test_a_cell_without_a_baseline_has_a_score_and_no_difference(tmp_path: Path)
     assert "1 steered cells have no finished baseline" in found.sweep.facts.notes[0]
 
 
+def test_lss_has_no_baseline_by_definition_and_none_is_missed(tmp_path: Path) -> None:
+    made = FolderOfCells(tmp_path / "sweep")
+    made.add("made_up_lss", {"lss": right(0.6)}, "deu_Latn", 2)
+    found = compute(read_results(tmp_path / "sweep"))
+    assert found.sweep.facts.notes == []
+    verdict = answer(found).sentences[0]
+    assert "LSS is 0.6" in verdict and "improved" not in verdict
+
+
 def test_a_plain_lm_eval_run_is_a_baseline(tmp_path: Path) -> None:
     made = FolderOfCells(tmp_path / "sweep")
     made.add("made_up", {"acc": right(0.6)}, "deu_Latn", 2)
@@ -172,10 +182,10 @@ def test_names_of_interventions_and_families() -> None:
         "p_max, others silenced"
     )
     assert kind_of("op:add|value:diffmean|factor:2|lang:fra_Latn|site:residual|dims:400|layers:14", None, "") == (
-        "add diffmean at residual, 400 dimensions, layers 14"
+        "add diffmean at residual, 400 dimensions, layer 14"
     )
     clas = "op:add|value:clas_diffmean|factor:5|lang:fra_Latn|source:eng_Latn|site:residual|layers:14"
-    assert kind_of(clas, "clas_diffmean", "") == "clas_diffmean at residual, from eng_Latn, layers 14"
+    assert kind_of(clas, "clas_diffmean", "") == "clas_diffmean at residual, from eng_Latn, layer 14"
     assert silenced(["deu", "fra"], ["fra+ita", "deu+ita"]) == ["others", "others"]
     assert silenced(["deu", "fra"], ["ita", "ita"]) == ["ita", "ita"]
     assert set(families(["xcopa_it", "xcopa_id", "steering_xcopa_ita_Latn"]).values()) != {""}
