@@ -90,7 +90,7 @@ class LazyModel:
         if sites is not None:
             parse_sites(sites)
         self.override = sites
-        refuse_missing_folder(self._pretrained)
+        refuse_missing_folder(pretrained)
         self.config = self._from_pretrained(AutoConfig, **self._given("gguf_file", "subfolder", "token", "cache_dir"))
         self.revision = commit_of(self._pretrained, revision, self.arguments.get("cache_dir"))
         # The dtype that `auto` means, so that a recording names it.
