@@ -190,7 +190,9 @@ def bad_input(folder: Path) -> dict[str, tuple[list[Any], str]]:
         "no such set": (["inspect", "dmo"], r"neuron set 'dmo': no such file.*did you mean 'demo'"),
         "no set near": (["inspect", "xyzzy"], r"neuron set 'xyzzy': no such file.*that ship: .*demo.*gemma-3-270m"),
         "no corpus": ([*find()[:4], folder / "nofolder", *find()[5:], *fresh], r"nofolder does not exist"),
-        "no corpus folder": ([*find()[:4], folder / "none" / "{lang}.txt", *find()[5:], *fresh], r"none does not exist"),
+        "no corpus folder": (
+            [*find()[:4], folder / "none" / "{lang}.txt", *find()[5:], *fresh], r"none does not exist"
+        ),
         "a hub id": ([*find()[:4], "some/dataset", *find()[5:], *fresh], r"does not exist.*hf:some/dataset"),
         "a model's folder": (["doctor", "--model", f"{resources.demo_model()}s"], r"no such folder.*'.*demo-model'"),
         "set of another model": (["calibrate", of_another_model(folder), *calibrate], r"the neuron set is for other"),
