@@ -292,9 +292,7 @@ def test_lists_of_plans_and_tasks_have_a_line_each() -> None:
     assert [line.split()[0] for line in lines[: len(shipped_plans())]] == list(shipped_plans())
     assert len(lines) == len(shipped_plans()) + 2 and "languages " in run("plans", "--needs")
     listed = run("tasks").splitlines()
-    assert max(map(len, listed[:-1])) < 80 and any(line.split()[0] == "xcopa" for line in listed if line)
-    family = run("tasks", "xcopa")
-    assert "languages  " in family and "needs " in family and "steering_xcopa_ita_Latn  (" in family
+    assert "xcopa: 22 tasks, 11 languages" in listed and max(map(len, listed[:-1])) < 80
 
 
 def test_an_export_says_that_the_set_is_of_other_weights() -> None:
