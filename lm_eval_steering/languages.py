@@ -291,6 +291,6 @@ def choose(code: str, available: tuple[str, ...], where: str) -> str:
     if normal not in available:
         near = [repr(other) for other in available if same_language(other, normal)]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        name = normal if code == normal else f"{code!r} ({normal})"
-        raise UnknownLanguageError(f"language {name} is not in {where}, which has {', '.join(available)}{hint}")
+        known = ", ".join(available)
+        raise UnknownLanguageError(f"language {code!r} ({normal}) is not in {where}, which has {known}{hint}")
     return normal

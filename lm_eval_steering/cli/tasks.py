@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 def tasks(
     family: Annotated[str | None, typer.Argument(help="One family, to see its tasks and groups one a line.")] = None,
     language: Annotated[str | None, typer.Option(help="Only what is evaluated in this language.")] = None,
+    needs: Annotated[
+        bool, typer.Option("--needs", help="With the languages, wordings, metrics and data of each family.")
+    ] = False,
 ) -> None:
-    """List the task families: languages, wordings, metrics, and what each needs."""
+    """List the task families."""
     from lm_eval_steering.lmeval.listing import task_entries
 
     entries = task_entries() if language is None else _in_language(task_entries(), language)
@@ -27,17 +30,16 @@ def tasks(
         if family not in families:
             where = f" in {language}" if language else ""
             raise SteeringError(f"no task family {family!r}{where}{did_you_mean(family, families)}")
-        entries = [entry for entry in entries if entry.family == family]
-        typer.echo(f"{_summary(family, entries)}\n")
         for entry in entries:
-            typer.echo(f"{entry.name}  ({'group' if entry.group else entry.output_type})")
+            if entry.family == family:
+                typer.echo(f"{entry.name}  ({'group' if entry.group else entry.output_type})")
         return
-    width = max(map(len, families))
     for name in families:
-        typer.echo(f"{name:<{width}}  {_line([entry for entry in entries if entry.family == name])}")
+        of_family = [entry for entry in entries if entry.family == name]
+        typer.echo(_summary(name, of_family) if needs else f"{name}: {_line(of_family)}")
     typer.echo(
-        "\n`lm-eval-steering tasks FAMILY` lists its tasks, languages, wordings and metrics, and what it needs; "
-        "docs/tasks.md has the sources."
+        "\n`lm-eval-steering tasks FAMILY` lists its tasks, `tasks --needs` the languages, wordings, metrics and data of "
+        "all families; docs/tasks.md has the sources."
     )
 
 

@@ -29,11 +29,12 @@ PRESETS = (
 MATRIX = [
     (
         "language=frensh,op=scale",
-        "unknown language 'frensh': expected a code such as fra_Latn, fra or fr; did you mean 'fra_Latn'?",
+        "unknown language 'frensh': expected a code such as fra_Latn, fra or fr; did you mean 'fra_Latn'?; the neuron "
+        "set has fra_Latn, deu_Latn, tur_Latn",
     ),
     (
         "language=spa,op=scale",
-        "language 'spa_Latn' (spa_Latn) is not in the neuron set; did you mean 'fra_Latn' or 'tur_Latn' or 'deu_Latn'?",
+        "language 'spa_Latn' (spa_Latn) is not in the neuron set, which has fra_Latn, deu_Latn, tur_Latn",
     ),
     (
         "language=tur,op=scale",

@@ -359,12 +359,15 @@ def test_a_mistake_ends_every_process_with_its_line(tmp_path: Path) -> None:
 
 
 def test_a_second_run_names_what_it_reuses(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recorder_of(text, tmp_path / "a", languages=LANGUAGES[:2]).record()
-    assert "reused" not in capsys.readouterr().err
-    recorder_of(text, tmp_path / "a").record()
-    printed = capsys.readouterr().err
+    def printed_by(languages: tuple[str, ...]) -> str:
+        recorder = recorder_of(text, tmp_path / "a", languages=languages)
+        recorder.log.show = True
+        recorder.record()
+        return capsys.readouterr().err
+
+    assert "reading text" in (first := printed_by(LANGUAGES[:2])) and "reused" not in first
+    second = printed_by(LANGUAGES)
     for what in ("text", "counts"):
-        assert f"{what} of {', '.join(LANGUAGES[:2])}: reused from {tmp_path / 'a'}" in printed
-    recorder_of(text, tmp_path / "a").record()
-    printed = capsys.readouterr().err
-    assert f"counts of {', '.join(LANGUAGES)}: reused" in printed and "reading text" not in printed
+        assert f"{what} of {', '.join(LANGUAGES[:2])}: reused from {tmp_path / 'a'}" in second
+    third = printed_by(LANGUAGES)
+    assert f"counts of {', '.join(LANGUAGES)}: reused" in third and "reading text" not in third

@@ -87,7 +87,7 @@ def test_every_plan_is_listed_with_what_it_needs(command: Command) -> None:
     assert summary_of("rahmanisa-2025-lss").statistics == ("max", "median")
     assert summary_of("tang-2024-perplexity").statistics == ()
     assert summary_of("clas-bench-2026-diffmean").statistics == ("clas_diffmean of hidden states, with --residual",)
-    assert command("plans")[1].rstrip("\n") == text
+    assert command("plans", "--needs")[1].rstrip("\n") == text
     assert command("plans", "tang-2024-perplexity")[1] == find_plan("tang-2024-perplexity").read_text(encoding="utf-8")
 
 
