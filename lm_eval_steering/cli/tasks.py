@@ -38,8 +38,8 @@ def tasks(
         of_family = [entry for entry in entries if entry.family == name]
         typer.echo(_summary(name, of_family) if needs else f"{name}: {_line(of_family)}")
     typer.echo(
-        "\n`lm-eval-steering tasks FAMILY` lists its tasks, `tasks --needs` the languages, wordings, metrics and data of "
-        "all families; docs/tasks.md has the sources."
+        "\n`lm-eval-steering tasks FAMILY` lists its tasks, `tasks --needs` the languages, wordings, metrics and data "
+        "of all families; docs/tasks.md has the sources."
     )
 
 
