@@ -254,6 +254,8 @@ def end_with(driver: int) -> None:
         return
     try:
         handle = os.pidfd_open(driver)
+    except ProcessLookupError:  # it was killed while the engine started; vLLM ends an engine whose worker ends
+        os._exit(1)
     except OSError:
         return
     parent = os.getppid()

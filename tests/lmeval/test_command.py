@@ -119,7 +119,11 @@ def test_bare_lm_eval_steers_and_proves_it_and_a_second_run_comes_from_the_cache
 
 def test_bare_lm_eval_prompts_and_its_results_pair_with_the_unsteered_ones(tmp_path: Path) -> None:
     tasks = (TASK, "steering_demo_lss_eng_Latn", "steering_demo_perplexity_fra_Latn")
-    prompted = f"{MODEL},instruction=Answer in {{language}}.,language=fra_Latn"
+    # As JSON: in `key=value,...` lm-eval takes a brace for the beginning of JSON.
+    prompted = json.dumps(
+        dict(part.split("=") for part in MODEL.split(","))
+        | {"instruction": "Answer in {language}.", "language": "fra_Latn"}
+    )
     french = evaluation(tmp_path / "one", "steered-hf", prompted, *tasks, use_cache=tmp_path / "cache")
     run_together(
         evaluation(tmp_path / "base", "steered-hf", MODEL, TASK, "steering_demo_perplexity_fra_Latn"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +122,13 @@ def test_no_call_waits_for_a_dead_engine() -> None:
         compat.reset_prefix_cache(llm)
     assert not compat.is_idle(llm)
     never.set()
+
+
+def test_a_worker_whose_driver_was_killed_before_it_loaded_ends() -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    code = "import sys; from lm_eval_steering.vllm.worker import end_with; end_with(int(sys.argv[1])); sys.exit(7)"
+    for driver, status in ((int(gone.stdout), 1), (os.getpid(), 7)):
+        assert subprocess.run([sys.executable, "-c", code, str(driver)], check=False).returncode == status
 
 
 def test_layers_elsewhere_in_the_pipeline() -> None:
