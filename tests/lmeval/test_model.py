@@ -215,6 +215,7 @@ def test_bad_arguments_fail_before_the_model_is_loaded(folder: Path, monkeypatch
     other.save(folder / "other.safetensors")
     good = {"neurons": neurons, "language": "fra_Latn", "op": "scale", "factor": 2}
     for change, message in (
+        ({"language": "klingon"}, r"unknown language 'klingon'.*the neuron set has .*fra_Latn"),
         ({"language": "fra_Arab"}, r"not in the neuron set, which has .*; did you mean 'fra_Latn'"),
         ({"language": "tur"}, "tur_Latn has no neurons"),
         ({"factor": "nan"}, "expected a finite number"),
