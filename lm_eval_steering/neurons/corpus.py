@@ -155,17 +155,18 @@ def find_files(location: str, language: str, names: Sequence[str], per_file: boo
             f"corpus {location!r}: {LANG} needs a separator after it, or fr* would take Frisian for French"
         )
     fixed = Path(re.split(r"[^/]*[*?\[{]", path)[0] or ".")  # what stands before the first sign of a pattern
+    expected = (
+        f"expected a folder with a file for each language, a path with {LANG} in it, one file with {LANG} in its "
+        "column, or hf:DATASET"
+    )
     if not fixed.exists():
-        raise CorpusError(f"corpus {location!r}: {fixed} does not exist{_way_to_the_hub(location)}")
+        raise CorpusError(f"corpus {location!r}: {fixed} does not exist; {expected}{_way_to_the_hub(location)}")
     if Path(path).is_dir() and LANG not in path:
         files = _one_of([f"{glob.escape(path)}/{LANG}{suffix}" for suffix in SUFFIXES], language, names)
     elif LANG in path or not per_file:
         files = _one_of([path], language, names)
     else:
-        raise CorpusError(
-            f"corpus {location!r}: expected a folder with a file for each language, a path with {LANG} in it, one file "
-            f"with {LANG} in its column, or hf:DATASET"
-        )
+        raise CorpusError(f"corpus {location!r}: {expected}")
     for file in files:
         if not file.name.endswith(SUFFIXES):
             raise CorpusError(f"{file}: cannot be read as text; expected one of {', '.join(SUFFIXES)}")

@@ -111,7 +111,7 @@ def test_what_is_not_there_or_not_clear_is_refused(tmp_path: Path) -> None:
     (tmp_path / "fra.jsonl").write_text("{}")
     with pytest.raises(CorpusError, match=r"both .*fra\.txt and .*fra\.jsonl exist"):
         documents(str(tmp_path))
-    with pytest.raises(CorpusError, match="expected a folder with a file for each language"):
+    with pytest.raises(CorpusError, match="nowhere does not exist; expected a folder with a file for each"):
         documents(str(tmp_path / "nowhere"))
     (tmp_path / "fra.csv").write_text("a,b")
     with pytest.raises(CorpusError, match=r"fra\.csv: cannot be read as text"):

@@ -63,7 +63,7 @@ SPELLED_WRONG: list[tuple[dict[str, Any], str]] = [
     ({"interventions": [{"op": "scal", "factor": 2}]}, "interventions.0: .*scale"),
     ({"interventions": [{"op": "set", "value": "p77"}]}, "interventions.0: .*p77"),
     ({"languages": ["fin_Latn"]}, "fin_Latn"),
-    ({"neurons": "dmo"}, "'dmo': no such file; did you mean 'demo'"),
+    ({"neurons": "dmo"}, "'dmo': no such file.*did you mean 'demo'"),
     ({"tasks": ["small_lss"], "languages": ["eng_Latn"]}, "small_lss is not defined for any of the plan's languages"),
     (
         {"controls": {"random": 1}, "interventions": [{"preset": "p_max"}]},
