@@ -42,6 +42,7 @@ DEGENERATE_LIMIT = 0.5  # rise of the share of degenerate outputs from which the
 NATS_LIMIT = 3.0  # rise of nats per token of the steered language's own text; a perplexity 20 times as high
 _HIGH_LSS, _LOW_SUCCESS = 0.8, 0.5
 _EXAMPLES = 3  # settings in one sentence
+_FEWEST_ITEMS = 10  # on fewer no method is called the winner
 # Shares of the same outputs as the score, by metric; and what was measured on texts.
 _OF_OUTPUTS = {"degenerate": DEGENERATE, "repeated": REPEATED, "unknown": LANG_UNKNOWN}
 _PRICE = (*_OF_OUTPUTS, "nats_self", "nats_cross")
@@ -726,8 +727,16 @@ def _winner(comparison: MethodComparison | None, at: str) -> str:
     named = listed([f"{other} by {with_interval(*margin)}" for other, margin in (even or margins).items()])
     highest = f"{first['kind']} ({number(first['success'])}, n = {int(first['n']):,})"
     reached = int(first["random_reached"]) if first["sets"] > 0 else 0
+    left_out = comparison.rows[(comparison.rows["at"] == BEST) & (comparison.rows["missing"] != "")]
     if even:
         text = f"No winner: the highest, {highest}, exceeds {named}, which includes 0"
+    elif int(first["n"]) < _FEWEST_ITEMS:
+        text = f"No winner: the highest, {highest}, exceeds {named}, but on fewer than {_FEWEST_ITEMS} items"
+    elif at == BEST and len(left_out):
+        others = [
+            f"{kind} ({why})" for kind, why in dict(zip(left_out["kind"], left_out["missing"], strict=True)).items()
+        ]
+        text = f"No winner: the highest, {highest}, exceeds {named}, but {listed(others)} could not be compared"
     elif reached:
         of_sets = counted(int(first["sets"]), "control")
         text = f"No evidence for the highest, {highest}: {reached} of {of_sets} reach it, although it exceeds {named}"

@@ -151,23 +151,17 @@ def test_one_method_is_no_comparison(tmp_path: Path) -> None:
     assert compared(tmp_path, CELLS[:4]).methods is None
 
 
-def sentence_of(rows: list[tuple[str, float]], sets: int, reached: int, low: float) -> str:
+def sentence_of(
+    rows: list[tuple[str, float, str]], sets: int, reached: int, low: float, n: int = 40, at: str = "0.3"
+) -> str:
     """The sentence of two methods on one language, the first of which exceeds the other by an interval from `low`."""
     table = pd.DataFrame([
-        {"at": "0.3", "steered": "deu_Latn", "languages": 1, "kind": kind, "success": success, "damage": 0.3, "n": 40,
-         "missing": "", "wins": low > 0 and kind == "a", "sets": sets, "random_reached": reached}
-        for kind, success in rows
+        {"at": at, "steered": "deu_Latn", "languages": 1, "kind": kind, "success": success, "damage": 0.3, "n": n,
+         "missing": missing, "wins": low > 0 and kind == "a", "sets": sets, "random_reached": reached}
+        for kind, success, missing in rows
     ])  # fmt: skip
-    pair = {
-        "at": "0.3",
-        "steered": "deu_Latn",
-        "kind": "b",
-        "other": "a",
-        "difference": -0.2,
-        "low": -0.4,
-        "high": -low,
-    }
-    return _winner(MethodComparison("forcing", "lfs_clean", table, pd.DataFrame([pair]), pd.DataFrame()), "0.3")
+    pair = {"at": at, "steered": "deu_Latn", "kind": "b", "other": "a", "difference": -0.2, "low": -0.4, "high": -low}
+    return _winner(MethodComparison("forcing", "lfs_clean", table, pd.DataFrame([pair]), pd.DataFrame()), at)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +181,18 @@ def sentence_of(rows: list[tuple[str, float]], sets: int, reached: int, low: flo
     ],
 )
 def test_the_sentence_follows_the_decision_table(sets: int, reached: int, low: float, verdict: str, why: str) -> None:
-    text = sentence_of([("a", 0.6), ("b", 0.4)], sets, reached, low)
+    text = sentence_of([("a", 0.6, ""), ("b", 0.4, "")], sets, reached, low)
     assert text.startswith(verdict) and why in text
+
+
+def test_no_winner_on_few_items_or_where_a_method_could_not_be_compared() -> None:
+    rows = [("a", 0.6, ""), ("b", 0.4, "")]
+    few = sentence_of(rows, 20, 0, 0.1, n=3)
+    assert few.startswith("No winner") and "fewer than 10 items" in few
+    other = [*rows, ("c", np.nan, "its items cannot be halved")]
+    missing = sentence_of(other, 20, 0, 0.1, at=BEST)
+    assert missing.startswith("No winner") and "c (its items cannot be halved)" in missing
+    assert sentence_of(other, 20, 0, 0.1).startswith("The winner is a")
 
 
 def test_printed_drawn_and_told(results: Results, comparison: MethodComparison) -> None:
