@@ -50,8 +50,10 @@ def test_a_calibrated_set_passes_and_its_mean_is_checked_too(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "gpt2", "bloom", "opt"])
 def test_other_dtypes_pass_within_their_tolerance(name: str, dtype: torch.dtype) -> None:
-    found = failed(examine(tiny_model(name).to(dtype)))
-    if dtype is torch.float64 and name in {"gemma2", "bloom"}:
+    model = tiny_model(name).to(dtype)
+    found = failed(examine(model))
+    eager = name == "gemma2" and model.config._attn_implementation == "eager"  # from transformers 5.21 on
+    if dtype is torch.float64 and (eager or name == "bloom"):
         # transformers masks with the least float64 and takes the softmax in float32: a padded row gives NaN.
         assert {check.name for check in found} == {"left padding", "left padding, live statistic"}
         assert all(check.detail == "the unsteered model: inf" for check in found)
