@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lm_eval_steering.architectures import ModelSites, Shape, hidden_states, text_config_of
+from lm_eval_steering.architectures.compat import number_of_hooks
 from lm_eval_steering.architectures.weights import weights_digest
 from lm_eval_steering.errors import NeuronSetError
 from lm_eval_steering.neurons.neuron_set import NeuronSet, Provenance
@@ -194,7 +195,7 @@ class Bench:
 
     def hooks(self) -> int:
         """Number of hooks on all modules."""
-        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self.model.modules())
+        return sum(map(number_of_hooks, self.model.modules()))
 
 
 def random_neurons(shape: Shape, architecture: str, seed: int, weights: Sequence[float] = ()) -> NeuronSet:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lm_eval_steering.architectures.compat import HOOKS
 from lm_eval_steering.architectures.families import (
     Shape,
     declared_layers,
@@ -27,10 +28,6 @@ from lm_eval_steering.errors import ArchitectureError
 # --- The probe: one forward pass of a few tokens with hooks inside the decoder layers
 
 TOKENS = 5
-_HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)  # fmt: skip
 
 
 @dataclass
@@ -94,7 +91,7 @@ def untouched(base: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and hooks; at the end everything is restored."""
     modules = list(base.modules())
     training = [module.training for module in modules]
-    hooks = [{name: module.__dict__[name] for name in _HOOKS if name in module.__dict__} for module in modules]
+    hooks = [{name: module.__dict__[name] for name in HOOKS if name in module.__dict__} for module in modules]
     devices = {tensor.device for tensor in base.parameters() if tensor.device.type not in {"cpu", "meta"}}
     kind = next((device.type for device in devices), "cuda")
     forked = torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind)

@@ -28,7 +28,14 @@ from lm_eval_steering.report.naming import (
     with_interval,
 )  # fmt: skip
 from lm_eval_steering.report.read import BASELINE, CLEAN, DEGENERATE, FORCED, LANG_UNKNOWN, REPEATED
-from lm_eval_steering.report.tables import Results, control_scores, controls_by_place, deciding, intervals
+from lm_eval_steering.report.tables import (
+    Results,
+    control_scores,
+    controls_by_place,
+    deciding,
+    intervals,
+    means_of_sets,
+)
 from lm_eval_steering.sweep.choice import REPORT
 
 if TYPE_CHECKING:
@@ -322,11 +329,9 @@ def _random_means(results: Results, headline: Headline) -> dict[int, float]:
     sweep = results.sweep
     cells = sweep.cells[sweep.cells["cell"].isin(headline.rows["cell"])]
     scores, places = scores_by_cell(sweep), controls_by_place(sweep)
-    by_cell = [
+    return means_of_sets([
         control_scores(sweep, cell, headline.metric, scores, places, headline.half) for cell in cells.to_dict("records")
-    ]
-    seeds = set.intersection(*(set(found) for found in by_cell)) if by_cell else set()
-    return {seed: float(np.mean([found[seed] for found in by_cell])) for seed in sorted(seeds)}
+    ])  # fmt: skip
 
 
 def _verdict(results: Results, headline: Headline, evidence: Evidence) -> str:
@@ -431,8 +436,7 @@ def _others(results: Results, headline: Headline) -> str:
     cross = frame[(frame["family"] == headline.family) & (frame["metric"] == headline.metric)]
     cross = _at(cross[(cross["relation"] == CROSS) & cross["difference"].notna()], headline.settings)
     parts = []
-    shift = results.sweep.is_shift(headline.metric)
-    if len(cross) and headline.relation == SELF and not shift:
+    if len(cross) and headline.relation == SELF and not results.sweep.is_shift(headline.metric):
         worse = headline.sign * cross["difference"] < 0
         significant = int((worse & (cross["p_holm"] < ALPHA)).sum())
         interval = intervals(cross, results.effects).get(CROSS, (np.nan, np.nan))

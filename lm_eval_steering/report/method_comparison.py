@@ -35,7 +35,6 @@ from lm_eval_steering.report.tables import (
     deciding,
     means_of_sets,
     on_the_same_tasks,
-    scores_at_damage,
     single,
 )  # fmt: skip
 from lm_eval_steering.sweep.damage_search import TOLERANCE
@@ -247,7 +246,7 @@ class _Facts:
         cells, half = list(point.cells.values()), at == BEST
         common = (self.metric, self.scores)
         for damage in point.asked if isinstance(at, str) else (at,):
-            of_cells = [scores_at_damage(self.sweep, cell, *common, self.by_damage, damage, half) for cell in cells]
+            of_cells = [control_scores(self.sweep, cell, *common, self.by_damage, half, damage) for cell in cells]
             if values := means_of_sets(of_cells):
                 return values
         return means_of_sets([control_scores(self.sweep, cell, *common, self.by_place, half) for cell in cells])

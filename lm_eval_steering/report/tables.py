@@ -214,19 +214,26 @@ def controls(sweep: Sweep, effects: Effects) -> pd.DataFrame:
 
 
 def control_scores(
-    sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any], by_place: Places, half: bool = False
-) -> dict[int, float]:
-    """Seed -> score of each matched random set of a cell.
+    sweep: Sweep, cell: dict[str, Any], metric: str, scores: dict[str, Any], places: Places, half: bool = False,
+    damage: float | None = None,
+) -> dict[int, float]:  # fmt: skip
+    """Seed -> score of each matched random set of a cell: at its factor, or at one of its own that does a damage.
 
     Args:
         sweep: cells, scores, items.
         cell: a row of its cells.
         metric: of the task.
         scores: of `scores_by_cell`.
-        by_place: of `controls_by_place`.
+        places: of `controls_by_place`; of `controls_by_damage` where a damage is given.
         half: whether over the half of the items that nothing was chosen on.
+        damage: that the factors were searched for, in nats per token.
     """
-    return _scores_by_seed(sweep, by_place.get(_place_of(cell), []), metric, scores, half)
+    place = _place_of(cell) if damage is None else (*_without_factor(cell), damage)
+    found = {
+        control["control"]: score_of(sweep, control, metric, scores, True if half else None)
+        for control in places.get(place, [])
+    }
+    return {int(seed): score for seed, score in found.items() if score is not None}
 
 
 def controls_by_place(sweep: Sweep) -> Places:
@@ -362,7 +369,7 @@ def equal_damage(sweep: Sweep, effects: Effects) -> pd.DataFrame:
             own = [cells[cell] for cell in group["cell"]]
             random = list(
                 means_of_sets(
-                    [scores_at_damage(sweep, cell, metric, scores, at_damage, damage) for cell in own]
+                    [control_scores(sweep, cell, metric, scores, at_damage, damage=damage) for cell in own]
                 ).values()
             )
             at_factor = means_of_sets([control_scores(sweep, cell, metric, scores, by_place) for cell in own])
@@ -403,38 +410,6 @@ def controls_by_damage(sweep: Sweep) -> Places:
         for damage in damages_of(control["damage_asked"]):
             places.setdefault((*_without_factor(control), damage), []).append(control)
     return places
-
-
-def scores_at_damage(
-    sweep: Sweep,
-    cell: dict[str, Any],
-    metric: str,
-    scores: dict[str, Any],
-    at_damage: Places,
-    damage: float,
-    half: bool = False,
-) -> dict[int, float]:
-    """Seed -> score of each random set at the factor that was searched for to do the same damage as a cell's.
-
-    Args:
-        sweep: cells, scores, items.
-        cell: a row of its cells.
-        metric: of the task.
-        scores: of `scores_by_cell`.
-        at_damage: of `controls_by_damage`.
-        damage: in nats per token.
-        half: whether over the half of the items that nothing was chosen on.
-    """
-    return _scores_by_seed(sweep, at_damage.get((*_without_factor(cell), damage), []), metric, scores, half)
-
-
-def _scores_by_seed(
-    sweep: Sweep, controls: Sequence[dict[str, Any]], metric: str, scores: dict[str, Any], half: bool
-) -> dict[int, float]:
-    found = {
-        control["control"]: score_of(sweep, control, metric, scores, True if half else None) for control in controls
-    }
-    return {int(seed): score for seed, score in found.items() if score is not None}
 
 
 def means_of_sets(by_cell: Sequence[dict[int, float]]) -> dict[int, float]:

@@ -25,6 +25,7 @@ from lm_eval_steering.architectures import (
     sites_of,
     with_hidden_states,
 )
+from lm_eval_steering.architectures.compat import output_is_hooked
 from lm_eval_steering.architectures.weights import weights_sketch
 from lm_eval_steering.errors import ArchitectureError, DidNotHappenError, InterventionError
 from lm_eval_steering.neurons.neuron_set import NeuronSet, neuron_set_of
@@ -668,7 +669,7 @@ def _is_ours_alone(module: nn.Module, inputs: Any, output: torch.Tensor) -> bool
     """Whether a module's output may be written to: made anew, read by no other hook, and not by autograd."""
     if output.requires_grad or output.is_inference() != torch.is_inference_mode_enabled():
         return False
-    if len(module._forward_hooks) > 1 or torch.nn.modules.module._global_forward_hooks:
+    if output_is_hooked(module):
         return False
     memory = output.untyped_storage().data_ptr()
     return all(one.untyped_storage().data_ptr() != memory for one in inputs if isinstance(one, torch.Tensor))

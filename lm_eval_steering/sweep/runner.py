@@ -323,8 +323,9 @@ class SweepRunner:
 
     def _evaluated(self, lm: SweepLM, cell: Cell) -> dict[str, Any] | None:
         control = cell.intervention.control
-        own = control is None or cell.intervention.is_prompt
-        neuron_set = self.grid.neuron_set if own else self._controls(int(control or 0), lm)
+        neuron_set = self.grid.neuron_set
+        if control is not None and not cell.intervention.is_prompt:
+            neuron_set = self._controls(control, lm)
         documents = (cell.task, cell.target if self.grid.book.is_targeted(cell.task) else None)
         if documents != self._last_task:
             lm.forget_requests()
